@@ -1,0 +1,77 @@
+"""Process groups: starting and stopping them, and the few collectives on plain numbers that the trainer needs.
+
+The program knows one convention: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which torchrun,
+`accelerate launch` and the launch script (for srun) all set. Without them it is a world of one process.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+
+def pick_device() -> torch.device:
+    """This process's device: its CUDA GPU by local rank, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def initialize(device: torch.device, *, timeout_seconds: int) -> None:
+    """Start the default process group (NCCL on CUDA, with gloo beside it for CPU tensors; gloo on the CPU)."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_timeout(seconds: int, mesh: DeviceMesh) -> None:
+    """Bound every further collective of the mesh's groups: a rank that is gone shows as an error on the others."""
+    timeout = timedelta(seconds=seconds)
+    for group in [dist.group.WORLD, *mesh.get_all_groups()]:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are native: CUDA from Ampere on, CPUs with AVX-512 BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def sum_over(value: torch.Tensor, meshes: list[DeviceMesh]) -> torch.Tensor:
+    """All-reduce a tensor (in place) over each mesh of size > 1 in turn and return it."""
+    for mesh in meshes:
+        if mesh.size() > 1:
+            dist.all_reduce(value, group=mesh.get_group())
+    return value
+
+
+def gather_objects(value) -> list:
+    """One picklable object of every rank, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    objects = [None] * dist.get_world_size()
+    dist.all_gather_object(objects, value)
+    return objects
+
+
+def from_first_rank(value):
+    """A picklable object as rank 0 has it, on every rank."""
+    objects = [value]
+    dist.broadcast_object_list(objects, src=0)
+    return objects[0]

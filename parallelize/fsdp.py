@@ -1,0 +1,50 @@
+"""Fully sharded data parallelism (FSDP2): every parameter lives as a dim-0 shard on each data rank.
+
+One unit per decoder layer, so that a layer's parameters are gathered just before it runs (forward: all-gather) and
+its gradients are reduced while the layers before it still run backward (backward: all-gather, reduce-scatter). What
+is left (norms, head, and the embedding where it is tied to the head) forms the root unit.
+
+HSDP adds a replicate dimension: shards are reduced with reduce-scatter inside a group, then all-reduced across.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+
+def apply_fsdp(
+    root: nn.Module,
+    units: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype | None,
+    reshard_after_forward: bool,
+    cpu_offload: bool,
+) -> None:
+    """Shard `units` one by one and the rest of `root` as one unit, in place.
+
+    param_dtype: dtype of gathered parameters and of the computation; None keeps the parameters' own. The sharded
+    master copy, the gradients that reach the optimizer and its state keep the parameters' dtype.
+    reduce_dtype: dtype in which gradients are summed over ranks; None keeps param_dtype.
+    reshard_after_forward: free gathered parameters after a unit's forward and gather them again in the backward. The
+    root unit is never resharded in between, since the backward starts with it.
+
+    Gradients are summed, not averaged: the loss is already divided by the global number of target tokens.
+    """
+    mixed_precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
+    options = {"mesh": mesh, "mp_policy": mixed_precision, "offload_policy": offload}
+    for unit in units:
+        fully_shard(unit, reshard_after_forward=reshard_after_forward, **options)
+    fully_shard(root, reshard_after_forward=False, **options)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # Without this a factor is folded into the reduction, which gloo cannot do (no PREMUL_SUM).
+            module.set_force_sum_reduction_for_comms(True)

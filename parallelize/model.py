@@ -1,0 +1,62 @@
+"""How the parallelisms are composed: THE order, written once.
+
+`parallelize_model` changes a model in place, from outside. It knows nothing of Transformers: the caller says which
+modules are the layers and which other modules deserve an FSDP unit of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from parallelize.activation_checkpoint import apply_activation_checkpointing
+from parallelize.compile import apply_compile
+from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
+from parallelize.fsdp import apply_fsdp
+from parallelize.parallel_dims import data_parallel_mesh
+
+
+def parallelize_model(
+    model: nn.Module,
+    *,
+    layers: Sequence[nn.Module],
+    separate_units: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    parallelism: ParallelismConfig,
+    activation_checkpoint: ActivationCheckpointConfig,
+    compile: CompileConfig,
+    param_dtype: torch.dtype | None,
+    cpu_offload: bool,
+) -> None:
+    """Apply, in this order: kernels -> TP -> CP -> activation checkpointing -> compile -> FSDP2.
+
+    layers: the decoder layers. separate_units: further modules that are sharded on their own (an untied embedding).
+    param_dtype: dtype of the computation, None for the parameters' own; gradients are reduced in fp32 then.
+    """
+    # Kernels, tensor and context parallelism change what a layer computes with, so they come first, in this place.
+
+    # Recomputation wraps the layer as it is now, and the compiler then sees (and may fuse into) the recomputation.
+    apply_activation_checkpointing(
+        layers,
+        mode=activation_checkpoint.mode,
+        selective_option=str(activation_checkpoint.selective_ac_option),
+        preserve_rng_state=activation_checkpoint.preserve_rng_state,
+    )
+
+    # Compiled code must not contain FSDP2's hooks: they gather and free parameters around it.
+    if compile.enable and "model" in compile.components:
+        apply_compile(layers, backend=compile.backend)
+
+    # Last, because it replaces parameters by shards that only its own hooks gather again.
+    apply_fsdp(
+        model,
+        [*layers, *separate_units],
+        data_parallel_mesh(mesh),
+        param_dtype=param_dtype,
+        reduce_dtype=torch.float32 if param_dtype is not None else None,
+        reshard_after_forward=parallelism.fsdp_reshard_after_forward != "never",
+        cpu_offload=cpu_offload,
+    )

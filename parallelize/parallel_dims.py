@@ -1,0 +1,80 @@
+"""From degrees to a device mesh: the one place that knows how ranks are laid out.
+
+Order, outermost first: (pp, dp_replicate, dp_shard, cp, tp). Ranks that talk most are neighbours, so that tensor
+parallelism stays inside a node while pipeline stages may be far apart.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from parallelize.config import ParallelismConfig, check
+
+MESH_DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Resolved degrees (no -1) of a world of `world_size` ranks."""
+
+    pp: int
+    dp_replicate: int
+    dp_shard: int
+    cp: int
+    tp: int
+
+    @classmethod
+    def resolve(cls, config: ParallelismConfig, world_size: int) -> ParallelDims:
+        """Fill in -1 and hold the product of all degrees against the world size; raises a ValueError."""
+        check(config.problems())
+        fixed = (
+            config.data_parallel_replicate_degree
+            * config.pipeline_parallel_degree
+            * config.context_parallel_degree
+            * config.tensor_parallel_degree
+        )
+        shard = config.data_parallel_shard_degree
+        if shard == -1:
+            shard = max(1, world_size // fixed)
+        if shard * fixed != world_size:
+            raise ValueError(
+                f"parallelism: the degrees multiply to {shard * fixed}, but the job runs on {world_size} ranks "
+                f"(data_parallel_replicate_degree = {config.data_parallel_replicate_degree}, "
+                f"data_parallel_shard_degree = {config.data_parallel_shard_degree}). They must multiply to the number "
+                "of ranks; data_parallel_shard_degree = -1 takes the rest."
+            )
+        return cls(
+            pp=config.pipeline_parallel_degree,
+            dp_replicate=config.data_parallel_replicate_degree,
+            dp_shard=shard,
+            cp=config.context_parallel_degree,
+            tp=config.tensor_parallel_degree,
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(getattr(self, name) for name in MESH_DIMENSIONS)
+
+    @property
+    def world_size(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of ranks that see different data."""
+        return self.dp_replicate * self.dp_shard
+
+    def build_mesh(self, device_type: str) -> DeviceMesh:
+        """The device mesh of the whole job, with all five dimensions (most of size 1)."""
+        return init_device_mesh(device_type, self.sizes, mesh_dim_names=MESH_DIMENSIONS)
+
+    def __str__(self) -> str:
+        return " x ".join(f"{name} {size}" for name, size in zip(MESH_DIMENSIONS, self.sizes, strict=True) if size > 1)
+
+
+def data_parallel_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that FSDP2 shards over: 1-D (dp_shard), or 2-D (dp_replicate, dp_shard) for HSDP."""
+    return mesh["dp_replicate", "dp_shard"] if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then compares training with plain Transformers: scripts/verify.sh MODEL ... [options]
+#
+#   scripts/verify.sh llama qwen3 --fsdp 2                loss and every gradient of two model types
+#   scripts/verify.sh --all-dense --fsdp 2 --compile      of every dense model type
+#   scripts/verify.sh --help                              the options
+#
+# MODEL is a model type, a hub id or a folder; a relative folder starts at the checkout.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup_environment.sh"
+
+setup_environment run
+cd "$REPOSITORY"
+exec "$PYTHON" -m transformers_backend.verify "$@"

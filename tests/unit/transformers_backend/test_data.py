@@ -1,0 +1,541 @@
+"""Tokenizers, documents, packing, splitting over data ranks, resuming, and what is said about unusable data."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, Qwen3Config
+
+from transformers_backend import data
+
+EOS, OFFSET, IGNORED = 1, 3, -100
+
+
+@pytest.fixture(scope="module")
+def byt5() -> ByT5Tokenizer:
+    return data.load_tokenizer("byt5")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Keep the copies that `datasets` makes of local files inside the test's own folder."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def build(byt5):
+    def build_batches(path=None, **changes) -> data.PackedBatches:
+        arguments = dict(
+            dataset="python_stdlib",
+            dataset_path=None if path is None else str(path),
+            dataset_name=None,
+            dataset_split="train",
+            dataset_revision=None,
+            text_column="text",
+            tokenizer=byt5,
+            vocabulary_size=384,
+            seq_len=8,
+            batch_size=2,
+            data_rank=0,
+            data_world_size=1,
+            seed=7,
+        )
+        return data.build_batches(**(arguments | changes))
+
+    return build_batches
+
+
+def write_text_files(folder: Path, texts: list[str]) -> Path:
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number:03d}.txt").write_bytes(text.encode("utf-8"))
+    return folder
+
+
+def write_json_lines(path: Path, records: list[dict]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def write_stream(folder: Path, files: int = 4, records: int = 6) -> str:
+    """A folder that is given as `dataset`, so that it is streamed as one on the hub would be."""
+    for file in range(files):
+        texts = [{"text": f"{file}-{number}."} for number in range(records)]
+        write_json_lines(folder / f"{file}.jsonl", texts)
+    return str(folder)
+
+
+def tokens_of(batches) -> list[int]:
+    """All tokens with a label, in order."""
+    return [token for batch in batches for token in batch["labels"].flatten().tolist() if token != IGNORED]
+
+
+def documents_of(tokens: list[int]) -> list[str]:
+    """The texts of complete documents (ByT5 tokens); a first and a last incomplete one stay as they are."""
+    text = "".join("\n" if token == EOS else chr(token - OFFSET) for token in tokens)
+    return text.strip("\n").split("\n")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------------
+
+
+def word_tokenizer(*, template: str | None = None, **special: str) -> PreTrainedTokenizerFast:
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", "a", "b", "c"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if template is not None:
+        backend.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **special)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["plain", "  lead and trail \n", "é ∑ 語 🙂 \x00\x7f\r\n\t", "<", "</S> < /s>", "a</s>b", " a <pad> b", "<unk>",
+     "<extra_id_0> <extra_id_124> <extra_id_125>"],
+)  # fmt: skip
+def test_bytes_are_encoded_as_byt5_does(byt5, text):
+    assert data._document_encoder(byt5)(text).tolist() == byt5(text).input_ids
+
+
+def test_every_character_is_encoded_as_byt5_does(byt5):
+    text = "".join(map(chr, [*range(0x800), *range(0x2000, 0x2100), 0xFFFF, 0x10000, 0x10FFFF]))
+    assert data._document_encoder(byt5)(text).tolist() == byt5(text).input_ids
+
+
+def test_byt5_text_that_spells_the_end_token_has_one_end(byt5):
+    assert data._document_encoder(byt5)("x</s>").tolist() == [ord("x") + OFFSET, EOS]
+
+
+def test_byt5_with_a_token_of_the_users(byt5):
+    tokenizer = ByT5Tokenizer()
+    tokenizer.add_tokens(["foo"])
+    assert data._document_encoder(tokenizer)("xfoo").tolist() == [ord("x") + OFFSET, 384, EOS]
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "text", "expected"),
+    [
+        (None, {"eos_token": "</s>"}, "a b", [3, 4, 2]),  # the tokenizer adds nothing
+        ("<s> $A </s>", {"bos_token": "<s>", "eos_token": "</s>"}, "a b", [1, 3, 4, 2]),  # it adds both
+        ("<s> $A", {"bos_token": "<s>", "eos_token": "</s>"}, "a b", [1, 3, 4, 2]),  # it adds the beginning
+        ("<s> $A </s>", {"bos_token": "<s>", "eos_token": "</s>"}, "<s> a </s>", [1, 3, 2]),  # the text has them too
+        ("</s> $A", {"bos_token": "</s>", "eos_token": "</s>"}, "a", [2, 3, 2]),  # one token for both, as OPT's
+        (None, {}, "a b c", [3, 4, 5]),  # there is no end token
+    ],
+)
+def test_beginning_and_end_tokens_stand_once(template, special, text, expected):
+    assert data._document_encoder(word_tokenizer(template=template, **special))(text).tolist() == expected
+
+
+def test_load_tokenizer_reads_a_folder(tmp_path, byt5):
+    word_tokenizer(eos_token="</s>").save_pretrained(tmp_path / "words")
+    byt5.save_pretrained(tmp_path / "bytes")
+    assert data.load_tokenizer(str(tmp_path / "words"))("a c").input_ids == [3, 5]
+    assert data.load_tokenizer(str(tmp_path / "bytes"))("a").input_ids == byt5("a").input_ids
+
+
+def test_load_tokenizer_without_files(tmp_path):
+    with pytest.raises(ValueError, match=r'model.hf_assets_path = ".*": no tokenizer could be loaded.*"byt5"'):
+        data.load_tokenizer(str(tmp_path))
+
+
+def test_load_tokenizer_refuses_the_empty_one_of_a_model_config(tmp_path):
+    Qwen3Config().save_pretrained(tmp_path)  # for which Transformers makes a tokenizer of one token
+    with pytest.raises(ValueError, match=r'model.hf_assets_path = ".*": its tokenizer has no vocabulary'):
+        data.load_tokenizer(str(tmp_path))
+
+
+# --- packing ------------------------------------------------------------------------------------------------------
+
+
+def test_documents_are_packed_in_order_with_one_end_token_each(tmp_path, build):
+    path = write_text_files(tmp_path / "texts", ["abcdefghij", "", "kl", "é"])
+    batches = list(build(path, repeat=False))
+    expected = [byte + OFFSET for byte in b"abcdefghij"] + [EOS] + [ord("k") + OFFSET, ord("l") + OFFSET, EOS]
+    expected += [byte + OFFSET for byte in "é".encode()] + [EOS]
+    assert tokens_of(batches) == expected
+    assert all(batch["input_ids"].shape == batch["labels"].shape == (2, 8) for batch in batches)
+    assert all(tensor.dtype == torch.int64 for batch in batches for tensor in batch.values())
+
+
+def test_labels_are_the_inputs_and_ignored_where_filled(tmp_path, build):
+    batches = list(build(write_text_files(tmp_path / "texts", ["x" * 20]), repeat=False))
+    inputs = torch.cat([batch["input_ids"] for batch in batches]).flatten()
+    labels = torch.cat([batch["labels"] for batch in batches]).flatten()
+    assert len(batches) == 2 and (labels != IGNORED).sum() == 21
+    assert torch.equal(inputs[:21], labels[:21])
+    assert labels[21:].eq(IGNORED).all() and inputs[21:].eq(0).all()  # 0 is ByT5's padding token
+    labels.zero_()
+    assert inputs[0] == ord("x") + OFFSET  # a copy, not a view
+
+
+def test_filling_uses_the_end_token_where_there_is_no_padding_token(tmp_path, build):
+    tokenizer = word_tokenizer(eos_token="</s>")
+    (batch,) = build(write_text_files(tmp_path / "texts", ["a b"]), tokenizer=tokenizer, repeat=False)
+    assert batch["input_ids"].tolist() == [[3, 4] + [2] * 6, [2] * 8]
+    assert batch["labels"].tolist() == [[3, 4, 2] + [IGNORED] * 5, [IGNORED] * 8]
+
+
+def test_epochs_go_on_without_a_gap_and_are_reshuffled(tmp_path, build):
+    names = [f"doc{number:02d}" for number in range(16)]  # 16 * 6 = 96 tokens = 6 batches an epoch
+    batches = build(write_text_files(tmp_path / "texts", names))
+    first, second = (documents_of(tokens_of(islice(batches, 6))) for _ in range(2))
+    assert sorted(first) == sorted(second) == names
+    assert first != second and names not in (first, second)
+
+
+def test_seed_decides_the_order(tmp_path, build):
+    path = write_text_files(tmp_path / "texts", [f"doc{number:02d}" for number in range(16)])
+    first, again, other = (tokens_of(islice(build(path, seed=seed), 6)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert documents_of(tokens_of(build(path, seed=1, repeat=False))) == sorted(documents_of(first))
+
+
+def test_reset_starts_over(tmp_path, build):
+    batches = build(write_text_files(tmp_path / "texts", ["abcdefgh", "ijklmnop", "qrst"]), repeat=False)
+    first = list(batches)
+    assert len(first) == 2 and list(batches) == []
+    batches.reset()
+    assert all(map(same, first, batches))
+
+
+# --- data ranks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_read_documents_of_their_own(tmp_path, build, world_size):
+    names = [f"doc{number:02d}" for number in range(12)]  # 12 * 6 tokens
+    path = write_text_files(tmp_path / "texts", names)
+    parts = []
+    for rank in range(world_size):
+        batches = build(path, seq_len=6, batch_size=12 // world_size, data_rank=rank, data_world_size=world_size)
+        parts.append(documents_of(tokens_of([next(batches)])))
+    assert sorted(name for part in parts for name in part) == names
+    assert all(len(part) == len(names) // world_size for part in parts)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 31, 32, 33, 95, 96, 97])
+def test_without_repeat_ranks_end_together_and_lose_nothing(tmp_path, build, length):
+    path = write_text_files(tmp_path / "texts", ["".join(chr(48 + number % 60) for number in range(length))])
+    world_size, seq_len = 3, 8
+    ranks = [list(build(path, repeat=False, data_rank=rank, data_world_size=world_size)) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert {tuple(batch["labels"].shape) for batches in ranks for batch in batches} == {(2, seq_len)}
+    rows = [torch.cat([batch["labels"] for batch in batches]) for batches in ranks]  # (blocks, seq_len) of each rank
+    blocks = torch.stack(rows, dim=1).flatten()  # rank r has blocks r, r + 3, ...
+    assert blocks[blocks != IGNORED].tolist() == [OFFSET + 48 + n % 60 for n in range(length)] + [EOS]
+    assert len(ranks[0]) == -(-(length + 1) // (2 * seq_len * world_size))
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+
+def assert_resumes(make, steps: int) -> None:
+    """From after every batch, a new loader with the saved state gives exactly the batches that follow."""
+    straight = make()
+    states, batches = [straight.state_dict()], []
+    for batch in islice(straight, steps):
+        batches.append(batch)
+        states.append(pickle.loads(pickle.dumps(straight.state_dict())))
+    for done, state in enumerate(states):
+        resumed = make()
+        resumed.load_state_dict(state)
+        rest = list(islice(resumed, len(batches) - done))
+        assert len(rest) == len(batches) - done
+        assert all(map(same, batches[done:], rest)), f"after {done} batches"
+
+
+@pytest.mark.parametrize("repeat", [True, False])
+def test_resume_is_exact(tmp_path, build, repeat):
+    path = write_text_files(tmp_path / "texts", ["x" * number + str(number) for number in range(1, 20)])
+    assert_resumes(lambda: build(path, repeat=repeat, data_rank=1, data_world_size=2), steps=12)
+
+
+def test_state_is_plain(tmp_path, build):
+    batches = build(write_text_files(tmp_path / "texts", ["abcdefghij", "klmnopq"]))
+    next(batches)
+    assert json.loads(json.dumps(batches.state_dict())) == batches.state_dict()
+
+
+def test_resume_after_the_end_stays_at_the_end(tmp_path, build):
+    path = write_text_files(tmp_path / "texts", ["abc"])
+    ended = build(path, repeat=False)
+    assert len(list(ended)) == 1
+    resumed = build(path, repeat=False)
+    resumed.load_state_dict(ended.state_dict())
+    assert list(resumed) == []
+
+
+def test_resume_in_moved_data(tmp_path, build):
+    path = write_text_files(tmp_path / "texts", ["abcdefghij", "klmnopq"])
+    before = build(path)
+    next(before)
+    (tmp_path / "elsewhere").mkdir()
+    after = build(path.rename(tmp_path / "elsewhere" / "texts"))
+    after.load_state_dict(before.state_dict())
+    assert after.state_dict() == before.state_dict()
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (0, 2)])
+def test_resume_on_other_ranks_is_refused(tmp_path, build, rank, world_size):
+    path = write_text_files(tmp_path / "texts", ["abcdefghij"] * 4)
+    state = build(path, data_rank=1, data_world_size=2).state_dict()
+    message = rf"of data rank 1 of 2, and this is data rank {rank} of {world_size}.*data_parallel_shard_degree"
+    with pytest.raises(ValueError, match=message):
+        build(path, data_rank=rank, data_world_size=world_size).load_state_dict(state)
+
+
+def test_resume_in_other_data_is_refused(tmp_path, build):
+    state = build(write_text_files(tmp_path / "texts", ["abcdefghij"] * 4)).state_dict()
+    with pytest.raises(
+        ValueError, match=r"other data: dataset = 'texts' there and 'more' here; documents = 4 .* and 5"
+    ):
+        build(write_text_files(tmp_path / "more", ["abcdefghij"] * 5)).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"other data: seed = 7 there and 8 here"):
+        build(tmp_path / "texts", seed=8).load_state_dict(state)
+    (tmp_path / "texts" / "000.txt").write_text("another length")
+    with pytest.raises(ValueError, match=r"other data: files = "):
+        build(tmp_path / "texts").load_state_dict(state)
+
+
+# --- sources ------------------------------------------------------------------------------------------------------
+
+
+def test_standard_library_and_text_need_no_datasets_package(tmp_path, build, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    batch = next(build(seq_len=512))
+    text = "".join(chr(token - OFFSET) for token in batch["input_ids"][0].tolist() if OFFSET <= token < OFFSET + 128)
+    assert "def " in text or "import " in text or "self" in text
+    assert tokens_of(build(write_text_files(tmp_path / "texts", ["a"]), repeat=False)) == [ord("a") + OFFSET, EOS]
+    with pytest.raises(ImportError, match=r'dataset_path = ".*jsonl": .*pip install datasets'):
+        build(write_json_lines(tmp_path / "x.jsonl", [{"text": "a"}]))
+    with pytest.raises(ImportError, match=r'dataset = "some/corpus": .*pip install datasets'):
+        build(dataset="some/corpus")
+
+
+def test_standard_library_skips_site_packages_and_undecodable_files(tmp_path, build, monkeypatch):
+    for name, content in {
+        "b.py": b"bbb",
+        "a/z.py": b"zz",
+        "a.txt": b"no",
+        "c.py": b"\xff",
+        "site-packages/x.py": b"x",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    batches = build(repeat=False)
+    assert documents_of(tokens_of(batches)) == ["zz", "bbb"]
+    assert batches.state_dict()["fingerprint"]["documents"] == 3  # c.py is known as a file, and read as nothing
+
+
+def test_single_text_file_is_one_document(tmp_path, build):
+    (tmp_path / "book.txt").write_bytes(b"line\r\nline\n")
+    tokens = tokens_of(build(tmp_path / "book.txt", repeat=False))
+    assert bytes(token - OFFSET for token in tokens[:-1]) == b"line\r\nline\n" and tokens[-1] == EOS
+
+
+def write_records(path: Path, texts: list[str]) -> Path:
+    from datasets import Dataset
+
+    records = [{"id": number, "text": text} for number, text in enumerate(texts)]
+    if path.suffix == ".jsonl":
+        write_json_lines(path, records)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["id", "text"])
+            writer.writeheader()
+            writer.writerows(records)
+    elif path.suffix == ".parquet":
+        Dataset.from_list(records).to_parquet(path)
+    else:  # the folder that Dataset.save_to_disk makes, with an .arrow file and two .json files
+        Dataset.from_list(records).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.parquet", "saved"])
+def test_record_files(tmp_path, build, cache, name):
+    path = write_records(tmp_path / name, ["first", "second, with comma", "third"])
+    assert documents_of(tokens_of(build(path, repeat=False))) == ["first", "second, with comma", "third"]
+    assert_resumes(lambda: build(path), steps=6)
+
+
+def test_folder_of_record_files(tmp_path, build, cache):
+    for name in ("b", "a"):
+        write_json_lines(tmp_path / "data" / f"{name}.jsonl", [{"body": f"{name}{number}"} for number in range(3)])
+    (tmp_path / "data" / "README.md").write_text("not data")
+    (tmp_path / "data" / "empty.jsonl").touch()
+    batches = build(tmp_path / "data", repeat=False, text_column="body")
+    assert documents_of(tokens_of(batches)) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+
+
+def test_slice_of_record_files(tmp_path, build, cache):
+    path = write_json_lines(tmp_path / "x.jsonl", [{"text": f"t{number}"} for number in range(10)])
+    kept = tokens_of(build(path, repeat=False, dataset_split="validation[:20%]"))
+    assert documents_of(kept) == ["t0", "t1"]
+
+
+# --- streams ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])  # 4 files: whole files for each of 1 or 2 ranks, records for 3
+def test_stream_gives_each_record_to_one_rank(tmp_path, build, cache, world_size):
+    path = write_stream(tmp_path / "stream")  # 24 records of 5 tokens
+    parts = []
+    for rank in range(world_size):
+        batches = build(
+            dataset=path, seq_len=5, batch_size=24 // world_size, data_rank=rank, data_world_size=world_size
+        )
+        parts.append(documents_of(tokens_of([next(batches)])))
+    names = [f"{file}-{number}." for file in range(4) for number in range(6)]
+    assert sorted(name for part in parts for name in part) == names
+    assert parts[0] != sorted(parts[0])
+
+
+def test_stream_is_reshuffled_every_epoch(tmp_path, build, cache, monkeypatch):
+    monkeypatch.setattr(data, "SHUFFLE_WINDOW", 7)
+    batches = build(dataset=write_stream(tmp_path / "stream"), seq_len=5, batch_size=24)
+    first, second = (documents_of(tokens_of([next(batches)])) for _ in range(2))
+    assert sorted(first) == sorted(second) and first != second
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("repeat", [True, False])
+def test_stream_resume_is_exact(tmp_path, build, cache, monkeypatch, caplog, world_size, repeat):
+    monkeypatch.setattr(data, "SHUFFLE_WINDOW", 5)
+    path = write_stream(tmp_path / "stream")
+    rank = world_size - 1
+    assert_resumes(lambda: build(dataset=path, repeat=repeat, data_rank=rank, data_world_size=world_size), steps=11)
+    assert "shuffle buffer" not in caplog.text
+
+
+def test_stream_without_repeat_is_in_order(tmp_path, build, cache):
+    path = write_stream(tmp_path / "stream", files=2, records=3)
+    expected = ["0-0.", "0-1.", "0-2.", "1-0.", "1-1.", "1-2."]
+    assert documents_of(tokens_of(build(dataset=path, repeat=False))) == expected
+
+
+def test_stream_that_cannot_be_opened(build, cache, monkeypatch):
+    import datasets
+
+    def fail(*arguments, **keywords):
+        raise FileNotFoundError("Dataset 'no/such' doesn't exist")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ValueError, match=r'dataset = "no/such" .*"python_stdlib" or a dataset of the.*dataset_path'):
+        build(dataset="no/such")
+
+
+def test_stream_needs_a_recent_datasets_package(build, cache, monkeypatch):
+    monkeypatch.setattr("datasets.__version__", "4.8.1")
+    with pytest.raises(ImportError, match=r"datasets >= 5, found 4.8.1"):
+        build(dataset="no/such")
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_larger_than_the_vocabulary(build):
+    with pytest.raises(ValueError, match=r"model.hf_assets_path: the tokenizer has 384 tokens.* 383.*vocab_size = 384"):
+        build(vocabulary_size=383)
+
+
+def test_missing_text_column(tmp_path, build, cache):
+    path = write_json_lines(tmp_path / "x.jsonl", [{"body": "a", "title": "b"}])
+    with pytest.raises(ValueError, match=r'text_column = "text": must be a column of .*which has body, title'):
+        build(path)
+    write_json_lines(tmp_path / "stream" / "x.jsonl", [{"body": "a", "title": "b"}])
+    with pytest.raises(ValueError, match=r'text_column = "text": must be a column of .*which has body, title'):
+        build(dataset=str(tmp_path / "stream"))
+
+
+@pytest.mark.parametrize(("value", "kind"), [(5, "int"), (None, "NoneType"), (["a"], "list")])
+def test_record_whose_text_is_no_string(tmp_path, build, cache, value, kind):
+    filler = {int: 4, list: ["b"]}.get(type(value), "x" * 9)
+    path = write_json_lines(tmp_path / "stream" / "x.jsonl", [{"text": filler}, {"text": value}])
+    number = 1 if value is None else 0
+    message = (
+        rf'x.jsonl": record {number} .*from x.jsonl\) has text_column "text" = .* of type {kind}: must be a string'
+    )
+    with pytest.raises(ValueError, match=message):
+        list(build(path, repeat=False))
+    with pytest.raises(ValueError, match=rf"stream\": record .*of type {kind}: must be a string"):
+        list(build(dataset=str(tmp_path / "stream"), repeat=False))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "all its files are empty"),
+        ("[]", "must hold at least one record in valid json form"),
+        ('{"text": "a"', "must hold at least one record in valid json form"),
+    ],
+)
+def test_file_without_records(tmp_path, build, cache, content, message):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=rf'dataset_path = ".*x.json".*{message}'):
+        build(tmp_path / "x.json")
+
+
+def test_documents_without_text(tmp_path, build, cache):
+    path = write_json_lines(tmp_path / "x.jsonl", [{"text": ""}] * 3)
+    with pytest.raises(ValueError, match=r"gets 0 tokens of text in an epoch, and needs at least 8"):
+        build(path)
+    with pytest.raises(ValueError, match=r"gets 0 tokens of text in an epoch, and needs at least 1"):
+        build(path, repeat=False)
+
+
+def test_less_than_a_block_for_each_rank(tmp_path, build):
+    path = write_text_files(tmp_path / "texts", ["abcdefgh", "ab"])
+    with pytest.raises(
+        ValueError, match=r'texts": data rank 1 of 2 gets 3 tokens .* at least 8 \(seq_len = 8\)'
+    ) as error:
+        for rank in range(2):
+            build(path, data_rank=rank, data_world_size=2, seed=0)
+    assert "fewer data ranks" in str(error.value)
+    with pytest.raises(ValueError, match=r"data rank 2 of 3 gets 0 tokens"):
+        build(path, data_rank=2, data_world_size=3)
+
+
+def test_unusable_paths(tmp_path, build):
+    (tmp_path / "x.docx").write_text("a")
+    with pytest.raises(ValueError, match=r"unknown file type '.docx': must be one of .txt, .jsonl"):
+        build(tmp_path / "x.docx")
+    with pytest.raises(ValueError, match=r"holds no file of a known type"):
+        build(tmp_path)
+    with pytest.raises(ValueError, match=r"absent\": no such file or folder"):
+        build(tmp_path / "absent")
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.csv").write_text("a")
+    with pytest.raises(ValueError, match=r"several kinds \(b.csv, a.txt\)"):
+        build(tmp_path)
+    with pytest.raises(ValueError, match=r'dataset_split = "train\[:10%\]": .* plain text'):
+        build(tmp_path / "a.txt", dataset_split="train[:10%]")
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"several splits in folders. Give one of them"):
+        build(tmp_path)
+
+
+def test_text_file_that_is_not_utf8(tmp_path, build):
+    (tmp_path / "x.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"x.txt is not UTF-8 text"):
+        build(tmp_path / "x.txt")

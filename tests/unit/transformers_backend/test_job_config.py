@@ -1,0 +1,340 @@
+"""The job config: precedence, the command line, refusals and what they say, torchtitan's files, the round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import pytest
+
+from transformers_backend.job_config import HFTransformers, JobConfig, load_job_config, validate
+from transformers_backend.job_config.help import field_meanings
+from transformers_backend.job_config.values import field_types, to_toml, toml_reader
+
+MINIMAL = '[hf_transformers]\nmodel = "Qwen/Qwen3-0.6B"\n'
+
+# What a torchtitan v0.2.2 user of the Transformers backend brings along.
+TORCHTITAN = """
+[job]
+dump_folder = "./outputs"
+custom_config_module = "torchtitan.experiments.transformers_modeling_backend.job_config"
+[profiling]
+enable_profiling = false
+profile_freq = 100
+[metrics]
+log_freq = 10
+enable_wandb = false
+[model]
+name = "transformers_modeling_backend"
+flavor = "full"
+tokenizer_path = "Qwen/Qwen3-0.6B"
+converters = []
+[hf_transformers]
+model = "Qwen/Qwen3-0.6B"
+[optimizer]
+name = "AdamW"
+lr = 3e-4
+early_step_in_backward = false
+[training]
+dataset = "c4"
+local_batch_size = 1
+max_norm = 1
+[training.dataloader]
+num_workers = 4
+pin_memory = true
+[parallelism]
+data_parallel_shard_degree = -1
+pipeline_parallel_schedule = "1F1B"
+expert_parallel_degree = 1
+[activation_checkpoint]
+mode = "selective"
+selective_ac_option = "op"
+[compile]
+enable = true
+components = ["model"]
+[quantize.linear.float8]
+enable_fsdp_float8_all_gather = false
+[experimental]
+custom_import = ""
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "job.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def refusal(folder: Path, text: str, *options: str) -> str:
+    with pytest.raises(ValueError) as raised:
+        load_job_config([write(folder, text), *options])
+    return str(raised.value)
+
+
+def test_defaults_then_toml_then_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "[training]\nsteps = 7\nseq_len = 64\n")
+    config = load_job_config([path, "--training.steps", "9"])
+    assert (config.training.steps, config.training.seq_len, config.training.local_batch_size) == (9, 64, 8)
+    assert load_job_config(["--training.steps=9", "--job.config_file", path]) == config
+
+
+def test_no_file_is_the_default_run() -> None:
+    config = load_job_config([])
+    assert (config.hf_transformers.model_type, config.model.hf_assets_path) == ("llama", "byt5")
+    assert config.job.sample_prompt == "def "
+    assert load_job_config(["--training.steps", "10"]).training.steps == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "section", "key", "value"),
+    [
+        (["--checkpoint.enable"], "checkpoint", "enable", True),
+        (["--checkpoint.enable", "false"], "checkpoint", "enable", False),
+        (["--checkpoint.enable=True"], "checkpoint", "enable", True),
+        (["--checkpoint.no_last_save_model_only"], "checkpoint", "last_save_model_only", False),
+        (["--checkpoint.load_step", "-1"], "checkpoint", "load_step", -1),
+        (["--compile.components", "model,loss"], "compile", "components", ["model", "loss"]),
+        (["--compile.components", '["model"]'], "compile", "components", ["model"]),
+        (["--compile.components", ""], "compile", "components", []),
+        (["--lr_scheduler.decay_ratio", "none"], "lr_scheduler", "decay_ratio", None),
+        (["--training.max_norm", "inf"], "training", "max_norm", float("inf")),
+        (["--optimizer.lr", "1e-3"], "optimizer", "lr", 1e-3),
+        (["--optimizer.weight_decay", "0"], "optimizer", "weight_decay", 0.0),
+        (["--job.description", "none, or so = it"], "job", "description", "none, or so = it"),
+        (["--activation_checkpoint.selective_ac_option", "2"], "activation_checkpoint", "selective_ac_option", "2"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_command_line_values(options: list[str], section: str, key: str, value: object) -> None:
+    found = getattr(getattr(load_job_config(options), section), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_command_line_reaches_every_key(tmp_path: Path) -> None:
+    default_run = load_job_config([])
+    options = [
+        f"--{section}.{key}={'none' if value is None else value if isinstance(value, str) else to_toml(value)}"
+        for section, values in default_run.to_dict().items()
+        for key, value in values.items()
+    ]
+    other_file = write(tmp_path, MINIMAL + "[debug]\nseed = 1\n")
+    assert load_job_config([other_file, *options]) == default_run
+
+
+def test_command_line_reaches_into_tables() -> None:
+    table = "--hf_transformers.config_overrides"
+    options = f"{table}.hidden_size 128 {table}.hidden_act=gelu {table}.rope_parameters.rope_theta 1e4"
+    options += f" {table}.head_dim none {table}.eos_token_id [1,2]"
+    config = load_job_config(options.split())
+    overrides = config.hf_transformers.config_overrides
+    assert (overrides["hidden_size"], overrides["hidden_act"], overrides["head_dim"]) == (128, "gelu", None)
+    assert (overrides["rope_parameters"], overrides["eos_token_id"]) == ({"rope_theta": 1e4}, [1, 2])
+    assert overrides["num_hidden_layers"] == 4  # from the file
+    assert load_job_config([table, "{vocab_size = 260}"]).hf_transformers.config_overrides == {"vocab_size": 260}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[training]\nstepz = 3", "training.stepz: unknown key; the nearest is training.steps."),
+        ("[training]\nlr = 3.0", "training.lr: unknown key; the nearest is optimizer.lr."),
+        ("[trainning]\nsteps = 3", "trainning.steps: unknown key; the nearest is training.steps."),
+        ("[metrics.tb]\nx = 1", "metrics.tb.x: unknown key"),
+        ("[[debug]]\nseed = 1", "debug = [{'seed': 1}]: must be a table of keys, [debug]."),
+        ("[training]\nsteps = 'ten'", 'training.steps = "ten": must be an integer.'),
+        ("[training]\nsteps = true", "training.steps = true: must be an integer."),
+        ("[training]\nsteps = 1.5", "training.steps = 1.5: must be an integer."),
+        ("[training]\nsteps = 0", "training.steps = 0: must be at least 1."),
+        ("[training]\nmax_norm = nan", "training.max_norm = nan: must be above 0"),
+        ("[training]\ndtype = 'float16'", 'training.dtype = "float16": must be one of "bfloat16", "float32".'),
+        ("[training]\nglobal_batch_size = 12", "training.global_batch_size = 12: must be a multiple of"),
+        ("[training]\ndataset_path = 'no/such'", 'training.dataset_path = "no/such": no such file or folder'),
+        ("[compile]\ncomponents = 'model'", 'compile.components = "model": must be a list of strings.'),
+        ("[compile]\ncomponents = ['head']", 'compile.components has "head"'),
+        ("[optimizer]\nbeta2 = 1.0", "optimizer.beta2 = 1.0: must be in [0, 1)"),
+        ("[optimizer]\nname = 'Adam'", 'optimizer.name = "Adam": must be one of "AdamW", "Muon".'),
+        ("[lr_scheduler]\ndecay_ratio = 1.5", "lr_scheduler.decay_ratio = 1.5: must be in [0, 1]"),
+        ("[lr_scheduler]\ntotal_steps = 5", "lr_scheduler.warmup_steps = 200: must be at most lr_scheduler.total_"),
+        ("[checkpoint]\nkeep_latest_k = 1", "checkpoint.keep_latest_k = 1: must be 0 (all) or at least 2"),
+        ("[checkpoint]\nasync_mode = 'async'", 'checkpoint.async_mode = "async": saving beside training is not avail'),
+        ("[checkpoint]\ninitial_load_path = 'x'", 'checkpoint.initial_load_path = "x": starting from another run'),
+        ("[checkpoint]\nlast_save_in_hf = true", "checkpoint.last_save_in_hf = true: nothing is saved unless"),
+        ("[profiling]\nprofile_freq = 3", "profiling.profile_freq = 3: must be at least profiler_warmup + "),
+        ("[parallelism]\ntensor_parallel_degree = 2", "parallelism.tensor_parallel_degree = 2: this version shards"),
+        ("[parallelism]\nexpert_parallel_degree = 2", "parallelism.expert_parallel_degree = 2: expert parallelism is"),
+        ("[validation]\nsteps = 0", "validation.steps = 0: must be at least 1, or -1"),
+        ("[model]\nhf_assets_path = './no/such'", 'model.hf_assets_path = "./no/such": no such folder'),
+    ],
+    ids=lambda text: text if "\n" in text else "",
+)
+def test_bad_values_are_named(tmp_path: Path, text: str, message: str) -> None:
+    assert message in refusal(tmp_path, MINIMAL + text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "hf_transformers.model is missing: name a hub id or a local folder"),
+        ("model = 'a/b'\nmodel_type = 'llama'", "exactly one of them names the model"),
+        ("model = 'a/b/c'", 'hf_transformers.model = "a/b/c": no such folder'),
+        ("model = 'a/b'\ninit = 'random'", 'init = "random": must be one of "pretrained", "scratch" or none.'),
+        ("model_type = 'lama'", 'Transformers knows no such type; the nearest is "llama"'),
+        ("model_type = 'llama'\ninit = 'pretrained'", "a model_type has no weights to load"),
+        ("model_type = 'llama'", "model.hf_assets_path is missing"),
+    ],
+    ids=lambda text: text.replace("\n", " ")[:30],
+)
+def test_models_that_cannot_be_built(tmp_path: Path, text: str, message: str) -> None:
+    assert message in refusal(tmp_path, f"[hf_transformers]\n{text}")
+
+
+def test_model_folder_needs_a_config(tmp_path: Path) -> None:
+    config = JobConfig(hf_transformers=HFTransformers(model=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"the folder has no config\.json"):
+        validate(config, world_size=None)
+    (tmp_path / "config.json").write_text("{}")
+    validate(config, world_size=None)
+
+
+def test_all_problems_come_at_once(tmp_path: Path) -> None:
+    message = refusal(
+        tmp_path,
+        MINIMAL + "[training]\nsteps = 0\n[optimizer]\nlr = 'big'\n[nothing]\n",
+        "--debug.sed=1", "--comm.init_timeout_seconds", "--steps", "3",
+    )  # fmt: skip
+    problems = message.splitlines()
+    assert problems[0] == "Invalid configuration:"
+    for start in (
+        "--comm.init_timeout_seconds: needs a value, an integer.",
+        "--steps: unknown key; the nearest is --training.steps.",
+        "nothing: unknown key",
+        "debug.sed: unknown key; the nearest is debug.seed.",
+        "training.steps = 0",
+        'optimizer.lr = "big": must be a number.',
+    ):
+        assert sum(problem.startswith(f"  - {start}") for problem in problems) == 1
+    assert len(problems) == 7
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.toml: cannot be read \(No such file or directory\); name a TOML"):
+        load_job_config(["none.toml"])
+    assert "job.toml: not valid TOML" in refusal(tmp_path, "[training\n")
+    assert "2 TOML files" in refusal(tmp_path, MINIMAL, "other.toml")
+
+
+def test_fields_set_from_python_are_checked() -> None:
+    config = JobConfig()
+    config.hf_transformers = HFTransformers(model="Qwen/Qwen2.5-7B")
+    validate(config, world_size=None)
+    config.training.steps = "10"
+    config.debug = {"seed": 1}
+    config.job.dump_folder = Path("outputs")
+    with pytest.raises(ValueError) as raised:
+        validate(config, world_size=None)
+    assert 'training.steps = "10": must be an integer.' in str(raised.value)
+    assert "debug = {'seed': 1}: must be a Debug." in str(raised.value)
+    assert "job.dump_folder = PosixPath('outputs'): must be a string." in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard", "global_batch_size", "world_size", "message"),
+    [
+        (1, -1, -1, 8, None),
+        (2, -1, 64, 8, None),
+        (2, 4, 128, 8, None),
+        (3, -1, -1, 8, "multiply to 3, which must divide the number of ranks, 8"),
+        (2, 2, -1, 8, "multiply to 4, which must equal the number of ranks, 8"),
+        (2, -1, 32, 8, "training.global_batch_size = 32: must be a multiple of local_batch_size x data-parallel"),
+        (2, 2, 32, None, None),
+    ],
+)
+def test_world_size_rules(replicate: int, shard: int, global_batch_size: int, world_size: int | None, message) -> None:
+    config = JobConfig(hf_transformers=HFTransformers(model="Qwen/Qwen3-0.6B"))
+    config.parallelism.data_parallel_replicate_degree = replicate
+    config.parallelism.data_parallel_shard_degree = shard
+    config.training.global_batch_size = global_batch_size
+    if message is None:
+        validate(config, world_size=world_size)
+        return
+    with pytest.raises(ValueError, match=message):
+        validate(config, world_size=world_size)
+
+
+def test_torchtitan_file_loads_unchanged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = load_job_config([write(tmp_path, TORCHTITAN), "--metrics.no_enable_wandb", "--comm.mode", "default"])
+    assert config.model.hf_assets_path == "Qwen/Qwen3-0.6B"  # from tokenizer_path
+    assert config.training.max_norm == 1.0
+    assert (config.compile.components, config.activation_checkpoint.selective_ac_option) == (["model"], "op")
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "model.tokenizer_path is deprecated in torchtitan; read as model.hf_assets_path." in warnings
+    ignored = {warning.partition(" ")[0] for warning in warnings if warning.endswith("without meaning here; ignored.")}
+    assert ignored == {
+        "job.custom_config_module", "metrics.enable_wandb", "comm.mode", "model.name",
+        "model.flavor", "model.converters",
+        "optimizer.early_step_in_backward", "training.dataloader.num_workers", "training.dataloader.pin_memory",
+        "parallelism.pipeline_parallel_schedule", "parallelism.expert_parallel_degree",
+        "quantize.linear.float8.enable_fsdp_float8_all_gather", "experimental.custom_import",
+    }  # fmt: skip
+    assert len(warnings) == len(ignored) + 1
+
+
+def test_short_run_ends_in_its_warm_up_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    load_job_config(["--training.steps", "10"])
+    assert "lr_scheduler.warmup_steps = 30: the run's 10 steps all lie in the warm-up." in caplog.text
+
+
+def test_saved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
+    text = (
+        MINIMAL
+        + """[job]
+        description = 'tab\t "quotes" \\ é 😀'
+        [training]
+        max_norm = inf
+        [optimizer]
+        eps = 1e-20
+        [lr_scheduler]
+        decay_ratio = 0.2
+        [hf_transformers.config_overrides]
+        head_dim = "none"
+        rope_parameters = {rope_theta = 1e4, "odd key" = [1, "none"]}"""
+    )
+    config = load_job_config([write(tmp_path, text), "--job.sample_prompt", "a\nb\x7f"])
+    config.save(tmp_path / "run" / "config.toml")
+    assert load_job_config([str(tmp_path / "run" / "config.toml")]) == config
+    assert config.to_dict()["hf_transformers"]["config_overrides"]["head_dim"] is None
+
+
+def test_toml_values_read_back() -> None:
+    table = {"a": [1, 2.5, True, "x"], "b": {"c d": -1e-30, "e": {}}, "": '\'"""\''}
+    assert toml_reader().loads(f"value = {to_toml(table)}") == {"value": table}
+    with pytest.raises(TypeError, match="of type object cannot be written as TOML"):
+        to_toml(object())
+
+
+def test_none_is_always_the_default() -> None:
+    """`to_toml` leaves None out, so that no field may have another default and admit None."""
+    for section, values in JobConfig().to_dict().items():
+        kinds = field_types(field_types(JobConfig)[section])
+        for key, default in values.items():
+            assert default is None or "None" not in str(kinds[key]), f"{section}.{key}"
+
+
+def test_help_lists_every_key_with_type_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load_job_config(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: scripts/train.sh [CONFIG.toml] [--section.key value ...]")
+    assert "--training.steps  (an integer; default 10000)\n      Number of optimizer steps of the run.\n" in text
+    assert '--validation.dataset_split  (a string; default "validation")' in text
+    assert '--compile.components  (a list of strings; default ["model", "loss"])' in text
+    flat = " ".join(text.split())
+    for section in dataclasses.fields(JobConfig):
+        kind = field_types(JobConfig)[section.name]
+        for key, meaning in field_meanings(kind).items():
+            assert f"--{section.name}.{key} (" in flat
+            assert meaning.endswith(".")
+            assert meaning in flat

@@ -1,0 +1,139 @@
+"""Checkpoints to resume from: model, optimizers, schedulers, data position, random state and step.
+
+Written with torch.distributed.checkpoint, every rank its own shards, into `<folder>/step-N.tmp`, which is renamed to
+`<folder>/step-N` when all ranks are done: a folder under its final name is whole. For a folder that Transformers
+loads, see `weights/export.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from parallelize.distributed import from_first_rank
+from transformers_backend.data import PackedBatches
+from transformers_backend.model import HFTransformerModel
+from transformers_backend.weights import named_tensors
+
+logger = logging.getLogger(__name__)
+
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+class Checkpointer:
+    """Saves and restores one run; every rank calls every method."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        model: HFTransformerModel,
+        optimizers: Sequence[torch.optim.Optimizer],
+        schedulers: Sequence[torch.optim.lr_scheduler.LRScheduler],
+        data: PackedBatches,
+        data_rank: int,
+        keep_latest_k: int,
+    ) -> None:
+        self.folder = folder
+        self.keep_latest_k = keep_latest_k
+        self._model, self._data, self._data_rank = model, data, data_rank
+        self._optimizers, self._schedulers = list(optimizers), list(schedulers)
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of `step` (optimizer steps done), then delete older ones beyond `keep_latest_k`."""
+        final, temporary = self.folder / f"step-{step}", self.folder / f"step-{step}.tmp"
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        dist.barrier()
+        dcp.save(self._state(step), checkpoint_id=temporary)
+        if dist.get_rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            self._delete_old()
+        dist.barrier()
+        logger.info("checkpoint saved: %s", final)
+
+    def load(self, load_step: int) -> int:
+        """Restore the checkpoint of `load_step` (-1: the latest) and return its step; 0 where there is none yet."""
+        steps = from_first_rank(self.steps())
+        if load_step == -1 and not steps:
+            return 0
+        step = steps[-1] if load_step == -1 else load_step
+        if step not in steps:
+            raise ValueError(
+                f"checkpoint.load_step = {load_step}: {self.folder} holds no such step; there are "
+                f"{', '.join(map(str, steps)) or 'none'}. -1 means the latest."
+            )
+        state = self._state(step)
+        dcp.load(state, checkpoint_id=self.folder / f"step-{step}")
+        set_optimizer_state_dict(
+            self._model.hf_model, self._optimizers, optim_state_dict=state["optimizer"], options=_OPTIONS
+        )
+        for scheduler, text in zip(self._schedulers, json.loads(state["schedulers"]), strict=True):
+            scheduler.load_state_dict(text)
+        if (data_state := state[self._data_key]) is None:
+            raise ValueError(f"{self.folder}/step-{step} has no data position for data rank {self._data_rank}.")
+        self._data.load_state_dict(json.loads(data_state))
+        _set_random_state(state[self._random_key])
+        logger.info("resumed from %s", self.folder / f"step-{step}")
+        return step
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints in the folder, ascending."""
+        found = [_STEP_FOLDER.fullmatch(path.name) for path in self.folder.glob("step-*")]
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def _state(self, step: int) -> dict[str, Any]:
+        model_state = {}
+        for name, tensor in named_tensors(self._model.hf_model).items():
+            if not any(tensor is other for other in model_state.values()):  # tied parameters are stored once
+                model_state[name] = tensor.detach() if not isinstance(tensor, torch.nn.Parameter) else tensor
+        return {
+            "model": model_state,
+            "optimizer": get_optimizer_state_dict(self._model.hf_model, self._optimizers, options=_OPTIONS),
+            "schedulers": json.dumps([scheduler.state_dict() for scheduler in self._schedulers]),
+            "step": step,
+            self._data_key: json.dumps(self._data.state_dict()),
+            self._random_key: _get_random_state(),
+        }
+
+    @property
+    def _data_key(self) -> str:
+        return f"data_rank_{self._data_rank}"
+
+    @property
+    def _random_key(self) -> str:
+        return f"random_rank_{dist.get_rank()}"
+
+    def _delete_old(self) -> None:
+        if self.keep_latest_k > 0:
+            for step in self.steps()[: -self.keep_latest_k]:
+                shutil.rmtree(self.folder / f"step-{step}")
+
+
+def _get_random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

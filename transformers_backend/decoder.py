@@ -1,0 +1,104 @@
+"""What is where in a Transformers causal LM: the only file that probes the structure of a model.
+
+`describe_decoder` finds the embedding, the layer list, the final norm, the rotary embedding and the head once and
+declares them by name in a `Decoder`. Everything below (parallelize, loss, weights, verify) works on that
+description. A part that a model does not have is `None`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Names of a causal LM's parts, relative to the causal LM itself (`hf_model.get_submodule(name)` yields them)."""
+
+    base: str
+    """The model without its head, e.g. "model" or "transformer": token ids in, last hidden states out."""
+    embedding: str
+    """The token embedding."""
+    layer_lists: tuple[str, ...]
+    """The ModuleLists of decoder layers in the order in which they run; one for nearly all, two for hrm_text."""
+    layers: tuple[str, ...]
+    """Every decoder layer, e.g. "model.layers.0"."""
+    final_norm: str | None
+    rotary: str | None
+    head: str
+    """The module that yields the logits, e.g. "lm_head"."""
+    embedding_is_tied: bool
+    """Whether embedding and head share one parameter."""
+    accepts_position_ids: bool
+    """Whether the base takes `position_ids`; alibi and recurrent models do not."""
+
+
+def describe_decoder(hf_model: PreTrainedModel) -> Decoder:
+    """Describe a causal LM, or raise a ValueError that says which part was not found."""
+    names = {module: name for name, module in hf_model.named_modules()}
+    # `get_decoder` is deeper where the head calls a part of the base (OPT's `model.decoder`), but some models have an
+    # output layer by that name (ModernBERT's).
+    candidates = [module for module in (hf_model.get_decoder(), hf_model.base_model) if module is not hf_model]
+    base = next((module for module in candidates if module is not None and _find_layer_lists(module)), None)
+    if base is None:
+        raise ValueError(
+            f"{type(hf_model).__name__}: no list of decoder layers below a head was found; a causal LM class is needed "
+            "(AutoModelForCausalLM gives one)."
+        )
+    embedding, head = hf_model.get_input_embeddings(), hf_model.get_output_embeddings()
+    if embedding is None or head is None:
+        missing = "input embedding" if embedding is None else "output head"
+        raise ValueError(f"{type(hf_model).__name__}: the model declares no {missing}, so it cannot be trained here.")
+    layer_lists = _find_layer_lists(base)
+    siblings = _siblings(base, layer_lists[0])
+    return Decoder(
+        base=names[base],
+        embedding=names[embedding],
+        layer_lists=tuple(names[layers] for layers in layer_lists),
+        layers=tuple(names[layer] for layers in layer_lists for layer in layers),
+        final_norm=_find_final_norm(siblings, layer_lists, names),
+        rotary=next((names[m] for m in siblings if "rotary" in type(m).__name__.lower()), None),
+        head=names[head],
+        embedding_is_tied=getattr(embedding, "weight", None) is getattr(head, "weight", embedding),
+        accepts_position_ids="position_ids" in inspect.signature(base.forward).parameters,
+    )
+
+
+def _find_layer_lists(base: nn.Module) -> list[nn.ModuleList]:
+    """Outermost ModuleLists of composite modules.
+
+    Lists of plain modules (gemma3n's projections are bare Linears) are no decoder layers, and neither is a list
+    inside a layer.
+    """
+    found: list[nn.ModuleList] = []
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) and all(any(item.children()) for item in child):
+                found.append(child)
+            else:
+                visit(child)
+
+    visit(base)
+    return found
+
+
+def _siblings(base: nn.Module, layers: nn.ModuleList) -> list[nn.Module]:
+    """The children of the module that owns the layer list (`model.decoder` in OPT), in registration order."""
+    owner = next(module for module in base.modules() if any(child is layers for child in module.children()))
+    return list(owner.children())
+
+
+def _find_final_norm(siblings: list[nn.Module], layer_lists: list[nn.ModuleList], names: dict) -> str | None:
+    """The first norm registered after the layers, or else the last before them (OPT registers its own early)."""
+    if len(layer_lists) > 1:
+        return None
+    position = siblings.index(layer_lists[0])
+    norms = [(index, module) for index, module in enumerate(siblings) if "norm" in type(module).__name__.lower()]
+    after = [module for index, module in norms if index > position]
+    before = [module for index, module in norms if index < position]
+    final = after[0] if after else before[-1] if before else None
+    return None if final is None else names[final]

@@ -1,0 +1,42 @@
+"""A sample of text from the model as it stands, sharded as it is: the last line of a training run."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from transformers_backend.model import HFTransformerModel
+
+
+@torch.no_grad()
+def sample_text(
+    model: HFTransformerModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    new_tokens: int,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> str:
+    """Continue `prompt` by up to `new_tokens` tokens; every rank calls it and gets the same text.
+
+    The model runs on a window of one fixed length, padded on the right (which a causal model does not see), so that
+    compiled layers meet one shape. It keeps no cache: this is a look at the model, not a server.
+    """
+    hf_model = model.hf_model
+    device = next(hf_model.parameters()).device
+    start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    window = torch.zeros(1, len(start) + new_tokens, dtype=torch.int64, device=device)
+    window[0, : len(start)] = torch.tensor(start)
+    generator = torch.Generator().manual_seed(seed)  # the same on every rank, and on the CPU everywhere
+    hf_model.eval()
+    length = len(start)
+    while length < window.shape[1]:
+        logits = hf_model(input_ids=window, use_cache=False).logits[0, length - 1].float().cpu()
+        token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).item()
+        if token == tokenizer.eos_token_id:
+            break
+        window[0, length] = token
+        length += 1
+    hf_model.train()
+    return tokenizer.decode(window[0, :length].tolist())

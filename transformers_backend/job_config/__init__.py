@@ -1,0 +1,40 @@
+"""The job config: what a TOML file and a command line can say, checked before anything else happens.
+
+Reading order: `sections.py` and `run_sections.py` (every key with its meaning and rules), `config.py` (JobConfig, rules
+that span sections), `load.py` (TOML and command line to JobConfig). `rules.py`, `values.py`, `help.py` and
+`torchtitan.py` serve them.
+"""
+
+from transformers_backend.job_config.config import JobConfig, validate
+from transformers_backend.job_config.load import load_job_config
+from transformers_backend.job_config.run_sections import Comm, Debug, Metrics, Profiling
+from transformers_backend.job_config.sections import (
+    Checkpoint,
+    HFTransformers,
+    Job,
+    LRScheduler,
+    Model,
+    Optimizer,
+    TextSource,
+    Training,
+    Validation,
+)
+
+__all__ = [
+    "Checkpoint",
+    "Comm",
+    "Debug",
+    "HFTransformers",
+    "Job",
+    "JobConfig",
+    "LRScheduler",
+    "Metrics",
+    "Model",
+    "Optimizer",
+    "Profiling",
+    "TextSource",
+    "Training",
+    "Validation",
+    "load_job_config",
+    "validate",
+]

@@ -1,0 +1,135 @@
+"""JobConfig: all sections of a run together, the rules that span them, and the resolved config as TOML.
+
+The trainer calls `validate` before any process group or download starts; leaf functions below it take flat values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig, check
+from transformers_backend.job_config.run_sections import Comm, Debug, Metrics, Profiling
+from transformers_backend.job_config.sections import (
+    Checkpoint,
+    HFTransformers,
+    Job,
+    LRScheduler,
+    Model,
+    Optimizer,
+    Training,
+    Validation,
+)
+from transformers_backend.job_config.values import field_types, to_toml, type_problems
+
+
+@dataclass
+class JobConfig:
+    """Everything that a run is told. The constructor checks nothing, so that fields can be set one by one."""
+
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    hf_transformers: HFTransformers = field(default_factory=HFTransformers)
+    training: Training = field(default_factory=Training)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    validation: Validation = field(default_factory=Validation)
+    metrics: Metrics = field(default_factory=Metrics)
+    profiling: Profiling = field(default_factory=Profiling)
+    comm: Comm = field(default_factory=Comm)
+    debug: Debug = field(default_factory=Debug)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        return dataclasses.asdict(self)
+
+    def to_toml(self) -> str:
+        """Return the config as the text of a TOML file that loads to an equal config; keys that are None are left
+        out, because None is always the default."""
+        return "\n".join(
+            f"[{name}]\n" + "".join(f"{key} = {to_toml(value)}\n" for key, value in keys.items() if value is not None)
+            for name, keys in self.to_dict().items()
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_toml()` to a file, whose folder is created."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(self.to_toml(), encoding="utf-8")
+
+
+def validate(config: JobConfig, *, world_size: int | None) -> None:
+    """Raise one ValueError that lists every problem of a config.
+
+    `world_size` is the number of ranks; None, where it is not known yet, leaves out the rules that need it.
+    """
+    check(find_problems(config, world_size))
+
+
+def find_problems(config: JobConfig, world_size: int | None = None) -> list[str]:
+    found, sound = [], set()
+    for name, kind in field_types(JobConfig).items():
+        section = getattr(config, name)
+        if not isinstance(section, kind):
+            found.append(f"{name} = {section!r}: must be a {kind.__name__}.")
+            continue
+        problems = type_problems(name, section) or section.problems()
+        found += problems
+        if not problems:
+            sound.add(name)
+    if {"hf_transformers", "model"} <= sound:
+        found += _tokenizer_problems(config)
+    if world_size is not None and {"parallelism", "training"} <= sound:
+        found += _mesh_problems(config.parallelism, world_size) or _batch_problems(config, world_size)
+    return found
+
+
+def _tokenizer_problems(config: JobConfig) -> list[str]:
+    if config.hf_transformers.model is not None or config.model.hf_assets_path is not None:
+        return []
+    return [
+        f'model.hf_assets_path is missing: hf_transformers.model_type = "{config.hf_transformers.model_type}" brings '
+        'no tokenizer; name a folder or hub id that has one, or "byt5" for byte-level tokens without a download.'
+    ]
+
+
+def _mesh_problems(parallelism: ParallelismConfig, world_size: int) -> list[str]:
+    fixed = _degrees_beside_sharding(parallelism)
+    shard = parallelism.data_parallel_shard_degree
+    if shard == -1 and world_size % fixed:
+        return [
+            f"parallelism: the degrees other than data_parallel_shard_degree multiply to {fixed}, which must divide "
+            f"the number of ranks, {world_size}; change them or the number of ranks."
+        ]
+    if shard != -1 and fixed * shard != world_size:
+        return [
+            f"parallelism: the degrees multiply to {fixed * shard}, which must equal the number of ranks, "
+            f"{world_size}; set data_parallel_shard_degree = -1 to shard over the rest of them."
+        ]
+    return []
+
+
+def _batch_problems(config: JobConfig, world_size: int) -> list[str]:
+    parallelism, training = config.parallelism, config.training
+    beside = parallelism.tensor_parallel_degree * parallelism.context_parallel_degree
+    data_ranks = world_size // (beside * parallelism.pipeline_parallel_degree)
+    per_forward = training.local_batch_size * data_ranks
+    if training.global_batch_size == -1 or training.global_batch_size % per_forward == 0:
+        return []
+    return [
+        f"training.global_batch_size = {training.global_batch_size}: must be a multiple of local_batch_size x "
+        f"data-parallel ranks = {training.local_batch_size} x {data_ranks}; change it, or set -1 for no accumulation."
+    ]
+
+
+def _degrees_beside_sharding(parallelism: ParallelismConfig) -> int:
+    return (
+        parallelism.data_parallel_replicate_degree
+        * parallelism.tensor_parallel_degree
+        * parallelism.pipeline_parallel_degree
+        * parallelism.context_parallel_degree
+    )

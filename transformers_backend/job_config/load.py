@@ -1,0 +1,196 @@
+"""From a TOML file and a command line to a checked JobConfig: defaults < TOML < command line.
+
+Both sources become one nested table {section: {key: value}}, which is laid over the defaults. Problems of reading and
+of validation are raised together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from parallelize.config import check
+from transformers_backend.job_config.config import JobConfig, find_problems
+from transformers_backend.job_config.help import help_text
+from transformers_backend.job_config.torchtitan import ALIASES, is_ignored, refusal
+from transformers_backend.job_config.values import (
+    convert,
+    describe_type,
+    field_types,
+    parse_text,
+    toml_reader,
+)
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONFIG_FILE = Path(__file__).parents[2] / "train_configs" / "default.toml"
+
+
+def load_job_config(argv: list[str] | None = None) -> JobConfig:
+    """Return the resolved config of `[CONFIG.toml] [--section.key value ...]`, by default of this process's arguments.
+
+    Without a TOML file it is `train_configs/default.toml`. `--help` prints all keys and exits. Raises one ValueError
+    that lists every problem; torchtitan keys without meaning here are warned about.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        raise SystemExit(0)
+    config_files, assignments, problems = _read_command_line(argv)
+    if len(config_files) > 1:
+        problems.append(f"{len(config_files)} TOML files, {', '.join(config_files)}: name one.")
+    table = _read_file(Path(config_files[0]) if config_files else DEFAULT_CONFIG_FILE)
+    for path, value in assignments:
+        _assign(table, path, value)
+    config = JobConfig()
+    problems += _fill(config, table)
+    check(problems + find_problems(config))
+    _warn_about_short_run(config)
+    return config
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    toml = toml_reader()
+    try:
+        return toml.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        problem = (
+            f"{path}: cannot be read ({error.strerror}); name a TOML file such as those in train_configs/. An option "
+            "takes one value, a list is a,b."
+        )
+    except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
+        problem = f"{path}: not valid TOML: {error}; correct it there."
+    raise ValueError(problem)
+
+
+def _read_command_line(argv: list[str]) -> tuple[list[str], list[tuple[tuple[str, ...], Any]], list[str]]:
+    """Return the TOML files named, the (path, value) assignments in order, and the problems."""
+    config_files: list[str] = []
+    assignments: list[tuple[tuple[str, ...], Any]] = []
+    problems: list[str] = []
+    tokens = deque(argv)
+    while tokens:
+        token = tokens.popleft()
+        if not token.startswith("--"):
+            config_files.append(token)
+            continue
+        name, equals, text = token[2:].partition("=")
+        path = tuple(name.split("."))
+        kind = str if name == "job.config_file" else _type_at(path)
+        positive = _positive_form(path)
+        if positive and not equals:
+            path, value = positive, False
+        elif equals or _value_follows(tokens, kind):
+            text = text if equals else tokens.popleft()
+            value = parse_text(text, kind)
+        elif kind in (bool, None):
+            value = True
+        else:
+            problems.append(f"--{name}: needs a value, {describe_type(kind)}.")
+            continue
+        if name == "job.config_file":
+            config_files.append(value)
+        elif len(path) < 2:
+            problems.append(_unknown(name, "--"))
+        else:
+            assignments.append((path, value))
+    return config_files, assignments, problems
+
+
+def _type_at(path: tuple[str, ...]) -> Any:
+    """The type of the key at a path; None for one that is not ours, or that lies inside a table."""
+    sections = field_types(JobConfig)
+    return field_types(sections[path[0]]).get(path[1]) if len(path) == 2 and path[0] in sections else None
+
+
+def _positive_form(path: tuple[str, ...]) -> tuple[str, str] | None:
+    """`section.no_key` as (section, key), where that is a boolean or an ignored key."""
+    if len(path) != 2 or not path[1].startswith("no_"):
+        return None
+    section, key = path[0], path[1][len("no_") :]
+    return (section, key) if _type_at((section, key)) is bool or is_ignored(section, key) else None
+
+
+def _value_follows(tokens: deque[str], kind: Any) -> bool:
+    """Whether the next token is an option's value; for a boolean only true and false are."""
+    if not tokens or tokens[0].startswith("--"):
+        return False
+    return kind is not bool or tokens[0].lower() in ("true", "false")
+
+
+def _assign(table: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        if not isinstance(table.get(key), dict):
+            table[key] = {}
+        table = table[key]
+    table[path[-1]] = value
+
+
+def _fill(config: JobConfig, table: dict[str, Any]) -> list[str]:
+    """Set what a table says on a config, and return the problems of its names; values are validated later."""
+    problems = []
+    for section, content in table.items():
+        if section in field_types(JobConfig) and isinstance(content, dict):
+            for key, value in content.items():
+                problems += _set(config, section, key, value)
+        elif section in field_types(JobConfig):
+            problems.append(f"{section} = {content!r}: must be a table of keys, [{section}].")
+        else:
+            problems += _set_foreign(section, None, content)
+    return problems
+
+
+def _set(config: JobConfig, section: str, key: str, value: Any) -> list[str]:
+    target = getattr(config, section)
+    kinds = field_types(type(target))
+    if key in kinds:
+        setattr(target, key, convert(value, kinds[key]))
+        return []
+    alias = ALIASES.get((section, key))
+    if alias is None:
+        return _set_foreign(section, key, value)
+    logger.warning("%s.%s is deprecated in torchtitan; read as %s.%s.", section, key, section, alias)
+    if getattr(target, alias) is None:
+        setattr(target, alias, value)
+    return []
+
+
+def _set_foreign(section: str, key: str | None, value: Any) -> list[str]:
+    """Warn about a torchtitan key that has no meaning here, or return the problem of any other."""
+    names = list(_leaf_names(section if key is None else f"{section}.{key}", value))
+    if not is_ignored(section, key or ""):
+        return [_unknown(name) for name in names]
+    problem = refusal(section, key or "", value)
+    if problem:
+        return [problem]
+    for name in names:
+        logger.warning("%s is a torchtitan key without meaning here; ignored.", name)
+    return []
+
+
+def _leaf_names(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaf_names(f"{name}.{key}", item)
+    else:
+        yield name
+
+
+def _unknown(name: str, prefix: str = "") -> str:
+    """The sentence for an unknown key: the same key of another section is nearest, else the most similar name."""
+    known = [f"{section}.{key}" for section, kind in field_types(JobConfig).items() for key in field_types(kind)]
+    last = name.rpartition(".")[2]
+    elsewhere = [key for key in known if key.endswith(f".{last}")]
+    (nearest,) = difflib.get_close_matches(name, elsewhere or known, n=1, cutoff=0.0)
+    return f"{prefix}{name}: unknown key; the nearest is {prefix}{nearest}. Correct or remove it."
+
+
+def _warn_about_short_run(config: JobConfig) -> None:
+    warmup, steps = config.lr_scheduler.warmup_steps, config.training.steps
+    if config.lr_scheduler.total_steps is None and warmup > steps:
+        logger.warning("lr_scheduler.warmup_steps = %d: the run's %d steps all lie in the warm-up.", warmup, steps)

@@ -1,0 +1,341 @@
+"""The sections of a job's TOML file: every key with its type, default, meaning and rules.
+
+First stop of a run: TOML and command line fill these dataclasses (`load.py`), everything below reads them. Names and
+meanings follow torchtitan v0.2.2 wherever a field means the same; `[metrics]`, `[profiling]`, `[comm]` and `[debug]`
+stand in `run_sections.py`; `[parallelism]`, `[activation_checkpoint]` and `[compile]` in `parallelize/config.py`.
+
+The string under a field is its help text. `problems()` returns every violated rule as a sentence; it is called on
+sections whose value types are right, and constructors check nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers_backend.job_config.rules import (
+    below_minimum,
+    empty_strings,
+    model_source_problems,
+    model_type_problems,
+    source_problems,
+)
+
+
+@dataclass
+class Job:
+    dump_folder: str = "./outputs"
+    """Folder that everything a run writes goes to: metrics, checkpoints, traces and the resolved config."""
+
+    description: str = ""
+    """Free text that is printed at the start and kept with the resolved config."""
+
+    print_config: bool = False
+    """Print the resolved config at the start."""
+
+    sample_prompt: str = ""
+    """A prompt that the trained model continues at the end of the run. "" means no sample."""
+
+    sample_tokens: int = 200
+    """Number of tokens that the sample continues the prompt by."""
+
+    def problems(self) -> list[str]:
+        return [*empty_strings("job", self, "dump_folder"), *below_minimum("job", self, sample_tokens=1)]
+
+
+@dataclass
+class Model:
+    hf_assets_path: str | None = None
+    """Folder or hub id that the tokenizer is read from, or "byt5" for the byte-level ByT5Tokenizer, which needs no
+    files. none means the same place as hf_transformers.model."""
+
+    def problems(self) -> list[str]:
+        if self.hf_assets_path is None:
+            return []
+        return source_problems("model.hf_assets_path", self.hf_assets_path)
+
+
+@dataclass
+class HFTransformers:
+    model: str | None = None
+    """Hub id or local folder of the model, e.g. "Qwen/Qwen3-0.6B"."""
+
+    model_type: str | None = None
+    """A Transformers model type, e.g. "llama", built from its default config and config_overrides without any
+    download. Takes the place of model."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository of model. none means its main branch."""
+
+    trust_remote_code: bool = False
+    """Run model code that the hub repository brings along. Leave it false for models that Transformers knows."""
+
+    config_overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of the Hugging Face config to change, e.g. {num_hidden_layers = 4}; printed at the start. The string
+    "none" stands for None, which TOML cannot say."""
+
+    init: Literal["pretrained", "scratch"] | None = None
+    """Where weights come from: "pretrained" safetensors, or "scratch", the model's own random initialisation. none
+    means pretrained with model and scratch with model_type."""
+
+    attn_implementation: str | None = None
+    """Transformers' attention function, e.g. "sdpa", "eager" or "flash_attention_2". none means its own choice."""
+
+    def problems(self) -> list[str]:
+        if self.model is None and self.model_type is None:
+            return [
+                "hf_transformers.model is missing: name a hub id or a local folder, or set hf_transformers.model_type "
+                "to build a type from scratch."
+            ]
+        if self.model is not None and self.model_type is not None:
+            return [
+                f'hf_transformers.model = "{self.model}" and hf_transformers.model_type = "{self.model_type}": exactly '
+                "one of them names the model; unset the other (the default run sets model_type, so give a TOML file "
+                "of your own, or --hf_transformers.model_type none --hf_transformers.config_overrides {})."
+            ]
+        if self.model is not None:
+            return model_source_problems("hf_transformers.model", self.model)
+        found = model_type_problems(self.model_type)
+        if self.init == "pretrained":
+            found.append(
+                'hf_transformers.init = "pretrained": a model_type has no weights to load; set init to "scratch", or '
+                "name a checkpoint with hf_transformers.model."
+            )
+        return found
+
+
+@dataclass
+class TextSource:
+    """The keys that name a text data set, shared by `[training]` and `[validation]`."""
+
+    dataset: str = "python_stdlib"
+    """The text: "python_stdlib" (the Python standard library's own source, no download), a registered data set, or a
+    hub id."""
+
+    dataset_path: str | None = None
+    """Local text file, or folder of them, that is read in place of dataset. none means dataset is used."""
+
+    dataset_name: str | None = None
+    """Name of the data set's configuration on the hub, e.g. "wikitext-103-raw-v1". none means its only one."""
+
+    dataset_split: str = "train"
+    """Split of the data set."""
+
+    dataset_revision: str | None = None
+    """Branch, tag or commit of the data set's hub repository. none means its main branch."""
+
+    text_column: str = "text"
+    """Column of the data set that holds the text."""
+
+    def text_problems(self, section: str) -> list[str]:
+        found = empty_strings(section, self, "dataset", "dataset_split", "text_column")
+        if self.dataset_path is not None and not Path(self.dataset_path).exists():
+            found.append(
+                f'{section}.dataset_path = "{self.dataset_path}": no such file or folder from {Path.cwd()}; correct '
+                f"the path, or leave it out to read {section}.dataset."
+            )
+        return found
+
+
+@dataclass
+class Training(TextSource):
+    local_batch_size: int = 8
+    """Sequences per data-parallel rank in one forward and backward."""
+
+    global_batch_size: int = -1
+    """Sequences per optimizer step over all ranks; more than one forward's worth is accumulated. -1 means
+    local_batch_size times the data-parallel degree."""
+
+    seq_len: int = 2048
+    """Tokens per training sequence."""
+
+    max_norm: float = 1.0
+    """Largest norm of all gradients together; larger ones are scaled down to it. inf means no clipping."""
+
+    steps: int = 10000
+    """Number of optimizer steps of the run."""
+
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    """Type that parameters and optimizer state are kept and updated in."""
+
+    mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type that layers compute in. "auto" means bfloat16 on CUDA and on CPUs with native bfloat16 dot products, else
+    float32."""
+
+    mixed_precision_reduce: Literal["float32"] = "float32"
+    """Type that gradients are summed over ranks in."""
+
+    enable_cpu_offload: bool = False
+    """Keep sharded parameters, gradients and optimizer state in host memory, and update them there."""
+
+    gc_freq: int = 50
+    """Steps between Python garbage collections, which then happen on all ranks at once."""
+
+    def problems(self) -> list[str]:
+        found = self.text_problems("training")
+        found += below_minimum("training", self, local_batch_size=1, seq_len=1, steps=1, gc_freq=1)
+        if not self.max_norm > 0:
+            found.append(f"training.max_norm = {self.max_norm}: must be above 0; inf turns clipping off.")
+        if self.global_batch_size < 1 and self.global_batch_size != -1:
+            found.append(
+                f"training.global_batch_size = {self.global_batch_size}: must be at least 1, or -1 for no accumulation."
+            )
+        elif (
+            self.global_batch_size > 0 and self.local_batch_size > 0 and self.global_batch_size % self.local_batch_size
+        ):
+            found.append(
+                f"training.global_batch_size = {self.global_batch_size}: must be a multiple of "
+                f"training.local_batch_size = {self.local_batch_size}; change one of them."
+            )
+        return found
+
+
+@dataclass
+class Optimizer:
+    name: Literal["AdamW", "Muon"] = "AdamW"
+    """The optimizer: "AdamW", or "Muon" for the matrices of the layers with AdamW for everything else."""
+
+    lr: float = 8e-4
+    """Peak learning rate."""
+
+    beta1: float = 0.9
+    """Decay of the running mean of gradients (Muon: its momentum)."""
+
+    beta2: float = 0.95
+    """Decay of the running mean of squared gradients."""
+
+    eps: float = 1e-8
+    """Added to the denominator of the update."""
+
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms and biases have none."""
+
+    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
+    """How AdamW runs: "fused" (one kernel, where the device has one), "foreach" (several tensors at once) or
+    "for-loop" (one tensor at a time)."""
+
+    def problems(self) -> list[str]:
+        found = below_minimum("optimizer", self, lr=0, weight_decay=0)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"optimizer.{name} = {getattr(self, name)}: must be in [0, 1), e.g. 0.9.")
+        if not self.eps > 0:
+            found.append(f"optimizer.eps = {self.eps}: must be above 0, e.g. 1e-8.")
+        return found
+
+
+@dataclass
+class LRScheduler:
+    warmup_steps: int = 200
+    """Steps over which the learning rate rises linearly from 0. A run with fewer steps ends on the way up."""
+
+    total_steps: int | None = None
+    """Steps that the schedule is drawn for. none means training.steps; set it to try the first steps of a longer
+    run."""
+
+    decay_ratio: float | None = None
+    """Last part of the total steps in which the learning rate decays, 0 to 1, after a stable phase. none means it
+    decays right from the end of the warm-up."""
+
+    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
+    """Shape of the decay: "linear", "sqrt" (1 - square root) or "cosine"."""
+
+    min_lr_factor: float = 0.0
+    """Learning rate at the end of the decay, as a part of optimizer.lr, 0 to 1."""
+
+    def problems(self) -> list[str]:
+        found = below_minimum("lr_scheduler", self, warmup_steps=0)
+        if self.total_steps is not None:
+            found += below_minimum("lr_scheduler", self, total_steps=1)
+            if self.warmup_steps > self.total_steps:
+                found.append(
+                    f"lr_scheduler.warmup_steps = {self.warmup_steps}: must be at most lr_scheduler.total_steps = "
+                    f"{self.total_steps}; change one of them."
+                )
+        for name in ("decay_ratio", "min_lr_factor"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                found.append(f"lr_scheduler.{name} = {value}: must be in [0, 1], e.g. 0.1.")
+        return found
+
+
+@dataclass
+class Checkpoint:
+    enable: bool = False
+    """Save checkpoints, and resume from the folder where it already holds some."""
+
+    folder: str = "checkpoint"
+    """Folder of the checkpoints, inside job.dump_folder."""
+
+    interval: int = 500
+    """Steps between checkpoints."""
+
+    keep_latest_k: int = 10
+    """Number of checkpoints that are kept, at least 2; older ones are deleted. 0 means all."""
+
+    load_step: int = -1
+    """Step of the checkpoint to resume from. -1 means the latest."""
+
+    last_save_model_only: bool = True
+    """At the end of the run save the model alone, without the optimizer state that a resume needs."""
+
+    last_save_in_hf: bool = False
+    """At the end of the run save safetensors that from_pretrained loads, with config and tokenizer."""
+
+    export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+    """Type of the weights in a model-only last save."""
+
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """"disabled" holds the run until a checkpoint is written. Saving beside training is not available yet."""
+
+    def problems(self) -> list[str]:
+        found = [*empty_strings("checkpoint", self, "folder"), *below_minimum("checkpoint", self, interval=1)]
+        if self.keep_latest_k < 0 or self.keep_latest_k == 1:
+            found.append(
+                f"checkpoint.keep_latest_k = {self.keep_latest_k}: must be 0 (all) or at least 2, because the newest "
+                "one may still be incomplete."
+            )
+        if self.async_mode != "disabled":
+            found.append(
+                f'checkpoint.async_mode = "{self.async_mode}": saving beside training is not available yet; set it to '
+                '"disabled".'
+            )
+        if self.load_step < -1:
+            found.append(f"checkpoint.load_step = {self.load_step}: must be at least 0, or -1 for the latest.")
+        if self.last_save_in_hf and not self.enable:
+            found.append("checkpoint.last_save_in_hf = true: nothing is saved unless checkpoint.enable = true; set it.")
+        if self.last_save_in_hf and not self.last_save_model_only:
+            found.append(
+                "checkpoint.last_save_in_hf = true: safetensors hold the model alone; set "
+                "checkpoint.last_save_model_only = true."
+            )
+        return found
+
+
+@dataclass
+class Validation(TextSource):
+    enable: bool = False
+    """Measure the loss on held-out text during the run."""
+
+    dataset_split: str = "validation"
+    """Split of the data set."""
+
+    local_batch_size: int = 8
+    """Sequences per data-parallel rank in one forward."""
+
+    seq_len: int = 2048
+    """Tokens per sequence."""
+
+    freq: int = 10
+    """Training steps between two validations."""
+
+    steps: int = -1
+    """Batches per validation. -1 means all of the data."""
+
+    def problems(self) -> list[str]:
+        found = self.text_problems("validation") if self.enable else []
+        found += below_minimum("validation", self, local_batch_size=1, seq_len=1, freq=1)
+        if self.steps < 1 and self.steps != -1:
+            found.append(f"validation.steps = {self.steps}: must be at least 1, or -1 for all of the data.")
+        return found

@@ -1,0 +1,316 @@
+"""The wrapper around an unmodified Transformers causal LM: build, parallelise, train, export.
+
+    model_args = HFTransformerModelArgs().update_from_config(job_config)   # what to build; reads only the HF config
+    model = HFTransformerModel(model_args)                                 # on the meta device: no memory yet
+    model.parallelize(ParallelismConfig(...))                              # shards, allocates, initialises or loads
+    loss = model.forward_backward(input_ids, labels)
+
+or around a model that the user already has: `HFTransformerModel.wrap(hf_model)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from parallelize.config import ActivationCheckpointConfig, CompileConfig, KernelConfig, ParallelismConfig, check
+from parallelize.distributed import gather_objects, pick_device, sum_over
+from parallelize.grad_norm import clip_grad_norm_
+from parallelize.model import parallelize_model
+from parallelize.parallel_dims import ParallelDims
+from transformers_backend.decoder import describe_decoder
+from transformers_backend.loss import count_targets, install_loss, shift_labels
+from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
+from transformers_backend.proof import prove, why_not_compile
+from transformers_backend.weights import (
+    DEFAULT_FILE_SIZE,
+    allocate,
+    init_buffers,
+    init_weights,
+    load_hf_weights,
+    named_tensors,
+    save_hf_weights,
+)
+
+__all__ = ["HFTransformerModel", "HFTransformerModelArgs"]
+
+logger = logging.getLogger(__name__)
+
+
+class HFTransformerModel:
+    """A Transformers causal LM that trains on a mesh; `hf_model` is the Transformers model itself.
+
+    Parameter names are Transformers' own throughout. Without `.parallelize` it trains on one device.
+    """
+
+    def __init__(self, model_args: HFTransformerModelArgs) -> None:
+        """Build the model described by `model_args` on the meta device; nothing is downloaded but its config."""
+        hf_config, model_class = model_args.resolve()
+        self._set_up(build_on_meta(hf_config, model_class, model_args), model_args)
+
+    @classmethod
+    def wrap(cls, hf_model: PreTrainedModel) -> HFTransformerModel:
+        """Wrap a model that was loaded or built with Transformers. Changes nothing until it is parallelised."""
+        model = cls.__new__(cls)
+        model._set_up(hf_model, HFTransformerModelArgs(attn_implementation=hf_model.config._attn_implementation))
+        return model
+
+    @classmethod
+    def from_pretrained(cls, name: str, **model_args) -> HFTransformerModel:
+        """A model of a hub id or folder, on the meta device until `.parallelize` or the first step loads its weights.
+
+        model_args: further fields of `HFTransformerModelArgs` (revision, config_overrides, dtype ...).
+        """
+        return cls(HFTransformerModelArgs(model=name, **model_args))
+
+    def _set_up(self, hf_model: PreTrainedModel, model_args: HFTransformerModelArgs) -> None:
+        self.hf_model = hf_model
+        self.model_class = type(hf_model)  # FSDP2 gives the instance a class of its own later
+        self.model_args = model_args
+        self.decoder = describe_decoder(hf_model)
+        self.dims = ParallelDims(pp=1, dp_replicate=1, dp_shard=1, cp=1, tp=1)
+        self.mesh = None
+        self._ready = False
+
+    # -- placing the model on devices ---------------------------------------------------------------------------
+
+    def parallelize(
+        self,
+        parallelism: ParallelismConfig,
+        *,
+        activation_checkpoint: ActivationCheckpointConfig | None = None,
+        compile: CompileConfig | None = None,
+        kernels: KernelConfig | None = None,
+        param_dtype: torch.dtype | None = None,
+        cpu_offload: bool = False,
+        seed: int = 0,
+    ) -> HFTransformerModel:
+        """Shard the model over the initialised process group, in place, then allocate and fill what is still meta.
+
+        param_dtype: dtype of the computation (bfloat16 for mixed precision: gradients are then reduced, and weights
+        kept and updated, in the parameters' own dtype, fp32 by default). None computes in the parameters' dtype.
+        cpu_offload: keep shards and optimizer state in host memory. seed: of the initial weights, where they are not
+        loaded. Raises a ValueError that lists every bad value.
+        """
+        assert not self._ready, "parallelize comes once, before the first step"
+        activation_checkpoint = activation_checkpoint or ActivationCheckpointConfig()
+        compile = compile or CompileConfig()
+        check([*parallelism.problems(), *activation_checkpoint.problems(), *compile.problems()])
+        if not dist.is_initialized():
+            raise ValueError("parallelize needs an initialised process group: torch.distributed.init_process_group().")
+        device = pick_device()
+        self.dims = ParallelDims.resolve(parallelism, dist.get_world_size())
+        self.mesh = self.dims.build_mesh(device.type)
+        compile = self._without_wrong_compilation(compile, device)
+        self._install_loss(compile)
+        layers = [self.hf_model.get_submodule(name) for name in self.decoder.layers]
+        embedding = [] if self.decoder.embedding_is_tied else [self.hf_model.get_submodule(self.decoder.embedding)]
+        parallelize_model(
+            self.hf_model,
+            layers=layers,
+            separate_units=embedding,
+            mesh=self.mesh,
+            parallelism=parallelism,
+            activation_checkpoint=activation_checkpoint,
+            compile=compile,
+            param_dtype=param_dtype,
+            cpu_offload=cpu_offload,
+        )
+        self._fill(torch.device("cpu") if cpu_offload else device, seed)
+        return self
+
+    def _install_loss(self, compile: CompileConfig) -> None:
+        proof = prove(self.hf_model.config, self.model_class, self.model_args.attn_implementation)
+        if proof.full_loss_because is not None:
+            logger.warning("The loss holds the full logits in memory: %s", proof.full_loss_because)
+        backend = compile.backend if compile.enable and "loss" in compile.components else None
+        install_loss(
+            self.hf_model, self.decoder, chunked=proof.full_loss_because is None, compile_backend=backend
+        )
+
+    def _without_wrong_compilation(self, compile: CompileConfig, device: torch.device) -> CompileConfig:
+        """`compile`, less "model" where the compiled layers of the twin do not compute what they should."""
+        if not (compile.enable and "model" in compile.components):
+            return compile
+        reason = why_not_compile(
+            self.hf_model.config, self.model_class, self.model_args.attn_implementation, compile.backend, device
+        )
+        if reason is None:
+            return compile
+        logger.warning("Layers are not compiled: %s", reason)
+        return dataclasses.replace(compile, components=[name for name in compile.components if name != "model"])
+
+    def _fill(self, device: torch.device, seed: int) -> None:
+        """Allocate a meta model on `device` and load or initialise its weights; a real model is left alone."""
+        self._ready = True
+        if not any(parameter.is_meta for parameter in self.hf_model.parameters()):
+            return
+        allocate(self.hf_model, device)
+        blueprint = self.blueprint
+        if self.model_args.init == "pretrained":
+            init_buffers(self.hf_model, blueprint, device=device)
+            load_hf_weights(self.hf_model, blueprint, self.model_args.model, revision=self.model_args.revision)
+        else:
+            init_weights(self.hf_model, blueprint, self.decoder, device=device, seed=seed)
+
+    def _make_ready(self) -> None:
+        """What `.parallelize` does, for one device: called by the first step of a model that was not parallelised."""
+        if not self._ready:
+            device = pick_device()
+            self._install_loss(CompileConfig())
+            self._fill(device, seed=0)
+        if not self.hf_model.training:
+            self.hf_model.train()
+
+    @functools.cached_property
+    def blueprint(self) -> PreTrainedModel:
+        """The same model, unsharded, on the meta device: Transformers' own idea of names, shapes and conversions."""
+        return build_on_meta(self.hf_model.config, self.model_class, self.model_args)
+
+    # -- one step -------------------------------------------------------------------------------------------------
+
+    def forward_backward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        position_ids: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Add the gradients of one (micro-)batch of this data-parallel rank and return the global mean loss.
+
+        input_ids, labels, position_ids: (batch, seq) int64; labels follow Transformers (aligned with the tokens, -100
+        ignored, shifted inside). num_items_in_batch: number of target tokens of the global batch, over all data ranks
+        and accumulation steps; None counts those of this call. Returns an fp32 scalar, the same on every rank; under
+        accumulation the losses of the micro-batches add up to the loss of the batch.
+        """
+        self._make_ready()
+        if num_items_in_batch is None:
+            num_items_in_batch = self.count_targets(labels)
+        loss = self._sum_loss(input_ids, labels, position_ids) / num_items_in_batch
+        loss.backward()
+        self._local_loss = loss.detach().clone()
+        return sum_over(loss.detach(), self._data_meshes)
+
+    @torch.no_grad()
+    def evaluate(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, *, position_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss (fp32) and number of target tokens of one batch over all data ranks, without dropout."""
+        self._make_ready()
+        self.hf_model.eval()
+        loss = self._sum_loss(input_ids, labels, position_ids)
+        self.hf_model.train()
+        return sum_over(loss, self._data_meshes), self.count_targets(labels)
+
+    def count_targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """Number of target tokens of this batch over all data ranks: labels that are not -100, after the shift."""
+        return sum_over(count_targets(labels), self._data_meshes)
+
+    def _sum_loss(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        for name, tensor in (("input_ids", input_ids), ("labels", labels), ("position_ids", position_ids)):
+            if tensor is not None and (tensor.shape != input_ids.shape or tensor.dim() != 2):
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}: input_ids, labels and position_ids must all be "
+                    f"(batch, seq); input_ids is {tuple(input_ids.shape)}."
+                )
+        inputs = {"input_ids": input_ids}
+        if position_ids is not None:
+            if not self.decoder.accepts_position_ids:
+                raise ValueError(
+                    f"position_ids: {self.model_class.__name__} has no notion of them (it derives positions from the "
+                    "order of the tokens). Leave them out."
+                )
+            inputs["position_ids"] = position_ids
+        return self.hf_model(**inputs, targets=shift_labels(labels))
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of the data this rank trains on: 0 <= data_rank < dims.data_parallel_size."""
+        if self.mesh is None:
+            return 0
+        return self.mesh.get_local_rank("dp_replicate") * self.dims.dp_shard + self.mesh.get_local_rank("dp_shard")
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.hf_model.get_submodule(self.decoder.embedding).weight.shape[0]
+
+    @property
+    def _data_meshes(self) -> list[DeviceMesh]:
+        return [] if self.mesh is None else [self.mesh["dp_replicate"], self.mesh["dp_shard"]]
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale all gradients so that their global 2-norm is at most `max_norm`; returns the norm before (fp32)."""
+        return clip_grad_norm_(list(self.hf_model.parameters()), max_norm)
+
+    def find_nonfinite(self) -> str:
+        """A sentence that names the ranks with a non-finite last loss, and the parameters with such gradients."""
+        gradients = {name: p.grad for name, p in self.hf_model.named_parameters() if p.grad is not None}
+        bad = [
+            name
+            for name, gradient in gradients.items()
+            if not (gradient.to_local() if isinstance(gradient, DTensor) else gradient).isfinite().all()
+        ]
+        reports = gather_objects((bool(self._local_loss.isfinite()), bad))
+        ranks = [rank for rank, (is_finite, _) in enumerate(reports) if not is_finite]
+        names = sorted({name for _, found in reports for name in found})
+        on_ranks = f"Non-finite loss on rank {', '.join(map(str, ranks))}" if ranks else "Finite loss on every rank"
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return f"{on_ranks}; non-finite gradients of {listed or 'no parameter'}."
+
+    # -- looking at and saving it ---------------------------------------------------------------------------------
+
+    def full_gradients(self) -> dict[str, torch.Tensor]:
+        """{Transformers parameter name: full gradient on the CPU} of parameters that have one, on every rank."""
+        return {
+            name: _full(parameter.grad)
+            for name, parameter in self.hf_model.named_parameters()
+            if parameter.grad is not None
+        }
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """{Transformers name: full CPU tensor} of parameters and persistent buffers, on every rank."""
+        self._make_ready()
+        return {name: _full(tensor) for name, tensor in named_tensors(self.hf_model).items()}
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype | None = None,
+        max_file_size: int = DEFAULT_FILE_SIZE,
+    ) -> None:
+        """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; every rank calls it.
+
+        dtype: cast weights to it; None keeps the parameters' own. max_file_size: bytes of one safetensors file.
+        """
+        self._make_ready()
+        is_main = not dist.is_initialized() or dist.get_rank() == 0
+        save_hf_weights(
+            self.hf_model,
+            self.blueprint,
+            self.decoder,
+            folder,
+            is_main=is_main,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            max_file_size=max_file_size,
+        )
+        if dist.is_initialized():
+            dist.barrier()  # the folder is whole when any rank returns
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", copy=True)

@@ -1,0 +1,350 @@
+"""The training loop. `train_step` is the whole algorithm; everything else sets up what it uses.
+
+Flow: JobConfig -> model on the meta device -> sharded, filled -> optimizer -> data -> steps -> metrics, checkpoints,
+export. A `Trainer` is made on every rank; without a process group it starts one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from parallelize.costs import peak_flops
+from parallelize.distributed import (
+    has_fast_bfloat16,
+    initialize,
+    pick_device,
+    set_timeout,
+    shutdown,
+)
+from transformers_backend.checkpoint import Checkpointer
+from transformers_backend.data import PackedBatches, build_batches, load_tokenizer
+from transformers_backend.flops import model_flops_per_token
+from transformers_backend.generate import sample_text
+from transformers_backend.job_config import JobConfig, validate
+from transformers_backend.metrics import MetricsLogger, setup_logging
+from transformers_backend.model import HFTransformerModel, HFTransformerModelArgs
+from transformers_backend.optimizer import build_optimizer, build_schedulers
+from transformers_backend.profiling import maybe_profile, maybe_record_memory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StepResult:
+    loss: torch.Tensor
+    """Global mean loss in nats a target token, fp32 scalar, the same on every rank."""
+    grad_norm: torch.Tensor
+    """Global gradient norm before clipping, fp32 scalar."""
+    lr: float
+    """Learning rate that the step used."""
+
+
+class Trainer:
+    """Trains the model of a job; `train()` runs it to the end, `train_step()` one optimizer step."""
+
+    def __init__(self, job_config: JobConfig) -> None:
+        self.job_config = config = job_config
+        self.device = pick_device()
+        self._owns_process_group = not dist.is_initialized()
+        if self._owns_process_group:
+            validate(config, world_size=None)
+            initialize(self.device, timeout_seconds=config.comm.init_timeout_seconds)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        setup_logging(self.rank)
+        validate(config, world_size=self.world_size)
+        self.dump_folder = Path(config.job.dump_folder)
+        if self.rank == 0:
+            self.dump_folder.mkdir(parents=True, exist_ok=True)
+            config.save(self.dump_folder / "config.toml")
+        torch.use_deterministic_algorithms(
+            config.debug.deterministic, warn_only=config.debug.deterministic_warn_only
+        )
+        self.model = self._build_model()
+        torch.manual_seed(config.debug.seed + 1 + self.model.data_rank)  # dropout: different on different data
+        self.tokenizer = load_tokenizer(
+            config.model.hf_assets_path or config.hf_transformers.model,
+            revision=config.hf_transformers.revision,
+            trust_remote_code=config.hf_transformers.trust_remote_code,
+        )
+        self.data = self._build_data(config.training, repeat=True)
+        self.validation_data = self._build_data(config.validation, repeat=False) if config.validation.enable else None
+        self._build_optimizers()
+        self.step = 0  # optimizer steps done
+        self.accumulation_steps = self._count_accumulation_steps()
+        self.flops_per_token = model_flops_per_token(
+            self.model.hf_model, self.model.decoder, config.training.seq_len
+        )
+        self.metrics = self._build_metrics()
+        self.checkpointer = Checkpointer(
+            self.dump_folder / config.checkpoint.folder,
+            model=self.model,
+            optimizers=self.optimizers,
+            schedulers=self.schedulers,
+            data=self.data,
+            data_rank=self.model.data_rank,
+            keep_latest_k=config.checkpoint.keep_latest_k,
+        )
+        self._describe()
+
+    # -- the run --------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Run (or resume) the job to its last step, with checkpoints, validation, export and the closing sample."""
+        config = self.job_config
+        if config.checkpoint.enable:
+            self.step = self.checkpointer.load(config.checkpoint.load_step)
+        gc.disable()  # ranks that collect garbage at different moments wait for each other; see training.gc_freq
+        tokens_since_log = 0
+        with self._profilers() as (profiler, memory_recorder):
+            while self.step < config.training.steps:
+                result = self.train_step()
+                tokens_since_log += self.tokens_per_step
+                if self.step == 1 or self.step % config.metrics.log_freq == 0 or self.step == config.training.steps:
+                    self._log(result, tokens_since_log)
+                    tokens_since_log = 0
+                self._after_step()
+                profiler.step()
+                memory_recorder.step()
+        gc.enable()
+        self._finish()
+
+    def train_step(self) -> StepResult:
+        """One optimizer step on the next global batch."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        micro_batches = [self._next_batch(self.data) for _ in range(self.accumulation_steps)]
+        targets = sum(self.model.count_targets(labels) for _, labels in micro_batches)
+        loss = torch.zeros((), device=self.device)
+        for input_ids, labels in micro_batches:
+            loss += self.model.forward_backward(input_ids, labels, num_items_in_batch=targets)
+        grad_norm = self.model.clip_grad_norm_(self.job_config.training.max_norm)
+        if self._is_finite(loss, grad_norm):
+            for optimizer in self.optimizers:
+                optimizer.step()
+        lr = self.schedulers[0].get_last_lr()[0]
+        for scheduler in self.schedulers:
+            scheduler.step()
+        self.step += 1
+        return StepResult(loss, grad_norm, lr)
+
+    def evaluate(self) -> float:
+        """Mean loss over the validation data (at most `validation.steps` batches a rank), nats a target token."""
+        assert self.validation_data is not None, "[validation] enable = false"
+        self.validation_data.reset()
+        start, loss, targets = time.perf_counter(), torch.zeros((), device=self.device), 0
+        for index, batch in enumerate(self.validation_data):
+            if index == self.job_config.validation.steps:
+                break
+            batch_loss, batch_targets = self.model.evaluate(*self._to_device(batch))
+            loss += batch_loss
+            targets += batch_targets
+        mean = (loss / targets).item()
+        self.metrics.log_validation(self.step, mean, int(targets), time.perf_counter() - start)
+        return mean
+
+    def close(self) -> None:
+        """Close files, and the process group if this trainer started it."""
+        self.metrics.close()
+        if self._owns_process_group:
+            shutdown()
+
+    # -- one step's helpers ---------------------------------------------------------------------------------------
+
+    def _next_batch(self, data: PackedBatches) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._to_device(next(data))
+
+    def _to_device(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return batch["input_ids"].to(self.device), batch["labels"].to(self.device)
+
+    def _is_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> bool:
+        """Whether the step may update weights; raises (or only warns) with step, rank and parameter if it may not."""
+        if math.isfinite(loss.item()) and math.isfinite(grad_norm.item()):
+            return True
+        message = (
+            f"step {self.step + 1}: loss {loss.item()}, gradient norm {grad_norm.item()}. {self.model.find_nonfinite()}"
+        )
+        if self.job_config.debug.skip_nonfinite_steps:
+            logger.warning("%s The step is skipped (debug.skip_nonfinite_steps).", message)
+            return False
+        raise FloatingPointError(
+            f"{message} The weights are those of step {self.step}. Lower optimizer.lr or training.max_norm, or set "
+            "debug.skip_nonfinite_steps to go on without such steps."
+        )
+
+    def _after_step(self) -> None:
+        config = self.job_config
+        if self.step == 1 and self._owns_process_group:
+            set_timeout(config.comm.train_timeout_seconds, self.model.mesh)
+        if self.validation_data is not None and self.step % config.validation.freq == 0:
+            self.evaluate()
+        if config.checkpoint.enable and self.step % config.checkpoint.interval == 0:
+            self.checkpointer.save(self.step)
+        if self.step % config.training.gc_freq == 0:
+            gc.collect(1)
+
+    def _log(self, result: StepResult, tokens: int) -> None:
+        self.metrics.log(
+            self.step,
+            loss=result.loss.item(),
+            grad_norm=result.grad_norm.item(),
+            lr=result.lr,
+            tokens=tokens,
+        )
+
+    def _finish(self) -> None:
+        config = self.job_config
+        last = self.dump_folder / config.checkpoint.folder / f"step-{self.step}"
+        if config.checkpoint.enable and not last.exists():
+            self.checkpointer.save(self.step)
+        if config.checkpoint.last_save_in_hf:
+            dtype = getattr(torch, config.checkpoint.export_dtype)
+            self.model.save_pretrained(f"{last}-hf", tokenizer=self.tokenizer, dtype=dtype)
+            logger.info("exported for from_pretrained: %s-hf", last)
+        if config.job.sample_prompt:
+            text = sample_text(
+                self.model, self.tokenizer, config.job.sample_prompt, new_tokens=config.job.sample_tokens
+            )
+            logger.info("sample of the trained model:\n%s", text)
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    def _build_model(self) -> HFTransformerModel:
+        config = self.job_config
+        model = HFTransformerModel(HFTransformerModelArgs().update_from_config(config))
+        return model.parallelize(
+            config.parallelism,
+            activation_checkpoint=config.activation_checkpoint,
+            compile=config.compile,
+            param_dtype=self._computation_dtype(),
+            cpu_offload=config.training.enable_cpu_offload,
+            seed=config.debug.seed,
+        )
+
+    def _computation_dtype(self) -> torch.dtype | None:
+        """training.mixed_precision_param, resolved; None where it is the parameters' own dtype."""
+        wanted = self.job_config.training.mixed_precision_param
+        if wanted == "auto":
+            wanted = "bfloat16" if has_fast_bfloat16(self.device) else "float32"
+        return None if wanted == self.job_config.training.dtype else getattr(torch, wanted)
+
+    def _build_data(self, section, *, repeat: bool) -> PackedBatches:
+        return build_batches(
+            dataset=section.dataset,
+            dataset_path=section.dataset_path,
+            dataset_name=section.dataset_name,
+            dataset_split=section.dataset_split,
+            dataset_revision=section.dataset_revision,
+            text_column=section.text_column,
+            tokenizer=self.tokenizer,
+            vocabulary_size=self.model.vocabulary_size,
+            seq_len=section.seq_len,
+            batch_size=section.local_batch_size,
+            data_rank=self.model.data_rank,
+            data_world_size=self.model.dims.data_parallel_size,
+            seed=self.job_config.debug.seed,
+            repeat=repeat,
+        )
+
+    def _build_optimizers(self) -> None:
+        optimizer, schedule = self.job_config.optimizer, self.job_config.lr_scheduler
+        hidden = tuple(f"{layer}." for layer in self.model.decoder.layers)
+        self.optimizers = build_optimizer(
+            self.model.hf_model.named_parameters(),
+            name=optimizer.name,
+            lr=optimizer.lr,
+            beta1=optimizer.beta1,
+            beta2=optimizer.beta2,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            implementation=optimizer.implementation,
+            matrix_names={name for name, _ in self.model.hf_model.named_parameters() if name.startswith(hidden)},
+        )
+        self.schedulers = build_schedulers(
+            self.optimizers,
+            warmup_steps=schedule.warmup_steps,
+            total_steps=schedule.total_steps or self.job_config.training.steps,
+            decay_ratio=schedule.decay_ratio,
+            decay_type=schedule.decay_type,
+            min_lr_factor=schedule.min_lr_factor,
+        )
+
+    def _count_accumulation_steps(self) -> int:
+        training = self.job_config.training
+        per_forward = training.local_batch_size * self.model.dims.data_parallel_size
+        return 1 if training.global_batch_size == -1 else training.global_batch_size // per_forward
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that all ranks together see in one optimizer step."""
+        training = self.job_config.training
+        sequences = training.local_batch_size * self.model.dims.data_parallel_size * self.accumulation_steps
+        return sequences * training.seq_len
+
+    def _build_metrics(self) -> MetricsLogger:
+        config = self.job_config
+        on_cuda = self.device.type == "cuda"
+        dtype = self._computation_dtype() or getattr(torch, config.training.dtype)
+        return MetricsLogger(
+            self.dump_folder,
+            is_main=self.rank == 0,
+            device=self.device,
+            flops_per_token=self.flops_per_token,
+            peak_flops_per_device=peak_flops(torch.cuda.get_device_name(self.device), dtype) if on_cuda else None,
+            world_size=self.world_size,
+            tensorboard_folder=(
+                self.dump_folder / config.metrics.save_tb_folder if config.metrics.enable_tensorboard else None
+            ),
+        )
+
+    @contextlib.contextmanager
+    def _profilers(self):
+        profiling = self.job_config.profiling
+        common = {"freq": profiling.profile_freq, "rank": self.rank, "first_step": self.step}
+        with (
+            maybe_profile(
+                enabled=profiling.enable_profiling,
+                folder=self.dump_folder / profiling.save_traces_folder,
+                active=profiling.profiler_active,
+                warmup=profiling.profiler_warmup,
+                **common,
+            ) as profiler,
+            maybe_record_memory(
+                enabled=profiling.enable_memory_snapshot,
+                folder=self.dump_folder / profiling.save_memory_snapshot_folder,
+                device=self.device,
+                **common,
+            ) as memory_recorder,
+        ):
+            yield profiler, memory_recorder
+
+    def _describe(self) -> None:
+        config, decoder, hf_model = self.job_config, self.model.decoder, self.model.hf_model
+        if config.job.print_config:
+            logger.info("resolved config:\n%s", config.to_toml())
+        parameters = sum(parameter.numel() for parameter in hf_model.parameters())
+        head = "tied to the embedding" if decoder.embedding_is_tied else "untied"
+        computes_in = self._computation_dtype() or getattr(torch, config.training.dtype)
+        logger.info(
+            "%s: %s parameters, %d layers at %s, head %s (%s)",
+            self.model.model_class.__name__, f"{parameters:,}", len(decoder.layers), ", ".join(decoder.layer_lists),
+            decoder.head, head,
+        )  # fmt: skip
+        logger.info(
+            "%d x %s, mesh %s; weights kept in %s, computation in %s",
+            self.world_size, self.device.type, self.model.dims or "of one rank", config.training.dtype,
+            str(computes_in).removeprefix("torch."),
+        )  # fmt: skip
+        logger.info(
+            "%s tokens a step: %d sequences of %d on each data rank, accumulated %d times; %.3g FLOPs a token",
+            f"{self.tokens_per_step:,}", config.training.local_batch_size, config.training.seq_len,
+            self.accumulation_steps, self.flops_per_token,
+        )  # fmt: skip

@@ -1,0 +1,215 @@
+"""The twin: the same architecture from the same config class, shrunken until it runs in milliseconds on a CPU.
+
+Whatever this project infers about a model (how to run its head chunk by chunk, which layers may be compiled, how
+it splits) is tried on the twin against plain Transformers before it is trusted on the real model. That replaces a
+list of supported models. `scripts/verify.sh` is the same thing as a command.
+
+Flow: HF config -> `twin_config` (pure arithmetic on the config's fields) -> `build_twin` (a seeded model).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+HIDDEN_SIZE = 64
+HEADS = 4
+HEAD_DIM = HIDDEN_SIZE // HEADS
+INTERMEDIATE_SIZE = 96
+VOCABULARY_SIZE = 260
+POSITIONS = 64
+WINDOW = 8  # shorter than the sequences that are tried, so that a wrong mask shows
+
+# Config fields by meaning, under every name that Transformers' causal LMs give them. Only fields that a config has
+# and that hold a positive integer are changed; everything else (biases, tying, scales, softcaps, rope type,
+# activation, norm epsilon ...) stays, because it is what makes the architecture.
+_SMALL_VALUES: dict[str, int] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_dim", "word_embed_proj_dim"), HIDDEN_SIZE),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), HEADS),
+    **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim"), HEAD_DIM),
+    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), HEAD_DIM // 2),
+    "qk_head_dim": HEAD_DIM + HEAD_DIM // 2,
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "dff", "ffn_hidden_size"), INTERMEDIATE_SIZE),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY_SIZE),
+    **dict.fromkeys(("n_positions", "n_ctx", "max_seq_len"), POSITIONS),
+    **dict.fromkeys(("sliding_window", "window_size", "local_attention", "keep_window_size"), WINDOW),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "laurel_rank", "hidden_size_per_layer_input"), HEAD_DIM),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "top_k_experts"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    "chunk_size": WINDOW,
+    "dim_model_base": HIDDEN_SIZE // 4,  # minicpm3 divides logits by hidden_size / dim_model_base
+    "block_multiple_of": 32,
+}
+# Fields whose None means "derive it", by a rule that some of the config classes only know for their default sizes.
+_DERIVED_WHEN_NONE: dict[str, int] = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS}
+_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
+# gpt_neo's ("global" | "local") list is derived from its `attention_types` and must not be passed beside it.
+_DERIVED_FIELDS = ("attention_layers", "head_dim_total")
+_LAYER_INDICES = ("full_attn_idxs",)  # lists of layer numbers rather than of one value a layer
+_MINIMUM_LAYERS = 2
+
+
+def twin_config(hf_config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a config of the same class with tiny sizes and every kind of layer kept.
+
+    Head structure is preserved: a model whose key/value heads equal its query heads keeps that, one with fewer
+    (grouped-query attention) has half as many, one with a single one (multi-query) keeps a single one.
+    """
+    fields = hf_config.to_dict()
+    kept_layers = _choose_layers(fields)
+    small = {key: _shrink(key, value) for key, value in fields.items() if key not in _DERIVED_FIELDS}
+    if "max_position_embeddings" in fields and not fields.get("rope_parameters"):
+        small["max_position_embeddings"] = POSITIONS  # a table of learned positions; rotary ones cost nothing
+    _shrink_key_value_heads(fields, small)
+    if fields.get("head_dim") and fields.get("head_dim") == fields.get("qk_rope_head_dim"):  # MLA: youtu
+        small["head_dim"] = small["qk_rope_head_dim"]
+    _select_layers(fields, small, kept_layers)
+    _shrink_rope(fields, small)
+    _clamp_token_ids(small)
+    for key in ("architectures", "transformers_version", "dtype", "model_type", "_name_or_path"):
+        small.pop(key, None)
+    return type(hf_config)(**small)
+
+
+def build_twin(
+    hf_config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Build the seeded twin of a model on the CPU, in evaluation mode's randomness-free form (dropout set to 0).
+
+    Weights that the architecture initialises to exactly 0 or 1 (biases, norm weights) are perturbed: a bias that is
+    dropped or a norm that is applied twice would otherwise go unnoticed.
+    """
+    config = twin_config(hf_config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        twin = model_class._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                if parameter.is_floating_point():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    for module in twin.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return twin.train()
+
+
+def _shrink(key: str, value: Any) -> Any:
+    if isinstance(value, dict) and "model_type" in value and key.endswith("_config"):  # a nested config (mpt)
+        return {k: _shrink(k, v) for k, v in value.items()}
+    if key in _SMALL_VALUES and _is_positive_integer(value):
+        return _SMALL_VALUES[key]
+    if key in _SMALL_VALUES and isinstance(value, list) and all(map(_is_positive_integer, value)):  # one a layer
+        return [_SMALL_VALUES[key]] * len(value)
+    if value is None and key in _DERIVED_WHEN_NONE:
+        return _DERIVED_WHEN_NONE[key]
+    if "dropout" in key or key in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
+        return 0.0 if isinstance(value, float) else value
+    return value
+
+
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _shrink_key_value_heads(fields: dict, small: dict) -> None:
+    heads = next((fields[key] for key in ("num_attention_heads", "n_head") if fields.get(key)), None)
+    for key in _KEY_VALUE_HEADS:
+        if fields.get(key) and heads:
+            small[key] = HEADS if fields[key] == heads else 1 if fields[key] == 1 else HEADS // 2
+
+
+def _choose_layers(fields: dict) -> list[int]:
+    """Indices of the layers that the twin keeps: the first of every kind, in order, and at least two.
+
+    A layer's kind is its entry in `layer_types`, whether it has settings of its own (gemma4's `per_layer_config`),
+    its other per-layer entries (smollm3's `no_rope_layers`), and whether it reuses an earlier layer's keys and
+    values (the last `num_kv_shared_layers`).
+    """
+    count = _layer_count(fields)
+    per_layer_lists = [
+        value
+        for key, value in fields.items()
+        if isinstance(value, list) and len(value) == count and key not in _LAYER_INDICES
+    ]
+    first_shared = count - (fields.get("num_kv_shared_layers") or 0)
+    kinds: dict[tuple, int] = {}
+    for index in range(count):
+        kind = (index >= first_shared, *(str(values[index]) for values in per_layer_lists))
+        kinds.setdefault(kind, index)
+    kept = sorted(kinds.values())
+    for index in range(count):
+        if len(kept) >= min(_MINIMUM_LAYERS, count):
+            break
+        if index not in kept:
+            kept = sorted([*kept, index])
+    return kept
+
+
+def _layer_count(fields: dict) -> int:
+    return next(fields[key] for key in _LAYER_COUNTS if isinstance(fields.get(key), int))
+
+
+def _select_layers(fields: dict, small: dict, kept: list[int]) -> None:
+    count = _layer_count(fields)
+    for key in _LAYER_COUNTS:
+        if fields.get(key) == count:
+            small[key] = len(kept)
+    for key, value in fields.items():
+        if isinstance(value, list) and len(value) == count and key in small:
+            small[key] = [small[key][index] for index in kept]
+    if fields.get("num_kv_shared_layers"):
+        small["num_kv_shared_layers"] = sum(i >= count - fields["num_kv_shared_layers"] for i in kept)
+    if fields.get("per_layer_config"):
+        small["per_layer_config"] = {
+            f"{new:02d}": {k: 2 * HEAD_DIM if k == "head_dim" else v for k, v in settings.items()}
+            for new, old in enumerate(kept)
+            if (settings := _settings_of_layer(fields["per_layer_config"], old))
+        }
+    if fields.get("attention_types"):  # gpt_neo: [[["global", "local"], repeats]]
+        small["attention_types"] = [[pattern, 1] for pattern, _ in fields["attention_types"]]
+        small["num_layers"] = sum(len(pattern) for pattern, _ in fields["attention_types"])
+    if "num_layers_per_stack" in fields:  # hrm_text: two stacks, each run several times
+        small["num_layers_per_stack"] = _MINIMUM_LAYERS
+    for key in _LAYER_INDICES:
+        if fields.get(key):
+            small[key] = [new for new, old in enumerate(kept) if old in fields[key]]
+
+
+def _settings_of_layer(per_layer_config: dict, index: int) -> dict | None:
+    return next((settings for key, settings in per_layer_config.items() if int(key) == index), None)
+
+
+def _shrink_rope(fields: dict, small: dict) -> None:
+    """Cut per-frequency lists (phi3's long and short factors) to the number of frequencies that the twin has."""
+    rope = fields.get("rope_parameters", fields.get("rope_scaling"))
+    if not isinstance(rope, dict):
+        return
+    if not rope:  # cohere_compass_text has no default, and only real checkpoints state theirs
+        default = {"rope_type": "default", "rope_theta": 10000.0}
+        small["rope_parameters"] = {kind: dict(default) for kind in set(fields["layer_types"])}
+        return
+    head_dim = small.get("qk_rope_head_dim") or HEAD_DIM
+    frequencies = math.floor(head_dim * (rope.get("partial_rotary_factor") or 1.0)) // 2
+    shrunk = {
+        key: value[:frequencies] if key in ("short_factor", "long_factor") and value else value
+        for key, value in rope.items()
+    }
+    small["rope_parameters" if "rope_parameters" in fields else "rope_scaling"] = shrunk
+
+
+def _clamp_token_ids(small: dict) -> None:
+    """Special tokens must lie inside the small vocabulary (an embedding checks its padding index)."""
+    for key, value in small.items():
+        if key.endswith("token_id") and value is not None:
+            ids = [v % VOCABULARY_SIZE for v in (value if isinstance(value, list) else [value])]
+            small[key] = ids if isinstance(value, list) else ids[0]

@@ -1,0 +1,20 @@
+"""Weights in and out: initialise, load from safetensors, export for `from_pretrained`.
+
+Parameters here may be sharded (DTensor) or plain; nothing in this package ever holds a full model: weights move
+one tensor, one layer or one file at a time. Names are Transformers' own, on disk and in memory.
+"""
+
+from transformers_backend.weights.export import DEFAULT_FILE_SIZE, save_hf_weights
+from transformers_backend.weights.initialize import allocate, init_buffers, init_weights
+from transformers_backend.weights.load import load_hf_weights
+from transformers_backend.weights.shards import named_tensors
+
+__all__ = [
+    "DEFAULT_FILE_SIZE",
+    "allocate",
+    "init_buffers",
+    "init_weights",
+    "load_hf_weights",
+    "named_tensors",
+    "save_hf_weights",
+]

@@ -1,0 +1,98 @@
+"""From the meta device to initialised weights, without ever holding the full model.
+
+A `blueprint` (the same model, unsharded, on the meta device) is initialised by Transformers' own `_init_weights`,
+one group of parameters after another: the group's parameters are made real, everything else stays meta (where
+initialisation costs nothing), and each rank keeps its own part of the result. Every group has a seed of its own, so
+the weights depend on the seed and the device type only, not on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from transformers_backend.decoder import Decoder
+from transformers_backend.weights.shards import fill_local, named_tensors
+
+
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Give every meta parameter and buffer of `model` uninitialised memory on `device`; tied ones stay tied."""
+    tied = _shared_parameters(model)
+    model.to_empty(device=device)
+    for (first_owner, first_name), *others in tied:
+        for owner, name in others:
+            owner._parameters[name] = first_owner._parameters[first_name]
+
+
+def _shared_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, name))
+    return [owners for owners in places.values() if len(owners) > 1]
+
+
+def init_weights(
+    model: PreTrainedModel, blueprint: PreTrainedModel, decoder: Decoder, *, device: torch.device, seed: int
+) -> None:
+    """Initialise an allocated (sharded) `model` with the architecture's own scheme.
+
+    The peak beside the model's shards is the largest group: one decoder layer, or one embedding table. Random numbers
+    are drawn on `device`, so a CPU and a GPU start from different weights.
+    """
+    init_buffers(model, blueprint, device=device)
+    targets = named_tensors(model)
+    names = [name for name, _ in blueprint.named_parameters()]
+    for index, group in enumerate(group_by_layer(names, decoder)):
+        drawn = _initialised(blueprint, group, device, seed + index)
+        for name, full in drawn.items():
+            fill_local(targets[name], lambda region, full=full: full[region])
+
+
+def init_buffers(model: nn.Module, blueprint: PreTrainedModel, *, device: torch.device) -> None:
+    """Fill every buffer (rotary frequencies, masks ...), persistent or not; `to_empty` left them undefined."""
+    computed = _initialised(blueprint, [name for name, _ in blueprint.named_buffers()], device, seed=0)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(computed[name])
+
+
+def group_by_layer(names: list[str], decoder: Decoder) -> list[list[str]]:
+    """Names that are handled together: one group a decoder layer, and one for every other parameter.
+
+    Together, because initialising or converting one parameter of a layer may need another of the same layer.
+    """
+    grouped: dict[str, list[str]] = {}
+    for name in names:
+        layer = next((layer for layer in decoder.layers if name.startswith(f"{layer}.")), name)
+        grouped.setdefault(layer, []).append(name)
+    return list(grouped.values())
+
+
+@torch.no_grad()
+def _initialised(
+    blueprint: PreTrainedModel, names: list[str], device: torch.device, seed: int
+) -> dict[str, torch.Tensor]:
+    """Run Transformers' initialisation of `blueprint` with `names` real on `device` and return those tensors."""
+    wanted = set(names)
+    places = [
+        (store, key, name)
+        for prefix, module in blueprint.named_modules()
+        for store in (module._parameters, module._buffers)
+        for key in store
+        if (name := f"{prefix}.{key}" if prefix else key) in wanted
+    ]
+    meta = [store[key] for store, key, _ in places]
+    for store, key, _ in places:
+        real = torch.empty_like(store[key], device=device)
+        store[key] = nn.Parameter(real, requires_grad=False) if isinstance(store[key], nn.Parameter) else real
+    for module in blueprint.modules():
+        module._is_hf_initialized = False  # Transformers' mark for "done already"
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        blueprint.initialize_weights()
+    drawn = {name: store[key] for store, key, name in places}
+    for (store, key, _), original in zip(places, meta, strict=True):
+        store[key] = original
+    return drawn
