@@ -22,7 +22,7 @@ from transformers_backend.twin import VOCABULARY_SIZE, build_twin
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 # Anything that a twin's construction or forward can raise when an architecture does not fit the twin's sizes.
-_MODEL_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+MODEL_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def prove(
         chunked = loss_and_gradients(
             _build(hf_config, model_class, attn_implementation), input_ids, labels, chunked=True
         )
-    except _MODEL_ERRORS as error:
+    except MODEL_ERRORS as error:
         return Proof(f"{model_class.__name__}'s head does not run on its own ({type(error).__name__}: {error})")
     reason = difference(full, chunked)
     return Proof(None if reason is None else f"{model_class.__name__}'s head differs in chunks ({reason})")
@@ -62,7 +62,7 @@ def _build(
 ) -> PreTrainedModel:
     try:
         return build_twin(hf_config, model_class, attn_implementation=attn_implementation)
-    except _MODEL_ERRORS as error:
+    except MODEL_ERRORS as error:
         raise ValueError(
             f"{model_class.__name__}: no small twin of this config could be built ({type(error).__name__}: {error}), "
             "so nothing about it can be proven and it is refused."

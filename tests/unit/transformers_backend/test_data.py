@@ -35,21 +35,21 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def build(byt5):
     def build_batches(path=None, **changes) -> data.PackedBatches:
-        arguments = dict(
-            dataset="python_stdlib",
-            dataset_path=None if path is None else str(path),
-            dataset_name=None,
-            dataset_split="train",
-            dataset_revision=None,
-            text_column="text",
-            tokenizer=byt5,
-            vocabulary_size=384,
-            seq_len=8,
-            batch_size=2,
-            data_rank=0,
-            data_world_size=1,
-            seed=7,
-        )
+        arguments = {
+            "dataset": "python_stdlib",
+            "dataset_path": None if path is None else str(path),
+            "dataset_name": None,
+            "dataset_split": "train",
+            "dataset_revision": None,
+            "text_column": "text",
+            "tokenizer": byt5,
+            "vocabulary_size": 384,
+            "seq_len": 8,
+            "batch_size": 2,
+            "data_rank": 0,
+            "data_world_size": 1,
+            "seed": 7,
+        }
         return data.build_batches(**(arguments | changes))
 
     return build_batches
@@ -68,11 +68,10 @@ def write_json_lines(path: Path, records: list[dict]) -> Path:
     return path
 
 
-def write_stream(folder: Path, files: int = 4, records: int = 6) -> str:
-    """A folder that is given as `dataset`, so that it is streamed as one on the hub would be."""
-    for file in range(files):
-        texts = [{"text": f"{file}-{number}."} for number in range(records)]
-        write_json_lines(folder / f"{file}.jsonl", texts)
+def write_stream(folder: Path, records: tuple[int, ...] = (6, 6, 6, 6)) -> str:
+    """A folder that is given as `dataset`, so that it is streamed as one on the hub; `records` of each file."""
+    for file, count in enumerate(records):
+        write_json_lines(folder / f"{file}.jsonl", [{"text": f"{file}-{number}."} for number in range(count)])
     return str(folder)
 
 
@@ -179,9 +178,11 @@ def test_labels_are_the_inputs_and_ignored_where_filled(tmp_path, build):
     batches = list(build(write_text_files(tmp_path / "texts", ["x" * 20]), repeat=False))
     inputs = torch.cat([batch["input_ids"] for batch in batches]).flatten()
     labels = torch.cat([batch["labels"] for batch in batches]).flatten()
-    assert len(batches) == 2 and (labels != IGNORED).sum() == 21
+    assert len(batches) == 2
+    assert (labels != IGNORED).sum() == 21
     assert torch.equal(inputs[:21], labels[:21])
-    assert labels[21:].eq(IGNORED).all() and inputs[21:].eq(0).all()  # 0 is ByT5's padding token
+    assert labels[21:].eq(IGNORED).all()
+    assert inputs[21:].eq(0).all()  # 0 is ByT5's padding token
     labels.zero_()
     assert inputs[0] == ord("x") + OFFSET  # a copy, not a view
 
@@ -198,7 +199,8 @@ def test_epochs_go_on_without_a_gap_and_are_reshuffled(tmp_path, build):
     batches = build(write_text_files(tmp_path / "texts", names))
     first, second = (documents_of(tokens_of(islice(batches, 6))) for _ in range(2))
     assert sorted(first) == sorted(second) == names
-    assert first != second and names not in (first, second)
+    assert first != second
+    assert names not in (first, second)
 
 
 def test_seed_decides_the_order(tmp_path, build):
@@ -211,7 +213,8 @@ def test_seed_decides_the_order(tmp_path, build):
 def test_reset_starts_over(tmp_path, build):
     batches = build(write_text_files(tmp_path / "texts", ["abcdefgh", "ijklmnop", "qrst"]), repeat=False)
     first = list(batches)
-    assert len(first) == 2 and list(batches) == []
+    assert len(first) == 2
+    assert list(batches) == []
     batches.reset()
     assert all(map(same, first, batches))
 
@@ -349,7 +352,8 @@ def test_standard_library_skips_site_packages_and_undecodable_files(tmp_path, bu
 def test_single_text_file_is_one_document(tmp_path, build):
     (tmp_path / "book.txt").write_bytes(b"line\r\nline\n")
     tokens = tokens_of(build(tmp_path / "book.txt", repeat=False))
-    assert bytes(token - OFFSET for token in tokens[:-1]) == b"line\r\nline\n" and tokens[-1] == EOS
+    assert bytes(token - OFFSET for token in tokens[:-1]) == b"line\r\nline\n"
+    assert tokens[-1] == EOS
 
 
 def write_records(path: Path, texts: list[str]) -> Path:
@@ -384,6 +388,7 @@ def test_folder_of_record_files(tmp_path, build, cache):
         write_json_lines(tmp_path / "data" / f"{name}.jsonl", [{"body": f"{name}{number}"} for number in range(3)])
     (tmp_path / "data" / "README.md").write_text("not data")
     (tmp_path / "data" / "empty.jsonl").touch()
+    write_json_lines(tmp_path / "data" / ".trash" / "old.jsonl", [{"body": "old"}])
     batches = build(tmp_path / "data", repeat=False, text_column="body")
     assert documents_of(tokens_of(batches)) == ["a0", "a1", "a2", "b0", "b1", "b2"]
 
@@ -397,25 +402,28 @@ def test_slice_of_record_files(tmp_path, build, cache):
 # --- streams ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])  # 4 files: whole files for each of 1 or 2 ranks, records for 3
-def test_stream_gives_each_record_to_one_rank(tmp_path, build, cache, world_size):
-    path = write_stream(tmp_path / "stream")  # 24 records of 5 tokens
+@pytest.mark.parametrize(("world_size", "files_of_a_rank"), [(1, 4), (2, 2), (3, 4)])
+def test_stream_gives_each_record_to_one_rank(tmp_path, build, cache, world_size, files_of_a_rank):
+    path = write_stream(tmp_path / "stream", records=(3, 6, 6, 9))
     parts = []
     for rank in range(world_size):
-        batches = build(
-            dataset=path, seq_len=5, batch_size=24 // world_size, data_rank=rank, data_world_size=world_size
-        )
-        parts.append(documents_of(tokens_of([next(batches)])))
-    names = [f"{file}-{number}." for file in range(4) for number in range(6)]
+        source = build(dataset=path, data_rank=rank, data_world_size=world_size).source
+        parts.append([text for _, text in source.read_from(0, None)])
+    names = [f"{file}-{number}." for file, count in enumerate((3, 6, 6, 9)) for number in range(count)]
     assert sorted(name for part in parts for name in part) == names
     assert parts[0] != sorted(parts[0])
+    # Whole files where their number is a multiple of the ranks', else every rank reads some records of all files.
+    assert [len({name[0] for name in part}) for part in parts] == [files_of_a_rank] * world_size
 
 
 def test_stream_is_reshuffled_every_epoch(tmp_path, build, cache, monkeypatch):
-    monkeypatch.setattr(data, "SHUFFLE_WINDOW", 7)
+    monkeypatch.setattr(data, "SHUFFLE_WINDOW", 6)  # a file
     batches = build(dataset=write_stream(tmp_path / "stream"), seq_len=5, batch_size=24)
-    first, second = (documents_of(tokens_of([next(batches)])) for _ in range(2))
-    assert sorted(first) == sorted(second) and first != second
+    epochs = [documents_of(tokens_of([next(batches)])) for _ in range(3)]
+    file_orders = {"".join(name[0] for name in epoch[::6]) for epoch in epochs}
+    orders_in_first_file = {"".join(name[2] for name in epoch if name[0] == "0") for epoch in epochs}
+    assert len(set(map(tuple, map(sorted, epochs)))) == 1
+    assert len(file_orders) == len(orders_in_first_file) == 3
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -429,7 +437,7 @@ def test_stream_resume_is_exact(tmp_path, build, cache, monkeypatch, caplog, wor
 
 
 def test_stream_without_repeat_is_in_order(tmp_path, build, cache):
-    path = write_stream(tmp_path / "stream", files=2, records=3)
+    path = write_stream(tmp_path / "stream", records=(3, 3))
     expected = ["0-0.", "0-1.", "0-2.", "1-0.", "1-1.", "1-2."]
     assert documents_of(tokens_of(build(dataset=path, repeat=False))) == expected
 
@@ -505,15 +513,13 @@ def test_documents_without_text(tmp_path, build, cache):
 
 
 def test_less_than_a_block_for_each_rank(tmp_path, build):
-    path = write_text_files(tmp_path / "texts", ["abcdefgh", "ab"])
-    with pytest.raises(
-        ValueError, match=r'texts": data rank 1 of 2 gets 3 tokens .* at least 8 \(seq_len = 8\)'
-    ) as error:
-        for rank in range(2):
-            build(path, data_rank=rank, data_world_size=2, seed=0)
-    assert "fewer data ranks" in str(error.value)
+    path = write_text_files(tmp_path / "texts", ["ab", "cd"])
+    message = r'texts": data rank 1 of 2 gets 3 tokens .* at least 8 \(seq_len = 8\).*fewer data ranks'
+    with pytest.raises(ValueError, match=message):
+        build(path, data_rank=1, data_world_size=2)
     with pytest.raises(ValueError, match=r"data rank 2 of 3 gets 0 tokens"):
         build(path, data_rank=2, data_world_size=3)
+    assert len(tokens_of(build(path, repeat=False, data_rank=0, data_world_size=2))) == 6  # filled instead
 
 
 def test_unusable_paths(tmp_path, build):
