@@ -6,6 +6,7 @@ The program knows one convention: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from datetime import timedelta
 
@@ -18,9 +19,15 @@ def pick_device() -> torch.device:
     """This process's device: its CUDA GPU by local rank, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    # Where the launcher shows each process its own GPU only, that one is number 0 whatever the local rank.
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def launched_world_size() -> int:
+    """Number of processes that the launcher started, known before a process group exists."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def initialize(device: torch.device, *, timeout_seconds: int) -> None:
@@ -59,6 +66,16 @@ def sum_over(value: torch.Tensor, meshes: list[DeviceMesh]) -> torch.Tensor:
         if mesh.size() > 1:
             dist.all_reduce(value, group=mesh.get_group())
     return value
+
+
+@contextlib.contextmanager
+def first_rank_first():
+    """Run the block on rank 0, then on the others: for downloads into a cache that ranks share."""
+    if dist.is_initialized() and dist.get_rank() != 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and dist.get_rank() == 0:
+        dist.barrier()
 
 
 def gather_objects(value) -> list:

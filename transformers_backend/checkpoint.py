@@ -56,15 +56,23 @@ class Checkpointer:
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step` (optimizer steps done), then delete older ones beyond `keep_latest_k`."""
-        final, temporary = self.folder / f"step-{step}", self.folder / f"step-{step}.tmp"
+        self._write(self._state(step), self.folder / f"step-{step}")
+        if dist.get_rank() == 0:
+            self._delete_old()
+
+    def save_model(self, step: int) -> None:
+        """Write the weights alone, to `step-N-model`, which no run resumes from."""
+        self._write({"model": self._model_state()}, self.folder / f"step-{step}-model")
+
+    def _write(self, state: dict[str, Any], final: Path) -> None:
+        temporary = final.with_name(f"{final.name}.tmp")
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         dist.barrier()
-        dcp.save(self._state(step), checkpoint_id=temporary)
+        dcp.save(state, checkpoint_id=temporary)
         if dist.get_rank() == 0:
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-            self._delete_old()
         dist.barrier()
         logger.info("checkpoint saved: %s", final)
 
@@ -79,6 +87,7 @@ class Checkpointer:
                 f"checkpoint.load_step = {load_step}: {self.folder} holds no such step; there are "
                 f"{', '.join(map(str, steps)) or 'none'}. -1 means the latest."
             )
+        self._check_data_ranks(self.folder / f"step-{step}")
         state = self._state(step)
         dcp.load(state, checkpoint_id=self.folder / f"step-{step}")
         set_optimizer_state_dict(
@@ -86,25 +95,36 @@ class Checkpointer:
         )
         for scheduler, text in zip(self._schedulers, json.loads(state["schedulers"]), strict=True):
             scheduler.load_state_dict(text)
-        if (data_state := state[self._data_key]) is None:
-            raise ValueError(f"{self.folder}/step-{step} has no data position for data rank {self._data_rank}.")
-        self._data.load_state_dict(json.loads(data_state))
+        self._data.load_state_dict(json.loads(state[self._data_key]))
         _set_random_state(state[self._random_key])
         logger.info("resumed from %s", self.folder / f"step-{step}")
         return step
+
+    def _check_data_ranks(self, folder: Path) -> None:
+        """A position in the data exists for every data rank that saved; it cannot be split over another number yet."""
+        saved = sum(key.startswith("data_rank_") for key in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+        now = self._model.dims.data_parallel_size
+        if saved != now:
+            raise ValueError(
+                f"{folder} was saved by {saved} data ranks and this run has {now}: the position in the data cannot be "
+                f"carried over. Resume on {saved} data ranks (data_parallel_replicate_degree x "
+                "data_parallel_shard_degree)."
+            )
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints in the folder, ascending."""
         found = [_STEP_FOLDER.fullmatch(path.name) for path in self.folder.glob("step-*")]
         return sorted(int(match.group(1)) for match in found if match)
 
+    def _model_state(self) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers by name; tied ones are stored once, under the first of their names."""
+        first_names: dict[int, str] = {}
+        tensors = named_tensors(self._model.hf_model)
+        return {name: tensor for name, tensor in tensors.items() if first_names.setdefault(id(tensor), name) == name}
+
     def _state(self, step: int) -> dict[str, Any]:
-        model_state = {}
-        for name, tensor in named_tensors(self._model.hf_model).items():
-            if not any(tensor is other for other in model_state.values()):  # tied parameters are stored once
-                model_state[name] = tensor.detach() if not isinstance(tensor, torch.nn.Parameter) else tensor
         return {
-            "model": model_state,
+            "model": self._model_state(),
             "optimizer": get_optimizer_state_dict(self._model.hf_model, self._optimizers, options=_OPTIONS),
             "schedulers": json.dumps([scheduler.state_dict() for scheduler in self._schedulers]),
             "step": step,

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelize.config import ActivationCheckpointConfig, CompileConfig, KernelConfig, ParallelismConfig, check
-from parallelize.distributed import gather_objects, pick_device, sum_over
+from parallelize.distributed import first_rank_first, gather_objects, pick_device, sum_over
 from parallelize.grad_norm import clip_grad_norm_
 from parallelize.model import parallelize_model
 from parallelize.parallel_dims import ParallelDims
@@ -37,6 +37,7 @@ from transformers_backend.weights import (
     init_weights,
     load_hf_weights,
     named_tensors,
+    resolve_folder,
     save_hf_weights,
 )
 
@@ -104,6 +105,11 @@ class HFTransformerModel:
         activation_checkpoint = activation_checkpoint or ActivationCheckpointConfig()
         compile = compile or CompileConfig()
         check([*parallelism.problems(), *activation_checkpoint.problems(), *compile.problems()])
+        if param_dtype is not None and (kept := self._modules_kept_in_fp32()):
+            raise ValueError(
+                f"{self.model_class.__name__} keeps {', '.join(sorted(kept))} in float32, which mixed precision here "
+                'cannot: set training.mixed_precision_param = "float32".'
+            )
         if not dist.is_initialized():
             raise ValueError("parallelize needs an initialised process group: torch.distributed.init_process_group().")
         device = pick_device()
@@ -126,6 +132,9 @@ class HFTransformerModel:
         )
         self._fill(torch.device("cpu") if cpu_offload else device, seed)
         return self
+
+    def _modules_kept_in_fp32(self) -> set[str]:
+        return {*(self.hf_model._keep_in_fp32_modules or ()), *(self.hf_model._keep_in_fp32_modules_strict or ())}
 
     def _install_loss(self, compile: CompileConfig) -> None:
         proof = prove(self.hf_model.config, self.model_class, self.model_args.attn_implementation)
@@ -157,6 +166,8 @@ class HFTransformerModel:
         blueprint = self.blueprint
         if self.model_args.init == "pretrained":
             init_buffers(self.hf_model, blueprint, device=device)
+            with first_rank_first():
+                resolve_folder(self.model_args.model, self.model_args.revision)  # downloads a hub id
             load_hf_weights(self.hf_model, blueprint, self.model_args.model, revision=self.model_args.revision)
         else:
             init_weights(self.hf_model, blueprint, self.decoder, device=device, seed=seed)

@@ -21,6 +21,7 @@ from parallelize.costs import peak_flops
 from parallelize.distributed import (
     has_fast_bfloat16,
     initialize,
+    launched_world_size,
     pick_device,
     set_timeout,
     shutdown,
@@ -49,14 +50,17 @@ class StepResult:
 
 
 class Trainer:
-    """Trains the model of a job; `train()` runs it to the end, `train_step()` one optimizer step."""
+    """Trains the model of a job; `train()` runs it to the end, `train_step()` one optimizer step.
+
+    With [checkpoint] enable it resumes where the job's folder left off: `step` is the number of steps done.
+    """
 
     def __init__(self, job_config: JobConfig) -> None:
         self.job_config = config = job_config
         self.device = pick_device()
         self._owns_process_group = not dist.is_initialized()
         if self._owns_process_group:
-            validate(config, world_size=None)
+            validate(config, world_size=launched_world_size())  # before anything starts
             initialize(self.device, timeout_seconds=config.comm.init_timeout_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         setup_logging(self.rank)
@@ -94,14 +98,14 @@ class Trainer:
             keep_latest_k=config.checkpoint.keep_latest_k,
         )
         self._describe()
+        if config.checkpoint.enable:
+            self.step = self.checkpointer.load(config.checkpoint.load_step)
 
     # -- the run --------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Run (or resume) the job to its last step, with checkpoints, validation, export and the closing sample."""
+        """Run the job to its last step, with checkpoints, validation, export and the closing sample."""
         config = self.job_config
-        if config.checkpoint.enable:
-            self.step = self.checkpointer.load(config.checkpoint.load_step)
         gc.disable()  # ranks that collect garbage at different moments wait for each other; see training.gc_freq
         tokens_since_log = 0
         with self._profilers() as (profiler, memory_recorder):
@@ -203,7 +207,9 @@ class Trainer:
     def _finish(self) -> None:
         config = self.job_config
         last = self.dump_folder / config.checkpoint.folder / f"step-{self.step}"
-        if config.checkpoint.enable and not last.exists():
+        if config.checkpoint.enable and config.checkpoint.last_save_model_only:
+            self.checkpointer.save_model(self.step)
+        elif config.checkpoint.enable and not last.exists():
             self.checkpointer.save(self.step)
         if config.checkpoint.last_save_in_hf:
             dtype = getattr(torch, config.checkpoint.export_dtype)

@@ -277,14 +277,16 @@ class Checkpoint:
     load_step: int = -1
     """Step of the checkpoint to resume from. -1 means the latest."""
 
-    last_save_model_only: bool = True
-    """At the end of the run save the model alone, without the optimizer state that a resume needs."""
+    last_save_model_only: bool = False
+    """Save the weights alone at the end of the run, in <folder>/step-N-model, without the optimizer state that a
+    resume needs."""
 
     last_save_in_hf: bool = False
-    """At the end of the run save safetensors that from_pretrained loads, with config and tokenizer."""
+    """At the end of the run also write a folder that from_pretrained loads: safetensors, config and tokenizer, in
+    <folder>/step-N-hf. Works without enable too."""
 
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
-    """Type of the weights in a model-only last save."""
+    """Type of the weights in the folder of last_save_in_hf."""
 
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """"disabled" holds the run until a checkpoint is written. Saving beside training is not available yet."""
@@ -303,13 +305,6 @@ class Checkpoint:
             )
         if self.load_step < -1:
             found.append(f"checkpoint.load_step = {self.load_step}: must be at least 0, or -1 for the latest.")
-        if self.last_save_in_hf and not self.enable:
-            found.append("checkpoint.last_save_in_hf = true: nothing is saved unless checkpoint.enable = true; set it.")
-        if self.last_save_in_hf and not self.last_save_model_only:
-            found.append(
-                "checkpoint.last_save_in_hf = true: safetensors hold the model alone; set "
-                "checkpoint.last_save_model_only = true."
-            )
         return found
 
 

@@ -6,7 +6,7 @@ one tensor, one layer or one file at a time. Names are Transformers' own, on dis
 
 from transformers_backend.weights.export import DEFAULT_FILE_SIZE, save_hf_weights
 from transformers_backend.weights.initialize import allocate, init_buffers, init_weights
-from transformers_backend.weights.load import load_hf_weights
+from transformers_backend.weights.load import load_hf_weights, resolve_folder
 from transformers_backend.weights.shards import named_tensors
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "init_weights",
     "load_hf_weights",
     "named_tensors",
+    "resolve_folder",
     "save_hf_weights",
 ]
