@@ -96,9 +96,7 @@ class CompileConfig:
 
     def problems(self) -> list[str]:
         unknown = [name for name in self.components if name not in ("model", "loss")]
-        return [
-            f'compile.components has "{name}": must be among "model" and "loss"; remove it.' for name in unknown
-        ]
+        return [f'compile.components has "{name}": must be among "model" and "loss"; remove it.' for name in unknown]
 
 
 @dataclass

@@ -102,7 +102,9 @@ class Checkpointer:
 
     def _check_data_ranks(self, folder: Path) -> None:
         """A position in the data exists for every data rank that saved; it cannot be split over another number yet."""
-        saved = sum(key.startswith("data_rank_") for key in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+        saved = sum(
+            key.startswith("data_rank_") for key in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        )
         now = self._model.dims.data_parallel_size
         if saved != now:
             raise ValueError(

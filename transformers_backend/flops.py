@@ -22,7 +22,9 @@ def count_matmul_parameters(hf_model: PreTrainedModel, decoder: Decoder) -> int:
     """Parameters that multiply every token: all but tables that are only looked up (a tied table is the head)."""
     head_weight = hf_model.get_submodule(decoder.head).weight
     tables = {
-        module.weight for module in hf_model.modules() if isinstance(module, nn.Embedding) and module.weight is not head_weight
+        module.weight
+        for module in hf_model.modules()
+        if isinstance(module, nn.Embedding) and module.weight is not head_weight
     }
     return sum(parameter.numel() for parameter in hf_model.parameters() if parameter not in tables)
 

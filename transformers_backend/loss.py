@@ -167,7 +167,10 @@ class _ChunkedSumLoss(torch.autograd.Function):
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         total = hidden_states.new_zeros((), dtype=torch.float32)
         for hidden, grad, target in zip(
-            hidden_states.tensor_split(chunks), hidden_grad.tensor_split(chunks), targets.tensor_split(chunks), strict=True
+            hidden_states.tensor_split(chunks),
+            hidden_grad.tensor_split(chunks),
+            targets.tensor_split(chunks),
+            strict=True,
         ):
             with torch.enable_grad():
                 hidden = hidden.detach().requires_grad_()

@@ -79,6 +79,8 @@ class HFTransformerModel:
         self.decoder = describe_decoder(hf_model)
         self.dims = ParallelDims(pp=1, dp_replicate=1, dp_shard=1, cp=1, tp=1)
         self.mesh = None
+        self.device = next(hf_model.parameters()).device
+        """Where the model computes; batches on another device are moved there."""
         self._ready = False
 
     # -- placing the model on devices ---------------------------------------------------------------------------
@@ -112,10 +114,10 @@ class HFTransformerModel:
             )
         if not dist.is_initialized():
             raise ValueError("parallelize needs an initialised process group: torch.distributed.init_process_group().")
-        device = pick_device()
+        self.device = pick_device()
         self.dims = ParallelDims.resolve(parallelism, dist.get_world_size())
-        self.mesh = self.dims.build_mesh(device.type)
-        compile = self._without_wrong_compilation(compile, device)
+        self.mesh = self.dims.build_mesh(self.device.type)
+        compile = self._without_wrong_compilation(compile)
         self._install_loss(compile)
         layers = [self.hf_model.get_submodule(name) for name in self.decoder.layers]
         embedding = [] if self.decoder.embedding_is_tied else [self.hf_model.get_submodule(self.decoder.embedding)]
@@ -130,7 +132,7 @@ class HFTransformerModel:
             param_dtype=param_dtype,
             cpu_offload=cpu_offload,
         )
-        self._fill(torch.device("cpu") if cpu_offload else device, seed)
+        self._fill(torch.device("cpu") if cpu_offload else self.device, seed)
         return self
 
     def _modules_kept_in_fp32(self) -> set[str]:
@@ -141,16 +143,14 @@ class HFTransformerModel:
         if proof.full_loss_because is not None:
             logger.warning("The loss holds the full logits in memory: %s", proof.full_loss_because)
         backend = compile.backend if compile.enable and "loss" in compile.components else None
-        install_loss(
-            self.hf_model, self.decoder, chunked=proof.full_loss_because is None, compile_backend=backend
-        )
+        install_loss(self.hf_model, self.decoder, chunked=proof.full_loss_because is None, compile_backend=backend)
 
-    def _without_wrong_compilation(self, compile: CompileConfig, device: torch.device) -> CompileConfig:
+    def _without_wrong_compilation(self, compile: CompileConfig) -> CompileConfig:
         """`compile`, less "model" where the compiled layers of the twin do not compute what they should."""
         if not (compile.enable and "model" in compile.components):
             return compile
         reason = why_not_compile(
-            self.hf_model.config, self.model_class, self.model_args.attn_implementation, compile.backend, device
+            self.hf_model.config, self.model_class, self.model_args.attn_implementation, compile.backend, self.device
         )
         if reason is None:
             return compile
@@ -162,7 +162,7 @@ class HFTransformerModel:
         self._ready = True
         if not any(parameter.is_meta for parameter in self.hf_model.parameters()):
             return
-        allocate(self.hf_model, device)
+        allocate(self.hf_model, device, buffer_device=self.device)
         blueprint = self.blueprint
         if self.model_args.init == "pretrained":
             init_buffers(self.hf_model, blueprint, device=device)
@@ -175,9 +175,10 @@ class HFTransformerModel:
     def _make_ready(self) -> None:
         """What `.parallelize` does, for one device: called by the first step of a model that was not parallelised."""
         if not self._ready:
-            device = pick_device()
+            if self.device.type == "meta":
+                self.device = pick_device()
             self._install_loss(CompileConfig())
-            self._fill(device, seed=0)
+            self._fill(self.device, seed=0)
         if not self.hf_model.training:
             self.hf_model.train()
 
@@ -206,7 +207,10 @@ class HFTransformerModel:
         self._make_ready()
         if num_items_in_batch is None:
             num_items_in_batch = self.count_targets(labels)
-        loss = self._sum_loss(input_ids, labels, position_ids) / num_items_in_batch
+        # A batch without a single target has loss 0 and no gradient, rather than 0 / 0.
+        loss = self._sum_loss(input_ids, labels, position_ids) / torch.as_tensor(
+            num_items_in_batch, device=self.device
+        ).clamp(min=1)
         loss.backward()
         self._local_loss = loss.detach().clone()
         return sum_over(loss.detach(), self._data_meshes)
@@ -224,7 +228,7 @@ class HFTransformerModel:
 
     def count_targets(self, labels: torch.Tensor) -> torch.Tensor:
         """Number of target tokens of this batch over all data ranks: labels that are not -100, after the shift."""
-        return sum_over(count_targets(labels), self._data_meshes)
+        return sum_over(count_targets(labels.to(self.device)), self._data_meshes)
 
     def _sum_loss(
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None
@@ -243,7 +247,8 @@ class HFTransformerModel:
                     "order of the tokens). Leave them out."
                 )
             inputs["position_ids"] = position_ids
-        return self.hf_model(**inputs, targets=shift_labels(labels))
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        return self.hf_model(**inputs, targets=shift_labels(labels.to(self.device)))
 
     @property
     def data_rank(self) -> int:

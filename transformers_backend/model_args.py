@@ -76,8 +76,8 @@ class HFTransformerModelArgs:
         if self.model_type not in CONFIG_MAPPING:
             close = difflib.get_close_matches(self.model_type, CONFIG_MAPPING.keys(), n=3)
             raise ValueError(
-                f'hf_transformers.model_type = "{self.model_type}": Transformers {transformers.__version__} has no such '
-                f"model type. Did you mean {' or '.join(close) or 'another'}?"
+                f'hf_transformers.model_type = "{self.model_type}": Transformers {transformers.__version__} has no '
+                f"such model type. Did you mean {' or '.join(close) or 'another'}?"
             )
         return CONFIG_MAPPING[self.model_type]()
 

@@ -31,9 +31,7 @@ class Proof:
     """Why the head cannot run in chunks, or None where the twin shows that it can."""
 
 
-def prove(
-    hf_config: PreTrainedConfig, model_class: type[PreTrainedModel], attn_implementation: str | None
-) -> Proof:
+def prove(hf_config: PreTrainedConfig, model_class: type[PreTrainedModel], attn_implementation: str | None) -> Proof:
     """Try on the twin what the trainer relies on; raises a ValueError where the model cannot be trained exactly."""
     twin = _build(hf_config, model_class, attn_implementation)
     input_ids, labels = example_batch()
@@ -44,8 +42,8 @@ def prove(
     full = loss_and_gradients(_build(hf_config, model_class, attn_implementation), input_ids, labels, chunked=False)
     if (reason := difference((own_loss.item(), own), full)) is not None:
         raise ValueError(
-            f"{model_class.__name__}: the model's own loss is not the mean cross-entropy over target tokens ({reason}), "
-            "so this trainer would train something else; it is refused."
+            f"{model_class.__name__}: the model's own loss is not the mean cross-entropy over target tokens "
+            f"({reason}), so this trainer would train something else; it is refused."
         )
     try:
         chunked = loss_and_gradients(
@@ -108,9 +106,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def relative_errors(
-    reference: dict[str, torch.Tensor], value: dict[str, torch.Tensor]
-) -> dict[str, float]:
+def relative_errors(reference: dict[str, torch.Tensor], value: dict[str, torch.Tensor]) -> dict[str, float]:
     """Root mean square of the difference over that of the reference, in float64, for every gradient.
 
     Some gradients are zero by construction and rounding in practice (a key bias, by which softmax is unchanged), so

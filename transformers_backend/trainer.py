@@ -69,9 +69,7 @@ class Trainer:
         if self.rank == 0:
             self.dump_folder.mkdir(parents=True, exist_ok=True)
             config.save(self.dump_folder / "config.toml")
-        torch.use_deterministic_algorithms(
-            config.debug.deterministic, warn_only=config.debug.deterministic_warn_only
-        )
+        torch.use_deterministic_algorithms(config.debug.deterministic, warn_only=config.debug.deterministic_warn_only)
         self.model = self._build_model()
         torch.manual_seed(config.debug.seed + 1 + self.model.data_rank)  # dropout: different on different data
         self.tokenizer = load_tokenizer(
@@ -84,9 +82,7 @@ class Trainer:
         self._build_optimizers()
         self.step = 0  # optimizer steps done
         self.accumulation_steps = self._count_accumulation_steps()
-        self.flops_per_token = model_flops_per_token(
-            self.model.hf_model, self.model.decoder, config.training.seq_len
-        )
+        self.flops_per_token = model_flops_per_token(self.model.hf_model, self.model.decoder, config.training.seq_len)
         self.metrics = self._build_metrics()
         self.checkpointer = Checkpointer(
             self.dump_folder / config.checkpoint.folder,

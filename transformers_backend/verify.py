@@ -76,7 +76,9 @@ class Report:
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     models = [*options.models, *(DENSE_MODEL_TYPES if options.all_dense else ())]
-    reports = verify(models, fsdp=options.fsdp, compile=options.compile, on_report=None if options.json else _print_line)
+    reports = verify(
+        models, fsdp=options.fsdp, compile=options.compile, on_report=None if options.json else _print_line
+    )
     if options.json:
         print(json.dumps([dataclasses.asdict(report) for report in reports], indent=2))
     else:
@@ -238,7 +240,9 @@ class _CollectWarnings(logging.Handler):
 
 
 def _print_line(report: Report) -> None:
-    print(" ".join(f"{cell:<{width}}" for cell, width in zip(_cells(report), _WIDTHS, strict=True)).rstrip(), flush=True)
+    print(
+        " ".join(f"{cell:<{width}}" for cell, width in zip(_cells(report), _WIDTHS, strict=True)).rstrip(), flush=True
+    )
 
 
 _COLUMNS = ("model", "loss diff", "worst gradient", "of", "loaded diff", "export", "verdict")
@@ -268,13 +272,14 @@ def _markdown(reports: list[Report], options: argparse.Namespace) -> str:
     lines = [
         "# Models",
         "",
-        f"Generated on {datetime.date.today()} by `{command} --write-docs {options.write_docs}` with torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}. Do not edit.",
+        f"Generated on {datetime.date.today()} by `{command} --write-docs {options.write_docs}` with "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}. "
+        "Do not edit.",
         "",
-        "Each model's twin (same architecture, tiny sizes, fp32) on local gloo processes, against plain Transformers on",
-        "one device. *Loss diff* and *worst gradient* (relative) are of one global batch in two accumulated micro-batches;",
-        "*loaded diff* is the first loss after loading a `save_pretrained` folder into sharded parameters; *export*",
-        "compares the exported folder, loaded with `from_pretrained`, with the original weights.",
+        "Each model's twin (same architecture, tiny sizes, fp32) on local gloo processes, against plain Transformers",
+        "on one device. *Loss diff* and *worst gradient* (relative) are of one global batch in two accumulated",
+        "micro-batches; *loaded diff* is the first loss after loading a `save_pretrained` folder into sharded",
+        "parameters; *export* compares the exported folder, read with `from_pretrained`, with the original weights.",
         "",
         f"**{_summary(reports)}.** Pass means: loss within {LOSS_TOLERANCE:g}, every gradient within "
         f"{GRADIENT_TOLERANCE:g}, loaded loss within {PRETRAINED_LOSS_TOLERANCE:g}, export bit-equal.",

@@ -94,9 +94,7 @@ def _exported_groups(blueprint: PreTrainedModel, decoder: Decoder) -> list[list[
     return group_by_layer(names, decoder)
 
 
-def _outputs(
-    blueprint: PreTrainedModel, groups: list[list[str]], get: GetTensor
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _outputs(blueprint: PreTrainedModel, groups: list[list[str]], get: GetTensor) -> Iterator[tuple[str, torch.Tensor]]:
     """(name on disk, tensor) in file order, in the layout that the architecture's published checkpoints have.
 
     A group holds everything that one conversion needs, because no conversion reaches across layers.

@@ -16,10 +16,17 @@ from transformers_backend.decoder import Decoder
 from transformers_backend.weights.shards import fill_local, named_tensors
 
 
-def allocate(model: nn.Module, device: torch.device) -> None:
-    """Give every meta parameter and buffer of `model` uninitialised memory on `device`; tied ones stay tied."""
+def allocate(model: nn.Module, device: torch.device, *, buffer_device: torch.device) -> None:
+    """Give every meta parameter and buffer of `model` uninitialised memory; tied ones stay tied.
+
+    device: where parameters are kept (the host under CPU offload). buffer_device: where the model computes.
+    """
     tied = _shared_parameters(model)
     model.to_empty(device=device)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(buffer_device)
     for (first_owner, first_name), *others in tied:
         for owner, name in others:
             owner._parameters[name] = first_owner._parameters[first_name]

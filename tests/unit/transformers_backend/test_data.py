@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 from transformers_backend import data
+from transformers_backend.data import files, sources
+from transformers_backend.data.tokens import document_encoder
 
 EOS, OFFSET, IGNORED = 1, 3, -100
 
@@ -110,22 +112,22 @@ def word_tokenizer(*, template: str | None = None, **special: str) -> PreTrained
      "<extra_id_0> <extra_id_124> <extra_id_125>"],
 )  # fmt: skip
 def test_bytes_are_encoded_as_byt5_does(byt5, text):
-    assert data._document_encoder(byt5)(text).tolist() == byt5(text).input_ids
+    assert document_encoder(byt5)(text).tolist() == byt5(text).input_ids
 
 
 def test_every_character_is_encoded_as_byt5_does(byt5):
     text = "".join(map(chr, [*range(0x800), *range(0x2000, 0x2100), 0xFFFF, 0x10000, 0x10FFFF]))
-    assert data._document_encoder(byt5)(text).tolist() == byt5(text).input_ids
+    assert document_encoder(byt5)(text).tolist() == byt5(text).input_ids
 
 
 def test_byt5_text_that_spells_the_end_token_has_one_end(byt5):
-    assert data._document_encoder(byt5)("x</s>").tolist() == [ord("x") + OFFSET, EOS]
+    assert document_encoder(byt5)("x</s>").tolist() == [ord("x") + OFFSET, EOS]
 
 
 def test_byt5_with_a_token_of_the_users(byt5):
     tokenizer = ByT5Tokenizer()
     tokenizer.add_tokens(["foo"])
-    assert data._document_encoder(tokenizer)("xfoo").tolist() == [ord("x") + OFFSET, 384, EOS]
+    assert document_encoder(tokenizer)("xfoo").tolist() == [ord("x") + OFFSET, 384, EOS]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_byt5_with_a_token_of_the_users(byt5):
     ],
 )
 def test_beginning_and_end_tokens_stand_once(template, special, text, expected):
-    assert data._document_encoder(word_tokenizer(template=template, **special))(text).tolist() == expected
+    assert document_encoder(word_tokenizer(template=template, **special))(text).tolist() == expected
 
 
 def test_load_tokenizer_reads_a_folder(tmp_path, byt5):
@@ -343,7 +345,7 @@ def test_standard_library_skips_site_packages_and_undecodable_files(tmp_path, bu
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(files.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     batches = build(repeat=False)
     assert documents_of(tokens_of(batches)) == ["zz", "bbb"]
     assert batches.state_dict()["fingerprint"]["documents"] == 3  # c.py is known as a file, and read as nothing
@@ -417,7 +419,7 @@ def test_stream_gives_each_record_to_one_rank(tmp_path, build, cache, world_size
 
 
 def test_stream_is_reshuffled_every_epoch(tmp_path, build, cache, monkeypatch):
-    monkeypatch.setattr(data, "SHUFFLE_WINDOW", 6)  # a file
+    monkeypatch.setattr(sources, "SHUFFLE_WINDOW", 6)  # a file
     batches = build(dataset=write_stream(tmp_path / "stream"), seq_len=5, batch_size=24)
     epochs = [documents_of(tokens_of([next(batches)])) for _ in range(3)]
     file_orders = {"".join(name[0] for name in epoch[::6]) for epoch in epochs}
@@ -429,7 +431,7 @@ def test_stream_is_reshuffled_every_epoch(tmp_path, build, cache, monkeypatch):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("repeat", [True, False])
 def test_stream_resume_is_exact(tmp_path, build, cache, monkeypatch, caplog, world_size, repeat):
-    monkeypatch.setattr(data, "SHUFFLE_WINDOW", 5)
+    monkeypatch.setattr(sources, "SHUFFLE_WINDOW", 5)
     path = write_stream(tmp_path / "stream")
     rank = world_size - 1
     assert_resumes(lambda: build(dataset=path, repeat=repeat, data_rank=rank, data_world_size=world_size), steps=11)

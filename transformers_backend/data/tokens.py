@@ -1,0 +1,69 @@
+"""From text to tokens: load the tokenizer, and encode documents as it does, with one end token each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+
+
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a hub id or a local folder; "byt5" is the byte-level one, which needs no files.
+
+    Raises ValueError where there is none. Transformers makes an empty tokenizer, which knows no word, for a folder
+    with a model config only; that is refused too.
+    """
+    if name_or_path == "byt5":
+        return ByT5Tokenizer()
+    remedy = 'Name a hub id or a folder with tokenizer files, or use the built-in byte-level "byt5".'
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError) as error:  # missing; not a tokenizer; a slow one without its vocabulary
+        raise ValueError(
+            f'model.hf_assets_path = "{name_or_path}": no tokenizer could be loaded from it. {remedy} '
+            f"({type(error).__name__}: {error})"
+        ) from error
+    special = {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens}
+    if len(tokenizer.get_vocab().keys() - special) < 2:
+        raise ValueError(
+            f'model.hf_assets_path = "{name_or_path}": its tokenizer has no vocabulary, only special tokens; the '
+            f"vocabulary file is missing. {remedy}"
+        )
+    return tokenizer
+
+
+def document_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], np.ndarray]:
+    """Return the function from a document's text to its tokens (int64): those of the tokenizer, and one end token.
+
+    Where the tokenizer has an end-of-sequence token, exactly one stands at the end, whether or not the tokenizer
+    (or the text) puts one there; a beginning token stands there once if the tokenizer puts one. Special tokens that
+    a text spells out ("</s>") become those tokens, as the tokenizer has it.
+
+    ByT5's tokenizer works character by character in Python. A token is a byte's value plus its offset of 3, which
+    is computed directly (some hundred times as fast); only texts that spell out an added token go through it.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    end = [] if eos is None else [eos]
+
+    def encode(text: str) -> np.ndarray:
+        # ByT5 warns about a text that ends in "</s>" when it adds special tokens, of which it has none but that.
+        tokens = tokenizer(text, add_special_tokens=not is_byt5, return_attention_mask=False, verbose=False).input_ids
+        if bos is not None and tokens[:2] == [bos, bos]:
+            tokens = tokens[1:]
+        while end and tokens and tokens[-1] == eos:
+            tokens.pop()
+        return np.asarray(tokens + end, dtype=np.int64)
+
+    def encode_bytes(text: str) -> np.ndarray:
+        if added_tokens.search(text):
+            return encode(text)
+        values = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+        return np.concatenate([values.astype(np.int64) + tokenizer.offset, np.asarray(end, dtype=np.int64)])
+
+    is_byt5 = type(tokenizer) is ByT5Tokenizer
+    added_tokens = re.compile("|".join(map(re.escape, tokenizer.added_tokens_encoder)))
+    return encode_bytes if is_byt5 else encode
