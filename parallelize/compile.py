@@ -6,6 +6,15 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
+"""What a layer that cannot be compiled as one graph raises at its first call."""
+
+# Layers of one class share their code, and the compiler counts compilations by code: a model may have several kinds of
+# layer (gemma3n has six), each compiled for training, for validation and for another batch size. torch's limit of 8
+# guards against a compilation a step, which this still does.
+_RECOMPILE_LIMIT = 64
 
 
 def apply_compile(layers: Iterable[nn.Module], *, backend: str) -> None:
@@ -14,5 +23,6 @@ def apply_compile(layers: Iterable[nn.Module], *, backend: str) -> None:
     Only `forward` is compiled, on the instance: hooks run around the compiled code, names do not change, and layers
     of the same class and kind share one compilation, because the compiler caches by code, not by instance.
     """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     for layer in layers:
         layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True)

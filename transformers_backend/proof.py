@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from parallelize.compile import apply_compile
+from parallelize.compile import COMPILE_ERRORS, apply_compile
 from transformers_backend.decoder import describe_decoder
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.twin import VOCABULARY_SIZE, build_twin
@@ -152,7 +151,7 @@ def why_not_compile(
     apply_compile((twins[1].get_submodule(name) for name in describe_decoder(twins[1]).layers), backend=backend)
     try:
         compiled = loss_and_gradients(twins[1], input_ids, labels, chunked=False)
-    except TorchDynamoException as error:
+    except COMPILE_ERRORS as error:
         return f"{model_class.__name__} does not compile with {backend} ({str(error).splitlines()[0]})"
     reason = difference(eager, compiled)
     return None if reason is None else f"{model_class.__name__} compiled with {backend} is wrong: {reason}"

@@ -31,9 +31,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
-from torch._dynamo.exc import TorchDynamoException
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from parallelize.compile import COMPILE_ERRORS
 from parallelize.config import CompileConfig, ParallelismConfig
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.model_args import HFTransformerModelArgs
@@ -155,7 +155,7 @@ def _verify_model(name: str, world_size: int, compile: bool, folder: Path) -> Re
         _compare_weights(report, hf_config, model_class, world_size, folder)
     except ValueError as error:
         report.verdict, report.reason = "refused", str(error)
-    except (*MODEL_ERRORS, TorchDynamoException) as error:
+    except (*MODEL_ERRORS, *COMPILE_ERRORS) as error:
         report.verdict, report.reason = "fail", f"{type(error).__name__}: {error}"
     finally:
         logging.getLogger("transformers_backend").removeHandler(notes)

@@ -277,18 +277,13 @@ def test_a_second_backward_raises(chunks: int | None):
         loss.backward()
 
 
-def test_a_retained_graph_gives_the_same_gradients_again_or_raises():
+def test_a_retained_graph_raises_too():
     input_ids, labels = _batch()
     model = _install(_twin("llama"), 4)
     loss = model(input_ids=input_ids, targets=shift_labels(labels)) / 10
     loss.backward(retain_graph=True)
-    once = _gradients(model)
-    model.zero_grad()
-    try:
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    except RuntimeError:
-        return
-    _assert_same(_gradients(model), once)
 
 
 @pytest.mark.parametrize("chunks", [None, 4])
