@@ -35,8 +35,8 @@ def build_batches(
         dataset_path: a .txt, .jsonl, .json, .parquet, .csv or .arrow file, or a folder with files of one such kind.
             Each .txt file is one document, else each record is one.
         dataset_name, dataset_revision: configuration and git revision of a hub dataset.
-        dataset_split: split of a hub dataset. Records of local files are one split, of any name; a slice of it works
-            too ("train[:90%]").
+        dataset_split: split of a hub dataset, or "train" or "validation" of the built-in source. Records of local
+            files are one split, of any name; a slice of it works too ("train[:90%]").
         text_column: the field of a record that holds its text.
         vocabulary_size: rows of the model's embedding; the tokenizer must not have more tokens.
         data_rank, data_world_size: which of how many parts of the data this is. Ranks that differ only in tensor,
@@ -61,7 +61,7 @@ def build_batches(
     if dataset_path is not None:
         source = open_path(dataset_path, dataset_split, text_column, order)
     elif dataset == BUILT_IN_SOURCE:
-        source = open_standard_library(order)
+        source = open_standard_library(dataset_split, order)
     else:
         source = open_stream(dataset, dataset_name, dataset_split, dataset_revision, text_column, order)
     fingerprint = source.fingerprint | {

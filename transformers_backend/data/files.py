@@ -23,11 +23,22 @@ FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json"} | {
 }
 
 
-def open_standard_library(order: Order) -> IndexedSource:
+# Every so many files of the built-in source are held out of "train" for "validation".
+_HOLD_OUT_EVERY = 20
+
+
+def open_standard_library(split: str, order: Order) -> IndexedSource:
     """The .py files of the running Python's standard library; those that are not UTF-8 (test data) are skipped."""
+    name = f'dataset = "{BUILT_IN_SOURCE}"'
+    if split not in ("train", "validation"):
+        raise ValueError(
+            f'dataset_split = "{split}": {name} has the splits "train" and "validation". Name one of them.'
+        )
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = _files_below(root, skip_folders=("site-packages", "dist-packages"))
     files = [path for path in paths if path.suffix == ".py"]
+    held_out = split == "validation"
+    files = [path for index, path in enumerate(files) if (index % _HOLD_OUT_EVERY == _HOLD_OUT_EVERY - 1) == held_out]
 
     def read(number: int) -> str:
         try:
@@ -35,7 +46,6 @@ def open_standard_library(order: Order) -> IndexedSource:
         except UnicodeDecodeError:
             return ""
 
-    name = f'dataset = "{BUILT_IN_SOURCE}"'
     return IndexedSource(name, read, len(files), order, _fingerprint_of_files(BUILT_IN_SOURCE, root, files))
 
 

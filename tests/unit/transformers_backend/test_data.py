@@ -325,9 +325,9 @@ def test_resume_in_other_data_is_refused(tmp_path, build):
 
 def test_standard_library_and_text_need_no_datasets_package(tmp_path, build, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    batch = next(build(seq_len=512))
+    batch = next(build(seq_len=32_768))
     text = "".join(chr(token - OFFSET) for token in batch["input_ids"][0].tolist() if OFFSET <= token < OFFSET + 128)
-    assert "def " in text or "import " in text or "self" in text
+    assert "def " in text
     assert tokens_of(build(write_text_files(tmp_path / "texts", ["a"]), repeat=False)) == [ord("a") + OFFSET, EOS]
     with pytest.raises(ImportError, match=r'dataset_path = ".*jsonl": .*pip install datasets'):
         build(write_json_lines(tmp_path / "x.jsonl", [{"text": "a"}]))
@@ -349,6 +349,19 @@ def test_standard_library_skips_site_packages_and_undecodable_files(tmp_path, bu
     batches = build(repeat=False)
     assert documents_of(tokens_of(batches)) == ["zz", "bbb"]
     assert batches.state_dict()["fingerprint"]["documents"] == 3  # c.py is known as a file, and read as nothing
+
+
+def test_standard_library_holds_out_files_for_validation(tmp_path, build, monkeypatch):
+    texts = [chr(ord("a") + number) * 9 for number in range(25)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number:02d}.py").write_text(text)
+    monkeypatch.setattr(files.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    validation = documents_of(tokens_of(build(repeat=False, dataset_split="validation")))
+    train = documents_of(tokens_of(build(repeat=False)))
+    assert validation == [texts[19]]
+    assert sorted([*validation, *train]) == sorted(texts)
+    with pytest.raises(ValueError, match='dataset_split = "test": dataset = "python_stdlib" has the splits'):
+        build(dataset_split="test")
 
 
 def test_single_text_file_is_one_document(tmp_path, build):

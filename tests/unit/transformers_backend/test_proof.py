@@ -14,6 +14,8 @@ from transformers_backend.model import HFTransformerModel
 from transformers_backend.proof import Proof, difference, example_batch, prove, relative_errors, why_not_compile
 from transformers_backend.twin import build_twin
 
+# Dynamo looks at `.grad` of a layer's input, at which torch itself warns once a process.
+ignore_grad_warning = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 LLAMA = LlamaConfig(
     vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2,
@@ -102,7 +104,7 @@ def test_another_loss_is_refused():
 
 
 def test_a_model_without_a_loss_of_its_own_is_refused_in_words():
-    with pytest.raises(ValueError, match="NoLoss"):
+    with pytest.raises(ValueError, match="NoLoss: .*loss"):
         prove(LLAMA, NoLoss, None)
 
 
@@ -187,6 +189,7 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@ignore_grad_warning
 @pytest.mark.usefixtures("_two_threads")
 def test_inductors_wrong_falcon_gradient_is_found():
     """torch 2.13's inductor generates wrong multi-threaded CPU code for falcon's backward; right with one thread.
@@ -206,6 +209,7 @@ def test_inductors_wrong_falcon_gradient_is_found():
     assert why_not_compile(config, model_class, None, "inductor", torch.device("cpu")) is None
 
 
+@ignore_grad_warning
 def test_aot_eager_is_right_and_layers_that_do_not_compile_are_told():
     torch._dynamo.reset()
     assert why_not_compile(LLAMA, LlamaForCausalLM, None, "aot_eager", torch.device("cpu")) is None
