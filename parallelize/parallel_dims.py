@@ -72,7 +72,8 @@ class ParallelDims:
         return init_device_mesh(device_type, self.sizes, mesh_dim_names=MESH_DIMENSIONS)
 
     def __str__(self) -> str:
-        return " x ".join(f"{name} {size}" for name, size in zip(MESH_DIMENSIONS, self.sizes, strict=True) if size > 1)
+        used = [f"{name} {size}" for name, size in zip(MESH_DIMENSIONS, self.sizes, strict=True) if size > 1]
+        return " x ".join(used) or "of one rank"
 
 
 def data_parallel_mesh(mesh: DeviceMesh) -> DeviceMesh:

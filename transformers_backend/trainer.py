@@ -342,7 +342,7 @@ class Trainer:
         )  # fmt: skip
         logger.info(
             "%d x %s, mesh %s; weights kept in %s, computation in %s",
-            self.world_size, self.device.type, self.model.dims or "of one rank", config.training.dtype,
+            self.world_size, self.device.type, self.model.dims, config.training.dtype,
             str(computes_in).removeprefix("torch."),
         )  # fmt: skip
         logger.info(

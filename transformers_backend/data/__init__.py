@@ -14,9 +14,9 @@ last two need the `datasets` package, which is imported only there.
 Errors name the keys of `[training]`, which `[validation]` shares, without their section.
 """
 
-from transformers_backend.data.batches import IGNORED_LABEL, PackedBatches
+from transformers_backend.data.batches import PackedBatches
 from transformers_backend.data.build import build_batches
 from transformers_backend.data.sources import BUILT_IN_SOURCE
 from transformers_backend.data.tokens import load_tokenizer
 
-__all__ = ["BUILT_IN_SOURCE", "IGNORED_LABEL", "PackedBatches", "build_batches", "load_tokenizer"]
+__all__ = ["BUILT_IN_SOURCE", "PackedBatches", "build_batches", "load_tokenizer"]

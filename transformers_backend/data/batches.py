@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from transformers_backend.data.sources import IndexedSource, StreamedSource
-
-IGNORED_LABEL = -100
+from transformers_backend.loss import IGNORE_INDEX
 
 
 @dataclass(eq=False)
@@ -53,7 +52,7 @@ class PackedBatches:
     def __next__(self) -> dict[str, torch.Tensor]:
         blocks = [self._next_block() for _ in range(self.batch_size)] if self.repeat else self._share_of_round()
         input_ids = np.full((self.batch_size, self.seq_len), self.fill_token, dtype=np.int64)
-        labels = np.full_like(input_ids, IGNORED_LABEL)
+        labels = np.full_like(input_ids, IGNORE_INDEX)
         for row, block in enumerate(blocks):
             input_ids[row, : len(block)] = block
             labels[row, : len(block)] = block

@@ -150,7 +150,7 @@ def test_an_unknown_override_names_the_nearest():
 
 
 def test_a_value_that_the_config_class_refuses_is_a_clear_error():
-    with pytest.raises(Exception, match="num_hidden_layers"):
+    with pytest.raises(ValueError, match="num_hidden_layers"):
         override_config(LlamaConfig(**TINY), {"num_hidden_layers": "two"})
 
 
@@ -190,7 +190,7 @@ def test_tables_are_merged():
 def test_a_derived_head_dim_follows_and_an_explicit_one_stays():
     assert override_config(LlamaConfig(**TINY), {"hidden_size": 64}).head_dim == 32
     assert override_config(LlamaConfig(**TINY), {"num_attention_heads": 4}).head_dim == 4
-    assert override_config(LlamaConfig(**TINY), {"hidden_size": 64, "head_dim": 5}).head_dim == 5
+    assert override_config(LlamaConfig(**TINY), {"hidden_size": 64, "head_dim": 6}).head_dim == 6
 
 
 def test_an_independent_head_dim_survives_an_override_of_the_width():
