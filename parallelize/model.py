@@ -34,7 +34,8 @@ def parallelize_model(
     """Apply, in this order: kernels -> TP -> CP -> activation checkpointing -> compile -> FSDP2.
 
     layers: the decoder layers. separate_units: further modules that are sharded on their own (an untied embedding).
-    param_dtype: dtype of the computation, None for the parameters' own; gradients are reduced in fp32 then.
+    param_dtype: dtype of the computation, None for the parameters' own; gradients are reduced in fp32 then. Where
+    `needs_fsdp` says no, the caller computes within `parameters_cast_to(model, param_dtype)` instead.
     """
     # Kernels, tensor and context parallelism change what a layer computes with, so they come first, in this place.
 
@@ -51,12 +52,18 @@ def parallelize_model(
         apply_compile(layers, backend=compile.backend)
 
     # Last, because it replaces parameters by shards that only its own hooks gather again.
-    apply_fsdp(
-        model,
-        [*layers, *separate_units],
-        data_parallel_mesh(mesh),
-        param_dtype=param_dtype,
-        reduce_dtype=torch.float32 if param_dtype is not None else None,
-        reshard_after_forward=parallelism.fsdp_reshard_after_forward != "never",
-        cpu_offload=cpu_offload,
-    )
+    if needs_fsdp(mesh, cpu_offload):
+        apply_fsdp(
+            model,
+            [*layers, *separate_units],
+            data_parallel_mesh(mesh),
+            param_dtype=param_dtype,
+            reduce_dtype=torch.float32 if param_dtype is not None else None,
+            reshard_after_forward=parallelism.fsdp_reshard_after_forward != "never",
+            cpu_offload=cpu_offload,
+        )
+
+
+def needs_fsdp(mesh: DeviceMesh, cpu_offload: bool) -> bool:
+    """Whether there is something to shard or to offload; if not, `parallelize/mixed_precision.py` does the casting."""
+    return data_parallel_mesh(mesh).size() > 1 or cpu_offload

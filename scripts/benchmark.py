@@ -1,4 +1,4 @@
-"""Times this project's trainer, Hugging Face's Trainer and a bare PyTorch loop side by side: scripts/benchmark.py --help
+"""Times this project's trainer, Hugging Face's Trainer and a bare PyTorch loop: scripts/benchmark.py --help
 
 Every contender is built in a fresh process of its own, so that its peak memory is its own, and all stay alive. They
 then train in turns, a few steps at a time (A B C, B C A, ...), one at any moment: a machine that slows down for a
@@ -63,7 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8,
             "num_key_value_heads": 8, "vocab_size": 32000,
         },
-        "batch_size": 4,
+        "batch_size": 8,
         "seq_len": 512,
     },
     "llama3.2-1b": {
@@ -72,7 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072,
             "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_parameters": _LLAMA_3_2_1B_ROPE,
         },
-        "batch_size": 2,
+        "batch_size": 1,
         "seq_len": 8192,
     },
 }  # fmt: skip
@@ -144,10 +144,13 @@ def run(settings: Settings, names: list[str], *, steps: int, blocks: int) -> dic
         attempt(lambda name=name: contestants.append(begin(name, settings)), name, results)
     try:
         for block in range(blocks):
-            for contestant in [*contestants[block % len(contestants) :], *contestants[: block % len(contestants)]]:
-                if contestant.name not in results:
-                    attempt(lambda one=contestant: train_block(one, steps), contestant.name, results)
-            say(f"round {block + 1} of {blocks}: " + ", ".join(describe_block(one, settings) for one in contestants))
+            running = [one for one in contestants if one.name not in results]
+            if not running:
+                break
+            turn = block % len(running)  # who begins changes
+            for one in [*running[turn:], *running[:turn]]:
+                attempt(lambda one=one: train_block(one, steps), one.name, results)
+            say(f"round {block + 1} of {blocks}: " + ", ".join(describe_block(one, settings) for one in running))
     finally:
         for contestant in contestants:
             contestant.close()
@@ -274,8 +277,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         "",
         f"{machine['date']}; {where}; Python {machine['python']}, torch {machine['torch']}, "
         f"transformers {machine['transformers']}.",
-        f"{report['parameters'] / 1e6:,.1f} million parameters, {settings['batch_size']} x {settings['seq_len']} tokens "
-        f"a step, {settings['precision']}, {'compiled' if settings['compile'] else 'eager'}, "
+        f"{report['parameters'] / 1e6:,.1f} million parameters, {settings['batch_size']} x {settings['seq_len']} "
+        f"tokens a step, {settings['precision']}, {'compiled' if settings['compile'] else 'eager'}, "
         f"{report['blocks']} rounds of {report['steps']} steps. Matrix products reach {report['ceiling'] / 1e12:,.2f} "
         "TFLOP/s.",
         "",
@@ -339,7 +342,7 @@ def make_settings(options: argparse.Namespace) -> Settings:
     config = {**preset["config"], **{key: given[key] for key in preset["config"] if key in given}}
     return Settings(
         model_type="llama",
-        config={**config, "max_position_embeddings": max(131072, given.get("seq_len", 0))},
+        config=config,
         batch_size=given.get("batch_size", preset["batch_size"]),
         seq_len=given.get("seq_len", preset["seq_len"]),
         precision=options.precision,

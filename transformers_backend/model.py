@@ -24,7 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parallelize.config import ActivationCheckpointConfig, CompileConfig, KernelConfig, ParallelismConfig, check
 from parallelize.distributed import first_rank_first, gather_objects, pick_device, sum_over
 from parallelize.grad_norm import clip_grad_norm_
-from parallelize.model import parallelize_model
+from parallelize.mixed_precision import parameters_cast_to
+from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
 from transformers_backend.decoder import describe_decoder
 from transformers_backend.loss import count_targets, install_loss, shift_labels
@@ -81,6 +82,7 @@ class HFTransformerModel:
         self.mesh = None
         self.device = next(hf_model.parameters()).device
         """Where the model computes; batches on another device are moved there."""
+        self._cast_to: torch.dtype | None = None  # what FSDP2 does not cast, see parallelize/mixed_precision.py
         self._ready = False
 
     # -- placing the model on devices ---------------------------------------------------------------------------
@@ -132,6 +134,10 @@ class HFTransformerModel:
             param_dtype=param_dtype,
             cpu_offload=cpu_offload,
         )
+        if not needs_fsdp(self.mesh, cpu_offload):
+            self._cast_to = param_dtype
+            if not self._is_meta:
+                self.hf_model.to(self.device)
         self._fill(torch.device("cpu") if cpu_offload else self.device, seed)
         return self
 
@@ -160,7 +166,7 @@ class HFTransformerModel:
     def _fill(self, device: torch.device, seed: int) -> None:
         """Allocate a meta model on `device` and load or initialise its weights; a real model is left alone."""
         self._ready = True
-        if not any(parameter.is_meta for parameter in self.hf_model.parameters()):
+        if not self._is_meta:
             return
         allocate(self.hf_model, device, buffer_device=self.device)
         blueprint = self.blueprint
@@ -181,6 +187,10 @@ class HFTransformerModel:
             self._fill(self.device, seed=0)
         if not self.hf_model.training:
             self.hf_model.train()
+
+    @property
+    def _is_meta(self) -> bool:
+        return any(parameter.is_meta for parameter in self.hf_model.parameters())
 
     @functools.cached_property
     def blueprint(self) -> PreTrainedModel:
@@ -208,10 +218,10 @@ class HFTransformerModel:
         if num_items_in_batch is None:
             num_items_in_batch = self.count_targets(labels)
         # A batch without a single target has loss 0 and no gradient, rather than 0 / 0.
-        loss = self._sum_loss(input_ids, labels, position_ids) / torch.as_tensor(
-            num_items_in_batch, device=self.device
-        ).clamp(min=1)
-        loss.backward()
+        targets = torch.as_tensor(num_items_in_batch, device=self.device).clamp(min=1)
+        with parameters_cast_to(self.hf_model, self._cast_to):
+            loss = self._sum_loss(input_ids, labels, position_ids) / targets
+            loss.backward()
         self._local_loss = loss.detach().clone()
         return sum_over(loss.detach(), self._data_meshes)
 
@@ -222,7 +232,8 @@ class HFTransformerModel:
         """Summed loss (fp32) and number of target tokens of one batch over all data ranks, without dropout."""
         self._make_ready()
         self.hf_model.eval()
-        loss = self._sum_loss(input_ids, labels, position_ids)
+        with parameters_cast_to(self.hf_model, self._cast_to):
+            loss = self._sum_loss(input_ids, labels, position_ids)
         self.hf_model.train()
         return sum_over(loss, self._data_meshes), self.count_targets(labels)
 

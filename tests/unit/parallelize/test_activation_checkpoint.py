@@ -105,7 +105,7 @@ def test_per_op_recomputes_every_second_product_and_no_attention():
         with _Count() as counter:
             _run(layers)
         counts[mode] = counter.counts
-    # A layer has 4 matrix products, and 2 for each in the backward, less the first layer's one for the input's gradient.
+    # A layer has 4 matrix products, and 2 for each in the backward, less the one for the first layer's input.
     assert counts["none"][product] == 3 * (4 + 8) - 1
     assert counts["full"][attention] == 2 * counts["none"][attention] == 6
     assert counts["selective"][attention] == 3

@@ -46,13 +46,13 @@ def test_degrees_must_multiply_to_the_world(world_size: int, replicate: int, sha
 
 
 def test_bad_values_are_told_before_the_product():
-    with pytest.raises(ValueError, match="parallelism.data_parallel_replicate_degree = 0: must be at least 1"):
+    with pytest.raises(ValueError, match=r"parallelism\.data_parallel_replicate_degree = 0: must be at least 1"):
         _resolve(4, replicate=0)
 
 
 def test_text_names_the_dimensions_in_use():
     assert str(_resolve(8, 2)) == "dp_replicate 2 x dp_shard 4"
-    assert str(_resolve(1)) == ""
+    assert str(_resolve(1)) == "of one rank"
     dims = ParallelDims(pp=2, dp_replicate=1, dp_shard=3, cp=1, tp=4)
     assert str(dims) == "pp 2 x dp_shard 3 x tp 4"
     assert (dims.world_size, dims.data_parallel_size) == (24, 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
@@ -27,10 +29,9 @@ def _says(model: HFTransformerModel, text: str) -> None:
     with torch.no_grad():
         for parameter in hf_model.model.layers.parameters():
             parameter.zero_()  # the residual stream is the embedding alone
-        hf_model.model.embed_tokens.weight.copy_(torch.eye(384, 32).roll(0))
         hf_model.model.embed_tokens.weight.zero_()
         hf_model.lm_head.weight.zero_()
-        for place, (here, there) in enumerate(zip(text, text[1:], strict=False)):
+        for place, (here, there) in enumerate(itertools.pairwise(text)):
             hf_model.model.embed_tokens.weight[ord(here) + 3, place] = 1.0
             hf_model.lm_head.weight[ord(there) + 3, place] = 100.0
 

@@ -100,7 +100,7 @@ def test_exactly_one_name(model_args: dict):
 
 
 def test_an_unknown_type_names_the_nearest():
-    with pytest.raises(ValueError, match='model_type = "qwen33".*has no such model type.*qwen3'):
+    with pytest.raises(ValueError, match=r'model_type = "qwen33".*has no such model type.*qwen3'):
         HFTransformerModelArgs(model_type="qwen33").resolve()
 
 

@@ -10,12 +10,17 @@ import torch
 from transformers import CONFIG_MAPPING, BertConfig, BertLMHeadModel, GPT2Config, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from parallelize.activation_checkpoint import apply_activation_checkpointing
+from transformers_backend.decoder import describe_decoder
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.proof import Proof, difference, example_batch, prove, relative_errors, why_not_compile
 from transformers_backend.twin import build_twin
+from transformers_backend.verify import DENSE_MODEL_TYPES
 
 # Dynamo looks at `.grad` of a layer's input, at which torch itself warns once a process.
-ignore_grad_warning = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+ignore_grad_warning = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
 LLAMA = LlamaConfig(
     vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2,
@@ -104,7 +109,7 @@ def test_another_loss_is_refused():
 
 
 def test_a_model_without_a_loss_of_its_own_is_refused_in_words():
-    with pytest.raises(ValueError, match="NoLoss: .*loss"):
+    with pytest.raises(ValueError, match=r"NoLoss: .*loss"):
         prove(LLAMA, NoLoss, None)
 
 
@@ -239,6 +244,25 @@ def test_an_unknown_backend_is_told_and_not_a_crash():
         reason = str(error)
     torch._dynamo.reset()
     assert "inductr" in reason
+
+
+@pytest.mark.parametrize("model_type", DENSE_MODEL_TYPES)
+def test_recomputation_is_exact_for_every_dense_type(model_type: str):
+    """Per-op recomputation keeps some results as they were computed, which a layer that changes one in place breaks.
+
+    gemma3n does, and silently gets wrong gradients: tests/distributed/test_fsdp_parity.py wants that refused.
+    """
+    config = CONFIG_MAPPING[model_type]()
+    input_ids, labels = example_batch()
+    results = {}
+    for mode in ("none", "full", "selective")[: 2 if model_type == "gemma3n_text" else 3]:
+        twin = build_twin(config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+        layers = [twin.get_submodule(name) for name in describe_decoder(twin).layers]
+        apply_activation_checkpointing(layers, mode=mode, selective_option="op", preserve_rng_state=True)
+        twin(input_ids=input_ids, labels=labels, use_cache=False).loss.backward()
+        results[mode] = {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
+    for mode in results.keys() - {"none"}:
+        assert max(relative_errors(results["none"], results[mode]).values()) <= 1e-6, mode
 
 
 def test_the_proof_leaves_the_given_config_and_random_numbers_alone():

@@ -123,7 +123,8 @@ def test_the_first_loss_and_step_are_plain_transformers(job, tmp_path: Path):
     config.hf_transformers.model, config.hf_transformers.model_type = str(tmp_path / "start"), None
     config.hf_transformers.config_overrides = {}
     trainer = Trainer(config)
-    batch = next(Trainer(job("twin")).data)
+    batch = next(trainer.data)
+    trainer.data.reset()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "start").train()
     decayed = [p for p in plain.parameters() if p.ndim >= 2]
     others = [p for p in plain.parameters() if p.ndim < 2]
@@ -161,7 +162,8 @@ def test_validation_is_plain_transformers_mean_loss(job, tmp_path: Path):
     _run(config)
     lines = _lines(config, "validation.jsonl")
     assert [line["step"] for line in lines] == [2, 4]
-    tokens = ByT5Tokenizer()((tmp_path / "held_out.txt").read_text(), add_special_tokens=False).input_ids + [1]
+    text = (tmp_path / "held_out.txt").read_text()
+    tokens = [*ByT5Tokenizer()(text, add_special_tokens=False).input_ids, 1]
     model = AutoModelForCausalLM.from_pretrained(Path(config.job.dump_folder) / "checkpoint" / "step-4-hf").eval()
     loss, count = 0.0, 0
     with torch.no_grad():
@@ -189,7 +191,8 @@ def test_validation_steps_and_a_curve_that_it_does_not_touch(job, tmp_path: Path
 def test_the_export_loads_with_the_same_loss_and_its_tokenizer(job):
     config = job(checkpoint__enable=True, checkpoint__last_save_in_hf=True, job__sample_prompt="1: line",
                  job__sample_tokens=5)  # fmt: skip
-    trainer = _run(config)
+    trainer = Trainer(config)
+    trainer.train()
     folder = Path(config.job.dump_folder) / "checkpoint" / "step-6-hf"
     model = AutoModelForCausalLM.from_pretrained(folder)
     state = trainer.model.full_state_dict()
@@ -198,6 +201,7 @@ def test_the_export_loads_with_the_same_loss_and_its_tokenizer(job):
     assert AutoTokenizer.from_pretrained(folder)("abc").input_ids == ByT5Tokenizer()("abc").input_ids
     batch = next(trainer.data)
     loss, targets = trainer.model.evaluate(batch["input_ids"], batch["labels"])
+    trainer.close()
     assert model(**batch).loss.item() == pytest.approx((loss / targets).item(), rel=1e-6)
 
 
@@ -295,6 +299,19 @@ def test_the_last_steps_are_never_lost(job):
         trainer = _run(config)
         assert {"step-2", "step-4", expected} <= _folders(config)
         assert trainer.checkpointer.steps() == ([2, 4] if model_only else [2, 4, 5])
+
+
+def test_a_checkpoint_right_after_a_validation(job, tmp_path: Path):
+    """An evaluation has no backward, after which FSDP2 would free the gathered parameters of the root unit."""
+    config = job(
+        training__steps=4, checkpoint__enable=True, checkpoint__interval=2, validation__enable=True,
+        validation__dataset_path=str(tmp_path / "held_out.txt"), validation__freq=2, validation__seq_len=SEQUENCE,
+    )  # fmt: skip
+    trainer = _run(config)
+    assert trainer.checkpointer.steps() == [2, 4]
+    config.checkpoint.load_step = 2
+    _run(config)
+    assert _curve(config)[4:] == _curve(config)[2:4], "what was saved is what training went on with"
 
 
 def test_nothing_is_saved_without_being_asked(job):

@@ -71,7 +71,9 @@ def _assert_layer_kinds_kept(fields: dict, small: dict) -> None:
 def _assert_head_relation_kept(fields: dict, small: dict) -> None:
     for key in ("num_key_value_heads", "num_kv_heads"):
         if fields.get(key) and any(fields.get(name) for name in HEAD_COUNTS):
-            assert _relation(fields[key], _first(fields, HEAD_COUNTS)) == _relation(small[key], _first(small, HEAD_COUNTS))
+            assert _relation(fields[key], _first(fields, HEAD_COUNTS)) == _relation(
+                small[key], _first(small, HEAD_COUNTS)
+            )
 
 
 def _relation(key_value_heads: int, heads: int) -> str:

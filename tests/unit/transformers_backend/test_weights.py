@@ -233,7 +233,7 @@ def test_checkpoints_without_the_base_prefix(tmp_path: Path):
 
 def test_a_body_without_a_head_lacks_the_untied_head(tmp_path: Path):
     _twin("llama").model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="1 missing in the files: lm_head.weight"):
+    with pytest.raises(ValueError, match=r"1 missing in the files: lm_head.weight"):
         _load(tmp_path)
 
 
@@ -303,7 +303,7 @@ def test_everything_that_does_not_fit_is_listed_at_once(tmp_path: Path):
 
 def test_a_long_list_is_cut(tmp_path: Path):
     _twin("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="9 unexpected in the files: model.layers.1.input_layernorm.weight"):
+    with pytest.raises(ValueError, match=r"9 unexpected in the files: model.layers.1.input_layernorm.weight"):
         _load(tmp_path, num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"18 missing in the files: .* \.\.\.") as caught:
         _load(tmp_path, num_hidden_layers=4)
@@ -315,7 +315,7 @@ def test_truncated_files(tmp_path: Path, kept: int):
     _twin("llama").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(ValueError, match="model.safetensors: truncated or damaged safetensors") as caught:
+    with pytest.raises(ValueError, match=r"model.safetensors: truncated or damaged safetensors") as caught:
         _load(tmp_path)
     assert "Download or write it again" in str(caught.value)
 
@@ -325,7 +325,7 @@ def test_a_file_of_the_index_is_absent(tmp_path: Path):
     files = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(files) > 2
     files[1].unlink()
-    with pytest.raises(ValueError, match="index.json names files that are not there") as caught:
+    with pytest.raises(ValueError, match=r"index.json names files that are not there") as caught:
         _load(tmp_path)
     assert files[1].name in str(caught.value)
     assert files[0].name not in str(caught.value)
@@ -343,14 +343,14 @@ def test_pickled_weights_are_refused_with_the_remedy(tmp_path: Path):
     twin = _twin("llama")
     twin.config.save_pretrained(tmp_path)
     torch.save(twin.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="only pickled .bin weights") as caught:
+    with pytest.raises(ValueError, match=r"only pickled .bin weights") as caught:
         _load(tmp_path)
     assert f"AutoModelForCausalLM.from_pretrained('{tmp_path}').save_pretrained('NEW_FOLDER')" in str(caught.value)
 
 
 def test_a_folder_without_weights(tmp_path: Path):
     _twin("llama").config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="neither model.safetensors nor model.safetensors.index.json"):
+    with pytest.raises(ValueError, match=r"neither model.safetensors nor model.safetensors.index.json"):
         _load(tmp_path)
 
 
@@ -477,9 +477,7 @@ def test_tokenizer_and_generation_config_are_written(tmp_path: Path):
     twin = _twin("llama")
     blueprint = _on_meta(twin.config)
     blueprint.generation_config = GenerationConfig(max_new_tokens=7, eos_token_id=1)
-    save_hf_weights(
-        twin, blueprint, describe_decoder(twin), tmp_path / "out", is_main=True, tokenizer=ByT5Tokenizer()
-    )
+    save_hf_weights(twin, blueprint, describe_decoder(twin), tmp_path / "out", is_main=True, tokenizer=ByT5Tokenizer())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.max_new_tokens == 7
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("abc").input_ids == ByT5Tokenizer()("abc").input_ids
 
