@@ -351,6 +351,13 @@ def make_settings(options: argparse.Namespace) -> Settings:
     )
 
 
+def command_line(arguments: list[str]) -> str:
+    """The command as somebody would repeat it: without the files that it wrote."""
+    pairs = zip(["", *arguments], arguments, strict=False)
+    kept = [word for before, word in pairs if not {before, word} & {"--json", "--markdown"}]
+    return " ".join(["scripts/benchmark.py", *kept])
+
+
 def main(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     settings = make_settings(options)
@@ -361,7 +368,7 @@ def main(arguments: list[str]) -> int:
         parameters = AutoModelForCausalLM.from_config(build_config(settings)).num_parameters()
     ratios = evaluate(results, settings, ceiling)
     report = {
-        "command": " ".join(["scripts/benchmark.py", *arguments]),
+        "command": command_line(arguments),
         "machine": describe_machine(),
         "settings": dataclasses.asdict(settings),
         "steps": options.steps,

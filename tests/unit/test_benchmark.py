@@ -85,6 +85,11 @@ def test_fields_of_a_preset_can_be_changed(benchmark: ModuleType) -> None:
     assert (settings.batch_size, settings.seq_len) == (1, 512)
 
 
+def test_the_command_is_kept_without_output_files(benchmark: ModuleType) -> None:
+    arguments = ["--json", "out.json", "--preset", "tiny", "--markdown", "out.md", "--no-compile"]
+    assert benchmark.command_line(arguments) == "scripts/benchmark.py --preset tiny --no-compile"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
