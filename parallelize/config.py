@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 
 @dataclass
 class ParallelismConfig:
@@ -96,7 +98,11 @@ class CompileConfig:
 
     def problems(self) -> list[str]:
         unknown = [name for name in self.components if name not in ("model", "loss")]
-        return [f'compile.components has "{name}": must be among "model" and "loss"; remove it.' for name in unknown]
+        found = [f'compile.components has "{name}": must be among "model" and "loss"; remove it.' for name in unknown]
+        if self.enable and self.backend not in torch.compiler.list_backends(exclude_tags=()):
+            names = ", ".join(torch.compiler.list_backends())
+            found.append(f'compile.backend = "{self.backend}": torch has no such backend; choose among {names}.')
+        return found
 
 
 @dataclass

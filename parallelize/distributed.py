@@ -73,9 +73,11 @@ def first_rank_first():
     """Run the block on rank 0, then on the others: for downloads into a cache that ranks share."""
     if dist.is_initialized() and dist.get_rank() != 0:
         dist.barrier()
-    yield
-    if dist.is_initialized() and dist.get_rank() == 0:
-        dist.barrier()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and dist.get_rank() == 0:
+            dist.barrier()
 
 
 def gather_objects(value) -> list:

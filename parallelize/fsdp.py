@@ -48,3 +48,10 @@ def apply_fsdp(
             module.set_gradient_divide_factor(1.0)
             # Without this a factor is folded into the reduction, which gloo cannot do (no PREMUL_SUM).
             module.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(root: nn.Module) -> None:
+    """Free gathered parameters after a forward that no backward follows; without FSDP2 units it does nothing."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

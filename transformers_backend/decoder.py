@@ -60,7 +60,7 @@ def describe_decoder(hf_model: PreTrainedModel) -> Decoder:
         layer_lists=tuple(names[layers] for layers in layer_lists),
         layers=tuple(names[layer] for layers in layer_lists for layer in layers),
         final_norm=_find_final_norm(siblings, layer_lists, names),
-        rotary=next((names[m] for m in siblings if "rotary" in type(m).__name__.lower()), None),
+        rotary=next((names[m] for m in [*siblings, *base.children()] if "rotary" in type(m).__name__.lower()), None),
         head=names[head],
         embedding_is_tied=getattr(embedding, "weight", None) is getattr(head, "weight", embedding),
         accepts_position_ids="position_ids" in inspect.signature(base.forward).parameters,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from transformers_backend.model import HFTransformerModel
+from parallelize.fsdp import reshard
+from transformers_backend.model import HFTransformerModel, evaluation_mode
 
 
 @torch.no_grad()
@@ -24,19 +25,19 @@ def sample_text(
     compiled layers meet one shape. It keeps no cache: this is a look at the model, not a server.
     """
     hf_model = model.hf_model
-    device = next(hf_model.parameters()).device
+    device = model.device
     start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     window = torch.zeros(1, len(start) + new_tokens, dtype=torch.int64, device=device)
     window[0, : len(start)] = torch.tensor(start)
     generator = torch.Generator().manual_seed(seed)  # the same on every rank, and on the CPU everywhere
-    hf_model.eval()
     length = len(start)
-    while length < window.shape[1]:
-        logits = hf_model(input_ids=window, use_cache=False).logits[0, length - 1].float().cpu()
-        token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).item()
-        if token == tokenizer.eos_token_id:
-            break
-        window[0, length] = token
-        length += 1
-    hf_model.train()
+    with evaluation_mode(hf_model):
+        while length < window.shape[1]:
+            logits = hf_model(input_ids=window, use_cache=False).logits[0, length - 1].float().cpu()
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).item()
+            if token == tokenizer.eos_token_id:
+                break
+            window[0, length] = token
+            length += 1
+    reshard(hf_model)
     return tokenizer.decode(window[0, :length].tolist())

@@ -10,9 +10,11 @@ or around a model that the user already has: `HFTransformerModel.wrap(hf_model)`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelize.config import ActivationCheckpointConfig, CompileConfig, KernelConfig, ParallelismConfig, check
 from parallelize.distributed import first_rank_first, gather_objects, pick_device, sum_over
+from parallelize.fsdp import reshard
 from parallelize.grad_norm import clip_grad_norm_
 from parallelize.mixed_precision import parameters_cast_to
 from parallelize.model import needs_fsdp, parallelize_model
@@ -30,7 +33,7 @@ from parallelize.parallel_dims import ParallelDims
 from transformers_backend.decoder import describe_decoder
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
-from transformers_backend.proof import prove, why_not_compile
+from transformers_backend.proof import check_recomputation, prove, why_not_compile
 from transformers_backend.weights import (
     DEFAULT_FILE_SIZE,
     allocate,
@@ -84,6 +87,8 @@ class HFTransformerModel:
         """Where the model computes; batches on another device are moved there."""
         self._cast_to: torch.dtype | None = None  # what FSDP2 does not cast, see parallelize/mixed_precision.py
         self._ready = False
+        self._local_losses: list[torch.Tensor] = []  # of the micro-batches since the last clipping
+        self._step_losses: list[torch.Tensor] = []  # of those before it
 
     # -- placing the model on devices ---------------------------------------------------------------------------
 
@@ -119,6 +124,9 @@ class HFTransformerModel:
         self.device = pick_device()
         self.dims = ParallelDims.resolve(parallelism, dist.get_world_size())
         self.mesh = self.dims.build_mesh(self.device.type)
+        check_recomputation(
+            self.hf_model.config, self.model_class, self.model_args.attn_implementation, activation_checkpoint
+        )
         compile = self._without_wrong_compilation(compile)
         self._install_loss(compile)
         layers = [self.hf_model.get_submodule(name) for name in self.decoder.layers]
@@ -139,6 +147,7 @@ class HFTransformerModel:
             if not self._is_meta:
                 self.hf_model.to(self.device)
         self._fill(torch.device("cpu") if cpu_offload else self.device, seed)
+        self._ready = True
         return self
 
     def _modules_kept_in_fp32(self) -> set[str]:
@@ -165,7 +174,6 @@ class HFTransformerModel:
 
     def _fill(self, device: torch.device, seed: int) -> None:
         """Allocate a meta model on `device` and load or initialise its weights; a real model is left alone."""
-        self._ready = True
         if not self._is_meta:
             return
         allocate(self.hf_model, device, buffer_device=self.device)
@@ -181,12 +189,14 @@ class HFTransformerModel:
     def _make_ready(self) -> None:
         """What `.parallelize` does, for one device: called by the first step of a model that was not parallelised."""
         if not self._ready:
-            if self.device.type == "meta":
-                self.device = pick_device()
+            self._fill_if_meta()
             self._install_loss(CompileConfig())
+            self._ready = True
+
+    def _fill_if_meta(self) -> None:
+        if self._is_meta:
+            self.device = pick_device()
             self._fill(self.device, seed=0)
-        if not self.hf_model.training:
-            self.hf_model.train()
 
     @property
     def _is_meta(self) -> bool:
@@ -215,6 +225,9 @@ class HFTransformerModel:
         accumulation the losses of the micro-batches add up to the loss of the batch.
         """
         self._make_ready()
+        self._check_shapes(input_ids, labels, position_ids)
+        if not self.hf_model.training:  # from_pretrained gives a model in evaluation mode
+            self.hf_model.train()
         if num_items_in_batch is None:
             num_items_in_batch = self.count_targets(labels)
         # A batch without a single target has loss 0 and no gradient, rather than 0 / 0.
@@ -222,7 +235,7 @@ class HFTransformerModel:
         with parameters_cast_to(self.hf_model, self._cast_to):
             loss = self._sum_loss(input_ids, labels, position_ids) / targets
             loss.backward()
-        self._local_loss = loss.detach().clone()
+        self._local_losses.append(loss.detach().clone())
         return sum_over(loss.detach(), self._data_meshes)
 
     @torch.no_grad()
@@ -231,25 +244,28 @@ class HFTransformerModel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss (fp32) and number of target tokens of one batch over all data ranks, without dropout."""
         self._make_ready()
-        self.hf_model.eval()
-        with parameters_cast_to(self.hf_model, self._cast_to):
+        self._check_shapes(input_ids, labels, position_ids)
+        with evaluation_mode(self.hf_model), parameters_cast_to(self.hf_model, self._cast_to):
             loss = self._sum_loss(input_ids, labels, position_ids)
-        self.hf_model.train()
+        reshard(self.hf_model)
         return sum_over(loss, self._data_meshes), self.count_targets(labels)
 
     def count_targets(self, labels: torch.Tensor) -> torch.Tensor:
         """Number of target tokens of this batch over all data ranks: labels that are not -100, after the shift."""
         return sum_over(count_targets(labels.to(self.device)), self._data_meshes)
 
-    def _sum_loss(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None
-    ) -> torch.Tensor:
+    @staticmethod
+    def _check_shapes(input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None) -> None:
         for name, tensor in (("input_ids", input_ids), ("labels", labels), ("position_ids", position_ids)):
             if tensor is not None and (tensor.shape != input_ids.shape or tensor.dim() != 2):
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)}: input_ids, labels and position_ids must all be "
                     f"(batch, seq); input_ids is {tuple(input_ids.shape)}."
                 )
+
+    def _sum_loss(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None
+    ) -> torch.Tensor:
         inputs = {"input_ids": input_ids}
         if position_ids is not None:
             if not self.decoder.accepts_position_ids:
@@ -278,17 +294,19 @@ class HFTransformerModel:
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their global 2-norm is at most `max_norm`; returns the norm before (fp32)."""
+        self._step_losses, self._local_losses = self._local_losses, []
         return clip_grad_norm_(list(self.hf_model.parameters()), max_norm)
 
     def find_nonfinite(self) -> str:
-        """A sentence that names the ranks with a non-finite last loss, and the parameters with such gradients."""
+        """A sentence on the latest step: ranks with a non-finite loss, and parameters with such gradients."""
         gradients = {name: p.grad for name, p in self.hf_model.named_parameters() if p.grad is not None}
         bad = [
             name
             for name, gradient in gradients.items()
             if not (gradient.to_local() if isinstance(gradient, DTensor) else gradient).isfinite().all()
         ]
-        reports = gather_objects((bool(self._local_loss.isfinite()), bad))
+        finite = all(bool(loss.isfinite()) for loss in [*self._step_losses, *self._local_losses])
+        reports = gather_objects((finite, bad))
         ranks = [rank for rank, (is_finite, _) in enumerate(reports) if not is_finite]
         names = sorted({name for _, found in reports for name in found})
         on_ranks = f"Non-finite loss on rank {', '.join(map(str, ranks))}" if ranks else "Finite loss on every rank"
@@ -307,7 +325,7 @@ class HFTransformerModel:
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """{Transformers name: full CPU tensor} of parameters and persistent buffers, on every rank."""
-        self._make_ready()
+        self._fill_if_meta()
         return {name: _full(tensor) for name, tensor in named_tensors(self.hf_model).items()}
 
     def save_pretrained(
@@ -322,7 +340,7 @@ class HFTransformerModel:
 
         dtype: cast weights to it; None keeps the parameters' own. max_file_size: bytes of one safetensors file.
         """
-        self._make_ready()
+        self._fill_if_meta()
         is_main = not dist.is_initialized() or dist.get_rank() == 0
         save_hf_weights(
             self.hf_model,
@@ -336,6 +354,18 @@ class HFTransformerModel:
         )
         if dist.is_initialized():
             dist.barrier()  # the folder is whole when any rank returns
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block every module evaluates (no dropout); afterwards each is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:

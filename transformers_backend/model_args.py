@@ -5,6 +5,7 @@ The HF config is used as it is. What the user overrides is applied, checked and 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -64,7 +66,7 @@ class HFTransformerModelArgs:
                 "names the model; set one."
             )
         hf_config = self._load_config()
-        model_class = find_model_class(hf_config, self.model or self.model_type, self.trust_remote_code)
+        model_class = find_model_class(hf_config, self.model or self.model_type, self.trust_remote_code, self.revision)
         text_config = hf_config.get_text_config()
         return override_config(text_config, self.config_overrides), model_class
 
@@ -82,7 +84,9 @@ class HFTransformerModelArgs:
         return CONFIG_MAPPING[self.model_type]()
 
 
-def find_model_class(hf_config: PreTrainedConfig, name: str, trust_remote_code: bool) -> type[PreTrainedModel]:
+def find_model_class(
+    hf_config: PreTrainedConfig, name: str, trust_remote_code: bool, revision: str | None = None
+) -> type[PreTrainedModel]:
     """config -> architectures[0] -> class, else the causal LM of the model type; composite configs' text part."""
     if hf_config.is_encoder_decoder:
         raise ValueError(
@@ -91,7 +95,7 @@ def find_model_class(hf_config: PreTrainedConfig, name: str, trust_remote_code: 
         )
     auto_map = getattr(hf_config, "auto_map", None) or {}
     if trust_remote_code and "AutoModelForCausalLM" in auto_map:
-        return get_class_from_dynamic_module(auto_map["AutoModelForCausalLM"], name)
+        return get_class_from_dynamic_module(auto_map["AutoModelForCausalLM"], name, revision=revision)
     text_config = hf_config.get_text_config()
     causal_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text_config), None)
     architecture = (hf_config.architectures or [None])[0]
@@ -134,18 +138,28 @@ def override_config(hf_config: PreTrainedConfig, overrides: dict[str, Any]) -> P
             f'hf_transformers.config_overrides has "{unknown[0]}": {type(hf_config).__name__} has no such field'
             + (f'; did you mean "{close[0]}"?' if close else ".")
         )
+    # A head size that follows from the others follows from their new values; one of its own stays.
+    hidden_size, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    derives_head_dim = bool(hidden_size and heads) and fields.get("head_dim") == hidden_size // heads
     old_layers, new_layers = fields.get("num_hidden_layers"), overrides.get("num_hidden_layers")
-    if old_layers and new_layers and new_layers < old_layers:
+    if isinstance(old_layers, int) and isinstance(new_layers, int) and new_layers < old_layers:
         for key, value in fields.items():
             if isinstance(value, list) and len(value) == old_layers:
                 fields[key] = value[:new_layers]
     for key, value in overrides.items():
         logger.info("HF config override: %s = %r (was %r)", key, value, fields[key])
         fields[key] = {**fields[key], **value} if isinstance(value, dict) and isinstance(fields[key], dict) else value
-    derived = {"head_dim"} - set(overrides) if {"hidden_size", "num_attention_heads"} & set(overrides) else set()
-    for key in ("model_type", "transformers_version", *derived):
+    for key in ("model_type", "transformers_version"):
         fields.pop(key, None)
-    return type(hf_config)(**fields)
+    if "head_dim" not in overrides and derives_head_dim:
+        fields.pop("head_dim", None)
+    try:
+        return type(hf_config)(**fields)
+    except StrictDataclassError as error:
+        raise ValueError(
+            f"hf_transformers.config_overrides = {overrides}: {type(hf_config).__name__} refuses it ({error}). "
+            "Correct the value."
+        ) from error
 
 
 def build_on_meta(
@@ -153,6 +167,6 @@ def build_on_meta(
 ) -> PreTrainedModel:
     """The model with parameters and buffers on the meta device: structure without memory."""
     with torch.device("meta"):
-        return model_class._from_config(
-            hf_config, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
+        return model_class._from_config(  # which writes the dtype into the config that it gets
+            copy.deepcopy(hf_config), dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
         )

@@ -1,18 +1,24 @@
 """What is tried on the twin before it is trusted on the real model.
 
 `prove` runs at every start (milliseconds): is the model causal, is its own loss the mean cross-entropy, does its head
-run chunk by chunk. `why_not_compile` runs when compilation is asked for (seconds): do compiled layers compute what
-eager ones do. What cannot be exact is refused, or done the slower exact way with a reason that is logged.
+run chunk by chunk. `check_recomputation` and `why_not_compile` run when those are asked for: do the layers then still
+compute what they did. What cannot be exact is refused, or done the slower exact way with a reason that is logged.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from parallelize.activation_checkpoint import apply_activation_checkpointing
 from parallelize.compile import COMPILE_ERRORS, apply_compile
+from parallelize.config import ActivationCheckpointConfig
 from transformers_backend.decoder import describe_decoder
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.twin import VOCABULARY_SIZE, build_twin
@@ -21,7 +27,9 @@ from transformers_backend.twin import VOCABULARY_SIZE, build_twin
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 # Anything that a twin's construction or forward can raise when an architecture does not fit the twin's sizes.
-MODEL_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+MODEL_ERRORS = (
+    AttributeError, IndexError, KeyError, RuntimeError, StrictDataclassError, TypeError, ValueError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,12 +38,17 @@ class Proof:
     """Why the head cannot run in chunks, or None where the twin shows that it can."""
 
 
+@torch.enable_grad()
 def prove(hf_config: PreTrainedConfig, model_class: type[PreTrainedModel], attn_implementation: str | None) -> Proof:
     """Try on the twin what the trainer relies on; raises a ValueError where the model cannot be trained exactly."""
     twin = _build(hf_config, model_class, attn_implementation)
     input_ids, labels = example_batch()
     _check_causal(twin, input_ids)
     own_loss = twin(input_ids=input_ids, labels=labels, use_cache=False).loss
+    if own_loss is None:
+        raise ValueError(
+            f"{model_class.__name__}: it returns no loss for labels, so there is nothing to compare with; it is refused."
+        )
     own_loss.backward()
     own = gradients(twin)
     full = loss_and_gradients(_build(hf_config, model_class, attn_implementation), input_ids, labels, chunked=False)
@@ -117,7 +130,9 @@ def relative_errors(reference: dict[str, torch.Tensor], value: dict[str, torch.T
         other = value[name].double() if name in value else torch.zeros_like(gradient, dtype=torch.float64)
         scale = max(_root_mean_square(gradient.double()), 1e-3 * typical)
         errors[name] = _root_mean_square(other - gradient.double()) / scale
-    return errors
+    for name in value.keys() - reference.keys():  # right only where it is zero
+        errors[name] = _root_mean_square(value[name].double()) / typical
+    return {name: math.inf if math.isnan(error) else error for name, error in errors.items()}
 
 
 def _root_mean_square(values: torch.Tensor) -> float:
@@ -145,13 +160,52 @@ def why_not_compile(
     device: torch.device,
 ) -> str | None:
     """Compile the twin's layers on `device` and compare with eager; returns why they are wrong, or None."""
-    input_ids, labels = (tensor.to(device) for tensor in example_batch())
-    twins = [_build(hf_config, model_class, attn_implementation).to(device) for _ in range(2)]
-    eager = loss_and_gradients(twins[0], input_ids, labels, chunked=False)
-    apply_compile((twins[1].get_submodule(name) for name in describe_decoder(twins[1]).layers), backend=backend)
     try:
-        compiled = loss_and_gradients(twins[1], input_ids, labels, chunked=False)
+        reason = _difference_after(
+            lambda layers: apply_compile(layers, backend=backend), hf_config, model_class, attn_implementation, device
+        )
     except COMPILE_ERRORS as error:
         return f"{model_class.__name__} does not compile with {backend} ({str(error).splitlines()[0]})"
-    reason = difference(eager, compiled)
     return None if reason is None else f"{model_class.__name__} compiled with {backend} is wrong: {reason}"
+
+
+def check_recomputation(
+    hf_config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    attn_implementation: str | None,
+    activation_checkpoint: ActivationCheckpointConfig,
+) -> None:
+    """Recompute activations in the twin's layers as asked for; a ValueError where the gradients are then wrong.
+
+    That happens: gemma3n changes in place what the per-op recomputation keeps, which raises no error.
+    """
+    if activation_checkpoint.mode == "none":
+        return
+    option = str(activation_checkpoint.selective_ac_option)
+    reason = _difference_after(
+        lambda layers: apply_activation_checkpointing(
+            layers, mode=activation_checkpoint.mode, selective_option=option, preserve_rng_state=True
+        ),
+        hf_config, model_class, attn_implementation, torch.device("cpu"),
+    )  # fmt: skip
+    if reason is not None:
+        raise ValueError(
+            f'activation_checkpoint.mode = "{activation_checkpoint.mode}", selective_ac_option = "{option}": with it '
+            f'{model_class.__name__} computes something else ({reason}). Set mode to "full" or "none", or '
+            'selective_ac_option to "2".'
+        )
+
+
+def _difference_after(
+    change: Callable[[list[nn.Module]], None],
+    hf_config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    attn_implementation: str | None,
+    device: torch.device,
+) -> str | None:
+    """How the twin's loss and gradients differ after `change(layers)` from what they were before, or None."""
+    input_ids, labels = (tensor.to(device) for tensor in example_batch())
+    before, after = (_build(hf_config, model_class, attn_implementation).to(device) for _ in range(2))
+    reference = loss_and_gradients(before, input_ids, labels, chunked=False)
+    change([after.get_submodule(name) for name in describe_decoder(after).layers])
+    return difference(reference, loss_and_gradients(after, input_ids, labels, chunked=False))

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
-from pathlib import Path
 
+from transformers_backend.errors import is_meant_for_the_user
 from transformers_backend.job_config import load_job_config
 from transformers_backend.trainer import Trainer
-
-_OWN_FOLDERS = tuple(str(Path(__file__).parents[1] / name) for name in ("transformers_backend", "parallelize"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         trainer = Trainer(load_job_config(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, OSError) as error:
-        if not _is_meant_for_the_user(error):
+        if not is_meant_for_the_user(error):
             raise
         if os.environ.get("RANK", "0") == "0":  # every rank found the same
             print(f"error: {error}", file=sys.stderr)
@@ -28,12 +25,6 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         trainer.close()
     return 0
-
-
-def _is_meant_for_the_user(error: Exception) -> bool:
-    """Whether this project raised the error, or Transformers because a model or file could not be found."""
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return isinstance(error, OSError) or raised_in.startswith(_OWN_FOLDERS)
 
 
 if __name__ == "__main__":

@@ -56,19 +56,23 @@ class Trainer:
     """
 
     def __init__(self, job_config: JobConfig) -> None:
-        self.job_config = config = job_config
+        self.job_config = job_config
         self.device = pick_device()
-        self._owns_process_group = not dist.is_initialized()
-        if self._owns_process_group:
-            validate(config, world_size=launched_world_size())  # before anything starts
-            initialize(self.device, timeout_seconds=config.comm.init_timeout_seconds)
+        with contextlib.ExitStack() as opened:  # closed again if the rest of the set-up fails
+            self._owns_process_group = not dist.is_initialized()
+            if self._owns_process_group:
+                validate(job_config, world_size=launched_world_size())  # before anything starts
+                initialize(self.device, timeout_seconds=job_config.comm.init_timeout_seconds)
+                opened.callback(shutdown)
+            self._set_up(opened)
+            self._opened = opened.pop_all()
+
+    def _set_up(self, opened: contextlib.ExitStack) -> None:
+        config = self.job_config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         setup_logging(self.rank)
         validate(config, world_size=self.world_size)
         self.dump_folder = Path(config.job.dump_folder)
-        if self.rank == 0:
-            self.dump_folder.mkdir(parents=True, exist_ok=True)
-            config.save(self.dump_folder / "config.toml")
         torch.use_deterministic_algorithms(config.debug.deterministic, warn_only=config.debug.deterministic_warn_only)
         self.model = self._build_model()
         torch.manual_seed(config.debug.seed + 1 + self.model.data_rank)  # dropout: different on different data
@@ -83,7 +87,6 @@ class Trainer:
         self.step = 0  # optimizer steps done
         self.accumulation_steps = self._count_accumulation_steps()
         self.flops_per_token = model_flops_per_token(self.model.hf_model, self.model.decoder, config.training.seq_len)
-        self.metrics = self._build_metrics()
         self.checkpointer = Checkpointer(
             self.dump_folder / config.checkpoint.folder,
             model=self.model,
@@ -96,15 +99,18 @@ class Trainer:
         self._describe()
         if config.checkpoint.enable:
             self.step = self.checkpointer.load(config.checkpoint.load_step)
+        if self.rank == 0:
+            self.dump_folder.mkdir(parents=True, exist_ok=True)
+            config.save(self.dump_folder / "config.toml")
+        self.metrics = opened.enter_context(self._build_metrics())
 
     # -- the run --------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Run the job to its last step, with checkpoints, validation, export and the closing sample."""
         config = self.job_config
-        gc.disable()  # ranks that collect garbage at different moments wait for each other; see training.gc_freq
         tokens_since_log = 0
-        with self._profilers() as (profiler, memory_recorder):
+        with _no_automatic_garbage_collection(), self._profilers() as (profiler, memory_recorder):
             while self.step < config.training.steps:
                 result = self.train_step()
                 tokens_since_log += self.tokens_per_step
@@ -114,7 +120,6 @@ class Trainer:
                 self._after_step()
                 profiler.step()
                 memory_recorder.step()
-        gc.enable()
         self._finish()
 
     def train_step(self) -> StepResult:
@@ -153,9 +158,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close files, and the process group if this trainer started it."""
-        self.metrics.close()
-        if self._owns_process_group:
-            shutdown()
+        self._opened.close()
 
     # -- one step's helpers ---------------------------------------------------------------------------------------
 
@@ -350,3 +353,13 @@ class Trainer:
             f"{self.tokens_per_step:,}", config.training.local_batch_size, config.training.seq_len,
             self.accumulation_steps, self.flops_per_token,
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _no_automatic_garbage_collection():
+    """Ranks that collect garbage at different moments wait for each other; see training.gc_freq."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -27,7 +27,7 @@ WINDOW = 8  # shorter than the sequences that are tried, so that a wrong mask sh
 # and that hold a positive integer are changed; everything else (biases, tying, scales, softcaps, rope type,
 # activation, norm epsilon ...) stays, because it is what makes the architecture.
 _SMALL_VALUES: dict[str, int] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_dim", "word_embed_proj_dim"), HIDDEN_SIZE),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_dim"), HIDDEN_SIZE),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), HEADS),
     **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim"), HEAD_DIM),
     **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), HEAD_DIM // 2),
@@ -68,6 +68,10 @@ def twin_config(hf_config: PreTrainedConfig) -> PreTrainedConfig:
     _shrink_key_value_heads(fields, small)
     if fields.get("head_dim") and fields.get("head_dim") == fields.get("qk_rope_head_dim"):  # MLA: youtu
         small["head_dim"] = small["qk_rope_head_dim"]
+    elif fields.get("head_dim") and _has_head_size_of_its_own(fields):
+        small["head_dim"] = 2 * HEAD_DIM
+    if fields.get("word_embed_proj_dim"):  # OPT: an embedding narrower than the layers has projections
+        small["word_embed_proj_dim"] = HIDDEN_SIZE if fields["word_embed_proj_dim"] == fields["hidden_size"] else 32
     _select_layers(fields, small, kept_layers)
     _shrink_rope(fields, small)
     _clamp_token_ids(small)
@@ -115,6 +119,12 @@ def _shrink(key: str, value: Any) -> Any:
     if "dropout" in key or key in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
         return 0.0 if isinstance(value, float) else value
     return value
+
+
+def _has_head_size_of_its_own(fields: dict) -> bool:
+    """Whether heads x head_dim is not the hidden size (Qwen3, Gemma ...): then the output projection is no square."""
+    heads, hidden_size = fields.get("num_attention_heads"), fields.get("hidden_size")
+    return bool(heads and hidden_size) and fields["head_dim"] * heads != hidden_size
 
 
 def _is_positive_integer(value: Any) -> bool:
@@ -198,7 +208,7 @@ def _shrink_rope(fields: dict, small: dict) -> None:
         default = {"rope_type": "default", "rope_theta": 10000.0}
         small["rope_parameters"] = {kind: dict(default) for kind in set(fields["layer_types"])}
         return
-    head_dim = small.get("qk_rope_head_dim") or HEAD_DIM
+    head_dim = small.get("qk_rope_head_dim") or small.get("head_dim") or HEAD_DIM
     frequencies = math.floor(head_dim * (rope.get("partial_rotary_factor") or 1.0)) // 2
     shrunk = {
         key: value[:frequencies] if key in ("short_factor", "long_factor") and value else value

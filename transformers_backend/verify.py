@@ -35,6 +35,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from parallelize.compile import COMPILE_ERRORS
 from parallelize.config import CompileConfig, ParallelismConfig
+from transformers_backend.errors import is_meant_for_the_user
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.model_args import HFTransformerModelArgs
 from transformers_backend.proof import GRADIENT_TOLERANCE, LOSS_TOLERANCE, MODEL_ERRORS, gradients, relative_errors
@@ -154,7 +155,8 @@ def _verify_model(name: str, world_size: int, compile: bool, folder: Path) -> Re
         _compare_training(report, hf_config, model_class, world_size, compile)
         _compare_weights(report, hf_config, model_class, world_size, folder)
     except ValueError as error:
-        report.verdict, report.reason = "refused", str(error)
+        report.verdict = "refused" if is_meant_for_the_user(error) else "fail"
+        report.reason = f"{type(error).__name__}: {error}" if report.verdict == "fail" else str(error)
     except (*MODEL_ERRORS, *COMPILE_ERRORS) as error:
         report.verdict, report.reason = "fail", f"{type(error).__name__}: {error}"
     finally:

@@ -48,8 +48,7 @@ def save_hf_weights(
     existing folder of that name is replaced once the new one is whole.
     """
     folder = Path(folder)
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; an export needs the name of a folder, new or to be replaced.")
+    _check_folder(folder)
     tensors = named_tensors(model)
 
     def meta(name: str) -> torch.Tensor:
@@ -74,9 +73,28 @@ def save_hf_weights(
     _write_configs(blueprint, temporary, next(iter(tensors.values())), dtype)
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
+    _replace(folder, temporary)
+
+
+def _check_folder(folder: Path) -> None:
+    """Only what looks like an earlier export may be replaced."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; an export needs the name of a folder, new or to be replaced.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds files and no config.json, so it is no earlier export and is not replaced. Name a new "
+            "folder, or one that save_pretrained wrote."
+        )
+
+
+def _replace(folder: Path, temporary: Path) -> None:
+    """Give the whole new folder its name; the old one is deleted only after that."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _export_dtype(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:

@@ -8,12 +8,17 @@ the weights depend on the seed and the device type only, not on the number of ra
 
 from __future__ import annotations
 
+import copy
+import logging
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from transformers_backend.decoder import Decoder
 from transformers_backend.weights.shards import fill_local, named_tensors
+
+logger = logging.getLogger(__name__)
 
 
 def allocate(model: nn.Module, device: torch.device, *, buffer_device: torch.device) -> None:
@@ -49,20 +54,47 @@ def init_weights(
     The peak beside the model's shards is the largest group: one decoder layer, or one embedding table. Random numbers
     are drawn on `device`, so a CPU and a GPU start from different weights.
     """
-    init_buffers(model, blueprint, device=device)
     targets = named_tensors(model)
+    init_buffers(model, blueprint, device=device)
     names = [name for name, _ in blueprint.named_parameters()]
+    left: list[str] = []
     for index, group in enumerate(group_by_layer(names, decoder)):
-        drawn = _initialised(blueprint, group, device, seed + index)
+        # A prime far above any number of groups, so that runs with neighbouring seeds share no group's seed.
+        drawn = _initialised(blueprint, group, device, seed * 1_000_003 + index)
+        left += _undefined(drawn)
         for name, full in drawn.items():
             fill_local(targets[name], lambda region, full=full: full[region])
+    for name, full in _constructed(blueprint, left, seed).items():
+        fill_local(targets[name], lambda region, full=full: full[region])
 
 
 def init_buffers(model: nn.Module, blueprint: PreTrainedModel, *, device: torch.device) -> None:
     """Fill every buffer (rotary frequencies, masks ...), persistent or not; `to_empty` left them undefined."""
     computed = _initialised(blueprint, [name for name, _ in blueprint.named_buffers()], device, seed=0)
+    computed |= _constructed(blueprint, _undefined(computed), seed=0)
     for name, buffer in model.named_buffers():
         buffer.copy_(computed[name])
+
+
+def _undefined(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that `_init_weights` left as they were allocated: `_initialised` allocates NaN."""
+    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.isnan().any()]
+
+
+def _constructed(blueprint: PreTrainedModel, names: list[str], seed: int) -> dict[str, torch.Tensor]:
+    """Tensors that a model sets in its constructor and not in `_init_weights` (apertus' activations, openai-gpt).
+
+    There is no way to have them but to construct the model, so for these architectures alone every rank holds the
+    full model in host memory for a moment.
+    """
+    if not names:
+        return {}
+    logger.info("%d tensors are initialised by constructing the full model on the host: %s ...", len(names), names[0])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = type(blueprint)._from_config(copy.deepcopy(blueprint.config), dtype=blueprint.dtype)
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    return {name: tensors[name].detach() for name in names}
 
 
 def group_by_layer(names: list[str], decoder: Decoder) -> list[list[str]]:
@@ -93,6 +125,8 @@ def _initialised(
     meta = [store[key] for store, key, _ in places]
     for store, key, _ in places:
         real = torch.empty_like(store[key], device=device)
+        if real.is_floating_point():
+            real.fill_(float("nan"))  # see `_undefined`
         store[key] = nn.Parameter(real, requires_grad=False) if isinstance(store[key], nn.Parameter) else real
     for module in blueprint.modules():
         module._is_hf_initialized = False  # Transformers' mark for "done already"

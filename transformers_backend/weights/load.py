@@ -78,7 +78,7 @@ def resolve_folder(name: str, revision: str | None) -> Path:
 def find_weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder; a ValueError says what is wrong with a folder that has none."""
     if (folder / _INDEX).is_file():
-        names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+        names = _read_index(folder / _INDEX)
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise ValueError(f"{folder}: {_INDEX} names files that are not there: {', '.join(absent)}. Download again.")
@@ -91,6 +91,13 @@ def find_weight_files(folder: Path) -> list[Path]:
             f"Convert once: AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')."
         )
     raise ValueError(f"{folder}: neither {_SINGLE} nor {_INDEX}; a folder written by save_pretrained is needed.")
+
+
+def _read_index(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{index}: damaged ({error!r}): it must map tensors to files. Download it again.") from error
 
 
 def _open(file: Path):

@@ -246,7 +246,7 @@ def test_evaluate():
     assert targets.item() == (labels[:, 1:] != -100).sum().item()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss / targets, expected, rtol=1e-6, atol=0)
-    assert hf_model.training
+    assert not hf_model.training, "the mode that it was in"
     assert model.full_gradients() == {}
     nothing, none = model.evaluate(input_ids, torch.full_like(labels, -100))
     assert (nothing.item(), none.item()) == (0.0, 0)
