@@ -47,7 +47,7 @@ def prove(hf_config: PreTrainedConfig, model_class: type[PreTrainedModel], attn_
     own_loss = twin(input_ids=input_ids, labels=labels, use_cache=False).loss
     if own_loss is None:
         raise ValueError(
-            f"{model_class.__name__}: it returns no loss for labels, so there is nothing to compare with; it is refused."
+            f"{model_class.__name__}: it returns no loss for labels, so nothing can be compared; it is refused."
         )
     own_loss.backward()
     own = gradients(twin)
