@@ -228,6 +228,8 @@ def flops_per_token(settings: Settings) -> float:
 
 def measure_ceiling(settings: Settings) -> float:
     """FLOP/s of the best of several large square matrix products: what a training step can at most come near to."""
+    if not torch.cuda.is_available():
+        return _time_matrix_products(settings.precision, settings.threads)
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own holds no memory afterwards
         return pool.apply(_time_matrix_products, (settings.precision, settings.threads))
 
@@ -237,7 +239,7 @@ def _time_matrix_products(precision: str, threads: int) -> float:
     on_cuda = torch.cuda.is_available()
     size, dtype = 8192 if on_cuda else 2048, torch.bfloat16 if precision == "bf16" else torch.float32
     left, right = (torch.randn(size, size, device="cuda" if on_cuda else "cpu").to(dtype) for _ in range(2))
-    best, repeats = float("inf"), 20 if on_cuda else 3
+    best, repeats = float("inf"), 20 if on_cuda else 1
     for _ in range(8):
         start = time.perf_counter()
         for _ in range(repeats):
