@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+_PATIENCE_SECONDS = 4 * 3600  # one rank writing or downloading a large model while the others wait
+
 
 def pick_device() -> torch.device:
     """This process's device: its CUDA GPU by local rank, or the CPU."""
@@ -46,11 +48,21 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def set_timeout(seconds: int, mesh: DeviceMesh) -> None:
+def set_timeout(seconds: int, mesh: DeviceMesh | None) -> None:
     """Bound every further collective of the mesh's groups: a rank that is gone shows as an error on the others."""
     timeout = timedelta(seconds=seconds)
-    for group in [dist.group.WORLD, *mesh.get_all_groups()]:
+    for group in [dist.group.WORLD, *(mesh.get_all_groups() if mesh is not None else ())]:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+@contextlib.contextmanager
+def patience(mesh: DeviceMesh | None, *, then_seconds: int):
+    """Within the block ranks may wait hours for one another (downloads, exports); then `then_seconds` again."""
+    set_timeout(_PATIENCE_SECONDS, mesh)
+    try:
+        yield
+    finally:
+        set_timeout(then_seconds, mesh)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -91,6 +103,8 @@ def gather_objects(value) -> list:
 
 def from_first_rank(value):
     """A picklable object as rank 0 has it, on every rank."""
+    if not dist.is_initialized():
+        return value
     objects = [value]
     dist.broadcast_object_list(objects, src=0)
     return objects[0]

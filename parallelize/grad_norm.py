@@ -28,7 +28,7 @@ def clip_grad_norm_(
 
     Every rank of every mesh has to call this, with its parameters in the same order. The result is a plain scalar
     tensor on the gradients' device, the same on every rank; without any gradient it is 0. A non-finite norm raises a
-    RuntimeError where `error_if_nonfinite`; otherwise it is returned, and the gradients are not usable any more.
+    RuntimeError where `error_if_nonfinite`; otherwise it is returned, and the gradients stay as they are.
     """
     parameters = list(parameters)
     groups: dict[DeviceMesh | None, list[Tensor]] = {}
@@ -45,8 +45,10 @@ def clip_grad_norm_(
             f"The gradient norm is {total.item()}: gradients cannot be clipped to {max_norm}. Look for an overflow in "
             "the loss, lower the learning rate, or pass error_if_nonfinite=False to get the norm back."
         )
+    # Scaling by a non-finite norm would spoil every gradient and hide the one that was to blame.
+    norm_to_clip = torch.where(total.isfinite(), total, torch.zeros_like(total))
     for group in groups.values():
-        clip_grads_with_norm_(group, max_norm, total)
+        clip_grads_with_norm_(group, max_norm, norm_to_clip)
     return total
 
 

@@ -34,7 +34,7 @@ def parallelize_model(
     """Apply, in this order: kernels -> TP -> CP -> activation checkpointing -> compile -> FSDP2.
 
     layers: the decoder layers. separate_units: further modules that are sharded on their own (an untied embedding).
-    param_dtype: dtype of the computation, None for the parameters' own; gradients are reduced in fp32 then. Where
+    param_dtype: dtype of the computation, None for the parameters' own. Gradients are summed over ranks in fp32. Where
     `needs_fsdp` says no, the caller computes within `parameters_cast_to(model, param_dtype)` instead.
     """
     # Kernels, tensor and context parallelism change what a layer computes with, so they come first, in this place.
@@ -58,7 +58,7 @@ def parallelize_model(
             [*layers, *separate_units],
             data_parallel_mesh(mesh),
             param_dtype=param_dtype,
-            reduce_dtype=torch.float32 if param_dtype is not None else None,
+            reduce_dtype=torch.float32,
             reshard_after_forward=parallelism.fsdp_reshard_after_forward != "never",
             cpu_offload=cpu_offload,
         )

@@ -363,6 +363,8 @@ def command_line(arguments: list[str]) -> str:
 
 def main(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
+    # One GPU, also where there are several: Transformers' Trainer would spread its batch over all of them.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     settings = make_settings(options)
     names = options.contenders.split(",")
     ceiling = measure_ceiling(settings)

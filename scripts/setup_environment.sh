@@ -26,11 +26,11 @@ _ENVIRONMENT="$REPOSITORY/.venv"
 setup_environment() {
     local need="$1" base
     export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
-    base="$(_find_python)"
+    base="$(_find_python)" || return 1
     if _python_has "$base" "$need"; then
         PYTHON="$base"
     else
-        if ! _environment_is_ready "$need"; then _lock_and_make_environment "$base" "$need"; fi
+        if ! _environment_is_ready "$need"; then _lock_and_make_environment "$base" "$need" || return 1; fi
         PYTHON="$_ENVIRONMENT/bin/python"
     fi
     echo "set-up: $PYTHON with $(_describe_versions "$PYTHON")" >&2

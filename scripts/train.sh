@@ -2,7 +2,7 @@
 # Sets up what is missing, then trains: scripts/train.sh [CONFIG.toml] [--section.key value ...]
 #
 #   scripts/train.sh                                      the default: a small model on text that is already here
-#   scripts/train.sh train_configs/qwen3_0.6b.toml        a recipe
+#   scripts/train.sh train_configs/qwen3_0_6b.toml        a recipe
 #   scripts/train.sh my.toml --training.steps 10          a recipe, with keys changed
 #   scripts/train.sh --help                               every key with its type, default and meaning
 #

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from parallelize.distributed import from_first_rank
 from transformers_backend.data import PackedBatches
+from transformers_backend.folders import replace_folder
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.weights import named_tensors
 
@@ -67,12 +68,12 @@ class Checkpointer:
     def _write(self, state: dict[str, Any], final: Path) -> None:
         temporary = final.with_name(f"{final.name}.tmp")
         if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for leftover in self.folder.glob("step-*.tmp"):  # of a run that was killed while it saved
+                shutil.rmtree(leftover)
         dist.barrier()
         dcp.save(state, checkpoint_id=temporary)
         if dist.get_rank() == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
+            replace_folder(final, temporary)
         dist.barrier()
         logger.info("checkpoint saved: %s", final)
 
@@ -97,8 +98,18 @@ class Checkpointer:
             scheduler.load_state_dict(text)
         self._data.load_state_dict(json.loads(state[self._data_key]))
         _set_random_state(state[self._random_key])
+        self._abandon(later := [other for other in steps if other > step])
+        if later:
+            logger.warning("later checkpoints are set aside as step-N.abandoned: %s", later)
         logger.info("resumed from %s", self.folder / f"step-{step}")
         return step
+
+    def _abandon(self, steps: list[int]) -> None:
+        """Rename checkpoints of a branch that this run leaves, or the next resume would take the newest of them."""
+        if dist.get_rank() == 0:
+            for step in steps:
+                replace_folder(self.folder / f"step-{step}.abandoned", self.folder / f"step-{step}")
+        dist.barrier()
 
     def _check_data_ranks(self, folder: Path) -> None:
         """A position in the data exists for every data rank that saved; it cannot be split over another number yet."""

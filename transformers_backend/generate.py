@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from parallelize.distributed import from_first_rank
 from parallelize.fsdp import reshard
 from transformers_backend.model import HFTransformerModel, evaluation_mode
 
@@ -31,10 +32,11 @@ def sample_text(
     window[0, : len(start)] = torch.tensor(start)
     generator = torch.Generator().manual_seed(seed)  # the same on every rank, and on the CPU everywhere
     length = len(start)
-    with evaluation_mode(hf_model):
+    with evaluation_mode(hf_model), model.computing():
         while length < window.shape[1]:
             logits = hf_model(input_ids=window, use_cache=False).logits[0, length - 1].float().cpu()
             token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).item()
+            token = from_first_rank(token)  # ranks that rounded otherwise must not stop at another time
             if token == tokenizer.eos_token_id:
                 break
             window[0, length] = token

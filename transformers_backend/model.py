@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelize.config import ActivationCheckpointConfig, CompileConfig, KernelConfig, ParallelismConfig, check
 from parallelize.distributed import first_rank_first, gather_objects, pick_device, sum_over
@@ -87,8 +87,8 @@ class HFTransformerModel:
         """Where the model computes; batches on another device are moved there."""
         self._cast_to: torch.dtype | None = None  # what FSDP2 does not cast, see parallelize/mixed_precision.py
         self._ready = False
-        self._local_losses: list[torch.Tensor] = []  # of the micro-batches since the last clipping
-        self._step_losses: list[torch.Tensor] = []  # of those before it
+        self._local_losses_are_finite = torch.tensor(True)  # of the micro-batches since the last clipping
+        self._step_was_finite = torch.tensor(True)  # and of those before it
 
     # -- placing the model on devices ---------------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ class HFTransformerModel:
         *,
         activation_checkpoint: ActivationCheckpointConfig | None = None,
         compile: CompileConfig | None = None,
-        kernels: KernelConfig | None = None,
+        kernels: KernelConfig | None = None,  # none exist yet
         param_dtype: torch.dtype | None = None,
         cpu_offload: bool = False,
         seed: int = 0,
@@ -124,10 +124,10 @@ class HFTransformerModel:
         self.device = pick_device()
         self.dims = ParallelDims.resolve(parallelism, dist.get_world_size())
         self.mesh = self.dims.build_mesh(self.device.type)
-        check_recomputation(
-            self.hf_model.config, self.model_class, self.model_args.attn_implementation, activation_checkpoint
-        )
-        compile = self._without_wrong_compilation(compile)
+        if not self._is_meta:
+            self._check_same_weights()
+        check_recomputation(self.hf_model.config, self.model_class, self._proven_attention, activation_checkpoint)
+        compile = self._without_wrong_compilation(compile, activation_checkpoint)
         self._install_loss(compile)
         layers = [self.hf_model.get_submodule(name) for name in self.decoder.layers]
         embedding = [] if self.decoder.embedding_is_tied else [self.hf_model.get_submodule(self.decoder.embedding)]
@@ -150,23 +150,41 @@ class HFTransformerModel:
         self._ready = True
         return self
 
+    @property
+    def _proven_attention(self) -> str | None:
+        """Attention that the twin runs with on the CPU: kernels that need a GPU have Transformers' default instead."""
+        wanted = self.model_args.attn_implementation
+        return wanted if wanted in ("sdpa", "eager") else None
+
+    def _check_same_weights(self) -> None:
+        """Every rank brought a model of its own; sharding would make one of parts of several if they differed."""
+        sums = [parameter.detach().double().sum().item() for parameter in self.hf_model.parameters()]
+        if any(other != sums for other in gather_objects(sums)):
+            raise ValueError(
+                "The ranks hold models with different weights, and sharding would mix them. Load the same checkpoint "
+                "on every rank, or call torch.manual_seed with the same seed before the model is built."
+            )
+
     def _modules_kept_in_fp32(self) -> set[str]:
         return {*(self.hf_model._keep_in_fp32_modules or ()), *(self.hf_model._keep_in_fp32_modules_strict or ())}
 
     def _install_loss(self, compile: CompileConfig) -> None:
-        proof = prove(self.hf_model.config, self.model_class, self.model_args.attn_implementation)
+        proof = prove(self.hf_model.config, self.model_class, self._proven_attention)
         if proof.full_loss_because is not None:
             logger.warning("The loss holds the full logits in memory: %s", proof.full_loss_because)
         backend = compile.backend if compile.enable and "loss" in compile.components else None
         install_loss(self.hf_model, self.decoder, chunked=proof.full_loss_because is None, compile_backend=backend)
 
-    def _without_wrong_compilation(self, compile: CompileConfig) -> CompileConfig:
+    def _without_wrong_compilation(
+        self, compile: CompileConfig, activation_checkpoint: ActivationCheckpointConfig
+    ) -> CompileConfig:
         """`compile`, less "model" where the compiled layers of the twin do not compute what they should."""
         if not (compile.enable and "model" in compile.components):
             return compile
         reason = why_not_compile(
-            self.hf_model.config, self.model_class, self.model_args.attn_implementation, compile.backend, self.device
-        )
+            self.hf_model.config, self.model_class, self._proven_attention, compile.backend, self.device,
+            activation_checkpoint,
+        )  # fmt: skip
         if reason is None:
             return compile
         logger.warning("Layers are not compiled: %s", reason)
@@ -179,9 +197,11 @@ class HFTransformerModel:
         allocate(self.hf_model, device, buffer_device=self.device)
         blueprint = self.blueprint
         if self.model_args.init == "pretrained":
-            init_buffers(self.hf_model, blueprint, device=device)
             with first_rank_first():
-                resolve_folder(self.model_args.model, self.model_args.revision)  # downloads a hub id
+                folder = resolve_folder(self.model_args.model, self.model_args.revision)  # downloads a hub id
+            if (folder / "generation_config.json").is_file():
+                self.hf_model.generation_config = GenerationConfig.from_pretrained(folder)
+            init_buffers(self.hf_model, blueprint, device=device)
             load_hf_weights(self.hf_model, blueprint, self.model_args.model, revision=self.model_args.revision)
         else:
             init_weights(self.hf_model, blueprint, self.decoder, device=device, seed=seed)
@@ -232,10 +252,10 @@ class HFTransformerModel:
             num_items_in_batch = self.count_targets(labels)
         # A batch without a single target has loss 0 and no gradient, rather than 0 / 0.
         targets = torch.as_tensor(num_items_in_batch, device=self.device).clamp(min=1)
-        with parameters_cast_to(self.hf_model, self._cast_to):
+        with self.computing():
             loss = self._sum_loss(input_ids, labels, position_ids) / targets
             loss.backward()
-        self._local_losses.append(loss.detach().clone())
+        self._local_losses_are_finite = self._local_losses_are_finite.to(self.device) & loss.detach().isfinite()
         return sum_over(loss.detach(), self._data_meshes)
 
     @torch.no_grad()
@@ -245,10 +265,14 @@ class HFTransformerModel:
         """Summed loss (fp32) and number of target tokens of one batch over all data ranks, without dropout."""
         self._make_ready()
         self._check_shapes(input_ids, labels, position_ids)
-        with evaluation_mode(self.hf_model), parameters_cast_to(self.hf_model, self._cast_to):
+        with evaluation_mode(self.hf_model), self.computing():
             loss = self._sum_loss(input_ids, labels, position_ids)
         reshard(self.hf_model)
         return sum_over(loss, self._data_meshes), self.count_targets(labels)
+
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        """The context in which `hf_model` computes in the `param_dtype` of `.parallelize`, forward and backward."""
+        return parameters_cast_to(self.hf_model, self._cast_to)
 
     def count_targets(self, labels: torch.Tensor) -> torch.Tensor:
         """Number of target tokens of this batch over all data ranks: labels that are not -100, after the shift."""
@@ -294,7 +318,8 @@ class HFTransformerModel:
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their global 2-norm is at most `max_norm`; returns the norm before (fp32)."""
-        self._step_losses, self._local_losses = self._local_losses, []
+        self._step_was_finite = self._local_losses_are_finite
+        self._local_losses_are_finite = torch.ones_like(self._step_was_finite)
         return clip_grad_norm_(list(self.hf_model.parameters()), max_norm)
 
     def find_nonfinite(self) -> str:
@@ -305,7 +330,7 @@ class HFTransformerModel:
             for name, gradient in gradients.items()
             if not (gradient.to_local() if isinstance(gradient, DTensor) else gradient).isfinite().all()
         ]
-        finite = all(bool(loss.isfinite()) for loss in [*self._step_losses, *self._local_losses])
+        finite = bool(self._step_was_finite) and bool(self._local_losses_are_finite)
         reports = gather_objects((finite, bad))
         ranks = [rank for rank, (is_finite, _) in enumerate(reports) if not is_finite]
         names = sorted({name for _, found in reports for name in found})
@@ -349,6 +374,7 @@ class HFTransformerModel:
             folder,
             is_main=is_main,
             tokenizer=tokenizer,
+            generation_config=self.hf_model.generation_config,
             dtype=dtype,
             max_file_size=max_file_size,
         )

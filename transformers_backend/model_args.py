@@ -166,7 +166,13 @@ def build_on_meta(
     hf_config: PreTrainedConfig, model_class: type[PreTrainedModel], model_args: HFTransformerModelArgs
 ) -> PreTrainedModel:
     """The model with parameters and buffers on the meta device: structure without memory."""
-    with torch.device("meta"):
-        return model_class._from_config(  # which writes the dtype into the config that it gets
-            copy.deepcopy(hf_config), dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
-        )
+    try:
+        with torch.device("meta"):
+            return model_class._from_config(  # which writes the dtype into the config that it gets
+                copy.deepcopy(hf_config), dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
+            )
+    except ImportError as error:
+        raise ValueError(
+            f'hf_transformers.attn_implementation = "{model_args.attn_implementation}": it is not installed ({error}). '
+            'Install it, or set "sdpa" or "eager".'
+        ) from error

@@ -159,16 +159,19 @@ def why_not_compile(
     attn_implementation: str | None,
     backend: str,
     device: torch.device,
+    activation_checkpoint: ActivationCheckpointConfig | None = None,
 ) -> str | None:
-    """Compile the twin's layers on `device` and compare with eager; returns why they are wrong, or None."""
+    """Compile the twin's layers, recomputation included, on `device`; returns why they are wrong then, or None."""
+
+    def change(layers: list[nn.Module]) -> None:
+        _recompute(layers, activation_checkpoint or ActivationCheckpointConfig())
+        apply_compile(layers, backend=backend)
+
     try:
         with warnings.catch_warnings():
             # The compiler itself reads that attribute; where warnings are errors it would take this for a failure.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-            reason = _difference_after(
-                lambda layers: apply_compile(layers, backend=backend),
-                hf_config, model_class, attn_implementation, device,
-            )  # fmt: skip
+            reason = _difference_after(change, hf_config, model_class, attn_implementation, device)
     except COMPILE_ERRORS as error:
         return f"{model_class.__name__} does not compile with {backend} ({str(error).splitlines()[0]})"
     return None if reason is None else f"{model_class.__name__} compiled with {backend} is wrong: {reason}"
@@ -188,9 +191,7 @@ def check_recomputation(
         return
     option = str(activation_checkpoint.selective_ac_option)
     reason = _difference_after(
-        lambda layers: apply_activation_checkpointing(
-            layers, mode=activation_checkpoint.mode, selective_option=option, preserve_rng_state=True
-        ),
+        lambda layers: _recompute(layers, activation_checkpoint),
         hf_config, model_class, attn_implementation, torch.device("cpu"),
     )  # fmt: skip
     if reason is not None:
@@ -199,6 +200,15 @@ def check_recomputation(
             f'{model_class.__name__} computes something else ({reason}). Set mode to "full" or "none", or '
             'selective_ac_option to "2".'
         )
+
+
+def _recompute(layers: list[nn.Module], activation_checkpoint: ActivationCheckpointConfig) -> None:
+    apply_activation_checkpointing(
+        layers,
+        mode=activation_checkpoint.mode,
+        selective_option=str(activation_checkpoint.selective_ac_option),
+        preserve_rng_state=activation_checkpoint.preserve_rng_state,
+    )
 
 
 def _difference_after(

@@ -12,13 +12,14 @@ from transformers_backend.trainer import Trainer
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one job; returns the exit status: 0 done, 2 a job that cannot work as configured (said in one message)."""
+    is_first = os.environ.get("RANK", "0") == "0"
     try:
         trainer = Trainer(load_job_config(sys.argv[1:] if arguments is None else arguments))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if not is_meant_for_the_user(error):
             raise
-        if os.environ.get("RANK", "0") == "0":  # every rank found the same
-            print(f"error: {error}", file=sys.stderr)
+        # Nearly always every rank found the same; a line of each shows the one that did not.
+        print(f"error: {error}" if is_first else f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     try:
         trainer.train()

@@ -19,9 +19,11 @@ import torch.distributed as dist
 
 from parallelize.costs import peak_flops
 from parallelize.distributed import (
+    gather_objects,
     has_fast_bfloat16,
     initialize,
     launched_world_size,
+    patience,
     pick_device,
     set_timeout,
     shutdown,
@@ -74,11 +76,13 @@ class Trainer:
         validate(config, world_size=self.world_size)
         self.dump_folder = Path(config.job.dump_folder)
         torch.use_deterministic_algorithms(config.debug.deterministic, warn_only=config.debug.deterministic_warn_only)
-        self.model = self._build_model()
+        with patience(None, then_seconds=config.comm.init_timeout_seconds):  # rank 0 may download
+            self.model = self._build_model()
+        set_timeout(config.comm.init_timeout_seconds, self.model.mesh)
         torch.manual_seed(config.debug.seed + 1 + self.model.data_rank)  # dropout: different on different data
         self.tokenizer = load_tokenizer(
             config.model.hf_assets_path or config.hf_transformers.model,
-            revision=config.hf_transformers.revision,
+            revision=None if config.model.hf_assets_path else config.hf_transformers.revision,
             trust_remote_code=config.hf_transformers.trust_remote_code,
         )
         self.data = self._build_data(config.training, repeat=True)
@@ -99,6 +103,7 @@ class Trainer:
         self._describe()
         if config.checkpoint.enable:
             self.step = self.checkpointer.load(config.checkpoint.load_step)
+        self._first_step = self.step + 1
         if self.rank == 0:
             self.dump_folder.mkdir(parents=True, exist_ok=True)
             config.save(self.dump_folder / "config.toml")
@@ -114,13 +119,18 @@ class Trainer:
             while self.step < config.training.steps:
                 result = self.train_step()
                 tokens_since_log += self.tokens_per_step
-                if self.step == 1 or self.step % config.metrics.log_freq == 0 or self.step == config.training.steps:
+                if (
+                    self.step == self._first_step
+                    or self.step % config.metrics.log_freq == 0
+                    or self.step == config.training.steps
+                ):
                     self._log(result, tokens_since_log)
                     tokens_since_log = 0
                 self._after_step()
                 profiler.step()
                 memory_recorder.step()
-        self._finish()
+        with self._patience():
+            self._finish()
 
     def train_step(self) -> StepResult:
         """One optimizer step on the next global batch."""
@@ -185,14 +195,18 @@ class Trainer:
 
     def _after_step(self) -> None:
         config = self.job_config
-        if self.step == 1 and self._owns_process_group:
+        if self.step == self._first_step:  # which may have compiled
             set_timeout(config.comm.train_timeout_seconds, self.model.mesh)
         if self.validation_data is not None and self.step % config.validation.freq == 0:
             self.evaluate()
         if config.checkpoint.enable and self.step % config.checkpoint.interval == 0:
-            self.checkpointer.save(self.step)
+            with self._patience():
+                self.checkpointer.save(self.step)
         if self.step % config.training.gc_freq == 0:
             gc.collect(1)
+
+    def _patience(self):
+        return patience(self.model.mesh, then_seconds=self.job_config.comm.train_timeout_seconds)
 
     def _log(self, result: StepResult, tokens: int) -> None:
         self.metrics.log(
@@ -242,6 +256,17 @@ class Trainer:
         return None if wanted == self.job_config.training.dtype else getattr(torch, wanted)
 
     def _build_data(self, section, *, repeat: bool) -> PackedBatches:
+        """The data of this rank, or the first rank's error on every rank: only one may have too little text."""
+        batches, message = None, None
+        try:
+            batches = self._open_data(section, repeat=repeat)
+        except ValueError as error:
+            message = str(error)
+        if (found := next(filter(None, gather_objects(message)), None)) is not None:
+            raise ValueError(found)
+        return batches
+
+    def _open_data(self, section, *, repeat: bool) -> PackedBatches:
         return build_batches(
             dataset=section.dataset,
             dataset_path=section.dataset_path,
@@ -339,9 +364,9 @@ class Trainer:
         head = "tied to the embedding" if decoder.embedding_is_tied else "untied"
         computes_in = self._computation_dtype() or getattr(torch, config.training.dtype)
         logger.info(
-            "%s: %s parameters, %d layers at %s, head %s (%s)",
-            self.model.model_class.__name__, f"{parameters:,}", len(decoder.layers), ", ".join(decoder.layer_lists),
-            decoder.head, head,
+            "%s: %s parameters; embedding %s, %d layers at %s, norm %s, head %s (%s)",
+            self.model.model_class.__name__, f"{parameters:,}", decoder.embedding, len(decoder.layers),
+            ", ".join(decoder.layer_lists), decoder.final_norm, decoder.head, head,
         )  # fmt: skip
         logger.info(
             "%d x %s, mesh %s; weights kept in %s, computation in %s",

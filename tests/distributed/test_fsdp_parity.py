@@ -244,6 +244,19 @@ def test_bfloat16_computation_is_as_near_as_plain_bfloat16(two: WorkerPool, mode
         assert ours <= 1.25 * plain
 
 
+def _different_weights() -> str:
+    twin = _twin("llama")
+    with torch.no_grad():
+        twin.lm_head.weight[0, 0] += dist.get_rank()
+    with pytest.raises(ValueError, match="different weights") as refused:
+        HFTransformerModel.wrap(twin).parallelize(ParallelismConfig())
+    return str(refused.value)
+
+
+def test_models_that_differ_between_ranks_are_refused(two: WorkerPool):
+    assert all("torch.manual_seed" in message for message in two.run(_different_weights))
+
+
 def _both_ranks_see_the_same() -> tuple[list[float], dict[str, torch.Tensor], str]:
     input_ids, labels = _rows(4)
     model = HFTransformerModel.wrap(_twin("llama")).parallelize(ParallelismConfig())
@@ -253,7 +266,7 @@ def _both_ranks_see_the_same() -> tuple[list[float], dict[str, torch.Tensor], st
     losses = [model.forward_backward(input_ids[mine], labels[mine]).item(), model.clip_grad_norm_(1.0).item()]
     sound = model.find_nonfinite()
     assert sound == "Finite loss on every rank; non-finite gradients of no parameter.", sound
-    model._local_losses.append(torch.tensor(float("nan") if dist.get_rank() == 1 else 1.0))
+    model._local_losses_are_finite = torch.tensor(dist.get_rank() != 1)
     return losses, model.full_gradients(), model.find_nonfinite()
 
 
@@ -301,6 +314,7 @@ def test_a_mesh_that_does_not_fit(two: WorkerPool):
 def _units() -> tuple[list[str], list[int]]:
     from torch.distributed.fsdp import FSDPModule
 
+    torch.manual_seed(0)
     model = HFTransformerModel.wrap(LlamaForCausalLM(_twin("llama").config)).parallelize(ParallelismConfig())
     units = [name for name, module in model.hf_model.named_modules() if isinstance(module, FSDPModule)]
     local = [parameter.to_local().numel() for parameter in model.hf_model.parameters()]

@@ -10,6 +10,8 @@ from transformers_backend.data.hub import open_stream
 from transformers_backend.data.sources import BUILT_IN_SOURCE, IndexedSource, StreamedSource
 from transformers_backend.data.tokens import document_encoder
 
+_ALIASES = {"c4": ("allenai/c4", "en")}  # as torchtitan's files name it
+
 
 def build_batches(
     *,
@@ -33,7 +35,7 @@ def build_batches(
     Args:
         dataset: "python_stdlib", or the hub id of a dataset that is streamed. Unused where `dataset_path` is given.
         dataset_path: a .txt, .jsonl, .json, .parquet, .csv or .arrow file, or a folder with files of one such kind.
-            Each .txt file is one document, else each record is one.
+            A .txt file is one document (a long one several, of about 64 KiB), else each record is one.
         dataset_name, dataset_revision: configuration and git revision of a hub dataset.
         dataset_split: split of a hub dataset, or "train" or "validation" of the built-in source. Records of local
             files are one split, of any name; a slice of it works too ("train[:90%]").
@@ -57,6 +59,7 @@ def build_batches(
         )
     # Validation reads everything on every rank, in its own order, so that its figures compare between runs.
     order = (seed, data_rank, data_world_size) if repeat else (None, 0, 1)
+    dataset, dataset_name = _ALIASES.get(dataset, (dataset, dataset_name))
     source: IndexedSource | StreamedSource
     if dataset_path is not None:
         source = open_path(dataset_path, dataset_split, text_column, order)

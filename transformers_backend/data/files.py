@@ -6,7 +6,7 @@ import hashlib
 import os
 import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from transformers_backend.data.sources import (
     BUILT_IN_SOURCE,
@@ -23,6 +23,8 @@ FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json"} | {
 }
 
 
+# Bytes of a text file that make one document; longer files are cut at ends of lines.
+TEXT_PIECE = 2**16
 # Every so many files of the built-in source are held out of "train" for "validation".
 _HOLD_OUT_EVERY = 20
 
@@ -64,7 +66,10 @@ def open_path(dataset_path: str, split: str, text_column: str, order: Order) -> 
                 f'dataset_split = "{split}": {name} is plain text, of which no slice can be taken. Put the files of '
                 "each split into a folder of its own."
             )
-        return IndexedSource(name, lambda number: _read_text_file(files[number], name), len(files), order, fingerprint)
+        pieces = [(file, piece) for file in files for piece in range(-(-file.stat().st_size // TEXT_PIECE))]
+        return IndexedSource(
+            name, lambda number: _read_text_piece(*pieces[number], name), len(pieces), order, fingerprint
+        )
 
     datasets = import_datasets(name)
     try:
@@ -127,8 +132,26 @@ def _fingerprint_of_files(name: str, root: Path, files: list[Path]) -> dict[str,
     return {"dataset": name, "files": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()[:16]}
 
 
-def _read_text_file(path: Path, name: str) -> str:
+def _read_text_piece(path: Path, piece: int, name: str) -> str:
+    """Piece `piece` of a text file: from the first line that begins at or after its start to the one that ends it.
+
+    Short files are one piece. Long ones are cut, so that data ranks can share a single file.
+    """
+    with path.open("rb") as file:
+        start = _line_start(file, piece * TEXT_PIECE)
+        end = _line_start(file, (piece + 1) * TEXT_PIECE)
+        file.seek(start)
+        content = file.read(end - start)
     try:
-        return path.read_bytes().decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: {path} is not UTF-8 text ({error}). Convert or remove the file.") from error
+
+
+def _line_start(file: BinaryIO, position: int) -> int:
+    """The first position at or after `position` where a line begins (or the end of the file)."""
+    if position == 0:
+        return 0
+    file.seek(position - 1)
+    file.readline()
+    return file.tell()

@@ -110,8 +110,8 @@ class TextSource:
     """The keys that name a text data set, shared by `[training]` and `[validation]`."""
 
     dataset: str = "python_stdlib"
-    """The text: "python_stdlib" (the Python standard library's own source, no download), a registered data set, or a
-    hub id."""
+    """The text: "python_stdlib" (the Python standard library's own source, no download), a hub id, or "c4" for
+    "allenai/c4" in English."""
 
     dataset_path: str | None = None
     """Local text file, or folder of them, that is read in place of dataset. none means dataset is used."""
@@ -200,7 +200,7 @@ class Optimizer:
     """Peak learning rate."""
 
     beta1: float = 0.9
-    """Decay of the running mean of gradients (Muon: its momentum)."""
+    """Decay of AdamW's running mean of gradients. Muon has a momentum of its own, 0.95."""
 
     beta2: float = 0.95
     """Decay of the running mean of squared gradients."""

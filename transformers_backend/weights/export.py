@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
 from transformers_backend.decoder import Decoder
+from transformers_backend.folders import replace_folder
 from transformers_backend.weights.initialize import group_by_layer
 from transformers_backend.weights.shards import named_tensors
 
@@ -38,6 +39,7 @@ def save_hf_weights(
     *,
     is_main: bool,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    generation_config: GenerationConfig | None = None,
     dtype: torch.dtype | None = None,
     max_file_size: int = DEFAULT_FILE_SIZE,
 ) -> None:
@@ -70,10 +72,15 @@ def save_hf_weights(
     temporary.mkdir(parents=True)
     file_of = _assign_files(_outputs(blueprint, groups, meta), max_file_size)
     _write_files(_outputs(blueprint, groups, gathered), file_of, temporary)
-    _write_configs(blueprint, temporary, next(iter(tensors.values())), dtype)
+    _write_configs(
+        blueprint,
+        generation_config or blueprint.generation_config,
+        temporary,
+        dtype or next(iter(tensors.values())).dtype,
+    )
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
-    _replace(folder, temporary)
+    replace_folder(folder, temporary)
 
 
 def _check_folder(folder: Path) -> None:
@@ -85,16 +92,6 @@ def _check_folder(folder: Path) -> None:
             f"{folder} holds files and no config.json, so it is no earlier export and is not replaced. Name a new "
             "folder, or one that save_pretrained wrote."
         )
-
-
-def _replace(folder: Path, temporary: Path) -> None:
-    """Give the whole new folder its name; the old one is deleted only after that."""
-    old = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _export_dtype(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -152,13 +149,13 @@ def _write_files(outputs: Iterator[tuple[str, torch.Tensor]], file_of: dict[str,
 
 
 def _write_configs(
-    blueprint: PreTrainedModel, folder: Path, any_weight: torch.Tensor, dtype: torch.dtype | None
+    blueprint: PreTrainedModel, generation_config: GenerationConfig | None, folder: Path, dtype: torch.dtype
 ) -> None:
     config = copy.deepcopy(blueprint.config)
     config.architectures = [type(blueprint).__name__]
-    config.dtype = dtype or any_weight.dtype
+    config.dtype = dtype
     if blueprint.is_remote_code():
         custom_object_save(blueprint, folder, config=config)
     config.save_pretrained(folder)
-    if blueprint.can_generate() and blueprint.generation_config is not None:
-        blueprint.generation_config.save_pretrained(folder)
+    if blueprint.can_generate() and generation_config is not None:
+        generation_config.save_pretrained(folder)

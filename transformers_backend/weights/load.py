@@ -72,7 +72,9 @@ def resolve_folder(name: str, revision: str | None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
-    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    # Some repositories hold the same weights a second time, in their authors' own format.
+    ignored = ["consolidated*", "original/*"]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
 
 
 def find_weight_files(folder: Path) -> list[Path]:
@@ -90,7 +92,10 @@ def find_weight_files(folder: Path) -> list[Path]:
             f"{folder}: only pickled .bin weights, which can run code when they are read; safetensors are needed. "
             f"Convert once: AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')."
         )
-    raise ValueError(f"{folder}: neither {_SINGLE} nor {_INDEX}; a folder written by save_pretrained is needed.")
+    raise ValueError(
+        f"{folder}: neither {_SINGLE} nor {_INDEX}; a folder or repository with safetensors is needed. Pickled "
+        ".bin weights are not read: load them with Transformers once and write them with save_pretrained."
+    )
 
 
 def _read_index(index: Path) -> list[str]:
@@ -139,7 +144,7 @@ def _check_plan(plan: _LoadPlan, blueprint: PreTrainedModel, folder: Path) -> No
     for first, conversion in plan.conversions.items():
         found |= set(_convert(first, conversion, blueprint, shapes_only=True))
     for target, source in blueprint.all_tied_weights_keys.items():
-        if {target, source} <= found:
+        if {target, source} <= plan.direct.keys():
             _check_tied_equal(plan.direct[target], plan.direct[source], folder)
             del plan.direct[target]
         if {target, source} & found:

@@ -81,3 +81,11 @@ def test_non_finite_norm_is_returned_or_raised():
     with pytest.raises(RuntimeError, match=r"gradient norm is nan.*overflow in the loss"):
         clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
     assert parameters[0].grad[1].item() == 1.0, "an error leaves the gradients as they were"
+
+
+def test_a_non_finite_norm_leaves_the_gradients_alone():
+    """So that the one gradient that was to blame can still be named."""
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    parameters[0].grad, parameters[1].grad = torch.tensor([float("nan"), 1.0]), torch.tensor([30.0, 40.0])
+    assert not clip_grad_norm_(parameters, 1.0).isfinite()
+    torch.testing.assert_close(parameters[1].grad, torch.tensor([30.0, 40.0]))

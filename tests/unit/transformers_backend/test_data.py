@@ -371,6 +371,17 @@ def test_single_text_file_is_one_document(tmp_path, build):
     assert tokens[-1] == EOS
 
 
+def test_a_long_text_file_is_cut_at_line_ends_and_shared_by_ranks(tmp_path, build, monkeypatch):
+    monkeypatch.setattr(files, "TEXT_PIECE", 16)
+    text = "".join(f"line {number} é\n" for number in range(40)) + "no end" + "x" * 50
+    (tmp_path / "book.txt").write_bytes(text.encode())
+    tokens = tokens_of(build(tmp_path / "book.txt", repeat=False))
+    assert tokens.count(EOS) > 10
+    assert bytes(token - OFFSET for token in tokens if token != EOS).decode() == text
+    for rank in range(2):
+        assert next(build(tmp_path / "book.txt", data_rank=rank, data_world_size=2))["input_ids"].shape == (2, 8)
+
+
 def write_records(path: Path, texts: list[str]) -> Path:
     from datasets import Dataset
 

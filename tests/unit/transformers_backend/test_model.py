@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -373,3 +374,19 @@ def test_find_nonfinite_looks_at_every_micro_batch():
     losses = [model.forward_backward(ids, labels, num_items_in_batch=60) for ids in (bad, input_ids)]
     assert [bool(loss.isfinite()) for loss in losses] == [False, True]
     assert model.find_nonfinite().startswith("Non-finite loss on rank 0;")
+
+
+def test_the_generation_config_comes_along(tmp_path):
+    hf_model = _llama()
+    hf_model.generation_config.max_new_tokens = 77
+    hf_model.generation_config.eos_token_id = [2, 3]
+    HFTransformerModel.wrap(hf_model).save_pretrained(tmp_path / "wrapped")
+    HFTransformerModel.from_pretrained(str(tmp_path / "wrapped")).save_pretrained(tmp_path / "loaded")
+    for folder in ("wrapped", "loaded"):
+        saved = GenerationConfig.from_pretrained(tmp_path / folder)
+        assert (saved.max_new_tokens, saved.eos_token_id) == (77, [2, 3])
+
+
+def test_an_attention_implementation_that_is_not_installed_is_refused_in_words():
+    with pytest.raises(ValueError, match=r'attn_implementation = "flash_attention_2": it is not installed'):
+        HFTransformerModel(HFTransformerModelArgs(model_type="llama", attn_implementation="flash_attention_2"))

@@ -267,16 +267,25 @@ def test_the_command_says_a_wrong_load_step_in_one_message(job, capsys: pytest.C
     assert not dist.is_initialized(), "a refused job leaves no process group"
 
 
-def test_the_latest_k_are_kept_and_a_leftover_is_ignored(job):
+def test_the_latest_k_are_kept_and_a_leftover_is_ignored_and_removed(job):
     config = job(training__steps=5, checkpoint__enable=True, checkpoint__interval=1, checkpoint__keep_latest_k=2)
     leftover = Path(config.job.dump_folder) / "checkpoint" / "step-9.tmp"
     leftover.mkdir(parents=True)
     (leftover / "half.distcp").write_text("half")
     trainer = _run(config)
     assert trainer.step == 5
-    assert {"step-4", "step-5", "step-9.tmp"} <= _folders(config)
-    assert not {"step-1", "step-2", "step-3"} & _folders(config)
+    assert {"step-4", "step-5"} <= _folders(config)
+    assert not {"step-1", "step-2", "step-3", "step-9.tmp"} & _folders(config)
     assert trainer.checkpointer.steps() == [4, 5]
+
+
+def test_going_back_sets_the_later_checkpoints_aside(job):
+    """Else the next resume would take the newest of the branch that was left."""
+    _run(job(training__steps=3, checkpoint__enable=True, checkpoint__interval=1))
+    config = job(training__steps=2, checkpoint__enable=True, checkpoint__interval=1, checkpoint__load_step=1)
+    trainer = _run(config)
+    assert {"step-1", "step-2", "step-2.abandoned", "step-3.abandoned"} <= _folders(config)
+    assert trainer.checkpointer.steps() == [1, 2]
 
 
 def test_a_leftover_of_the_same_step_is_overwritten(job):
