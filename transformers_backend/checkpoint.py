@@ -45,7 +45,7 @@ class Checkpointer:
         *,
         model: HFTransformerModel,
         optimizers: Sequence[torch.optim.Optimizer],
-        schedulers: Sequence[torch.optim.lr_scheduler.LRScheduler],
+        schedulers: Sequence[torch.optim.lr_scheduler.LambdaLR],
         data: PackedBatches,
         data_rank: int,
         keep_latest_k: int,
@@ -91,11 +91,15 @@ class Checkpointer:
         self._check_data_ranks(self.folder / f"step-{step}")
         state = self._state(step)
         dcp.load(state, checkpoint_id=self.folder / f"step-{step}")
+        chosen = [_hyperparameters(optimizer) for optimizer in self._optimizers]
         set_optimizer_state_dict(
             self._model.hf_model, self._optimizers, optim_state_dict=state["optimizer"], options=_OPTIONS
         )
-        for scheduler, text in zip(self._schedulers, json.loads(state["schedulers"]), strict=True):
-            scheduler.load_state_dict(text)
+        for optimizer, groups in zip(self._optimizers, chosen, strict=True):
+            for group, values in zip(optimizer.param_groups, groups, strict=True):
+                group.update(values)  # this job's learning rate, weight decay ..., not those of the run that saved
+        for scheduler, saved in zip(self._schedulers, json.loads(state["schedulers"]), strict=True):
+            _move_to(scheduler, saved["last_epoch"])
         self._data.load_state_dict(json.loads(state[self._data_key]))
         _set_random_state(state[self._random_key])
         self._abandon(later := [other for other in steps if other > step])
@@ -170,3 +174,17 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def _move_to(scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
+    """Put this job's schedule at `step`; its learning rates are what the schedule says there."""
+    scheduler.last_epoch = step
+    scheduler._step_count = step + 1
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates

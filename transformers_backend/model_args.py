@@ -151,8 +151,8 @@ def override_config(hf_config: PreTrainedConfig, overrides: dict[str, Any]) -> P
         fields[key] = {**fields[key], **value} if isinstance(value, dict) and isinstance(fields[key], dict) else value
     for key in ("model_type", "transformers_version"):
         fields.pop(key, None)
-    if "head_dim" not in overrides and derives_head_dim:
-        fields.pop("head_dim", None)
+    if derives_head_dim and "head_dim" not in overrides and {"hidden_size", "num_attention_heads"} & overrides.keys():
+        fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
     try:
         return type(hf_config)(**fields)
     except StrictDataclassError as error:

@@ -74,7 +74,7 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         setup_logging(self.rank)
         validate(config, world_size=self.world_size)
-        self.dump_folder = Path(config.job.dump_folder)
+        self.dump_folder = Path(config.job.dump_folder).expanduser()
         torch.use_deterministic_algorithms(config.debug.deterministic, warn_only=config.debug.deterministic_warn_only)
         with patience(None, then_seconds=config.comm.init_timeout_seconds):  # rank 0 may download
             self.model = self._build_model()

@@ -130,7 +130,7 @@ class TextSource:
 
     def text_problems(self, section: str) -> list[str]:
         found = empty_strings(section, self, "dataset", "dataset_split", "text_column")
-        if self.dataset_path is not None and not Path(self.dataset_path).exists():
+        if self.dataset_path is not None and not Path(self.dataset_path).expanduser().exists():
             found.append(
                 f'{section}.dataset_path = "{self.dataset_path}": no such file or folder from {Path.cwd()}; correct '
                 f"the path, or leave it out to read {section}.dataset."
@@ -174,7 +174,7 @@ class Training(TextSource):
 
     def problems(self) -> list[str]:
         found = self.text_problems("training")
-        found += below_minimum("training", self, local_batch_size=1, seq_len=1, steps=1, gc_freq=1)
+        found += below_minimum("training", self, local_batch_size=1, seq_len=2, steps=1, gc_freq=1)
         if not self.max_norm > 0:
             found.append(f"training.max_norm = {self.max_norm}: must be above 0; inf turns clipping off.")
         if self.global_batch_size < 1 and self.global_batch_size != -1:

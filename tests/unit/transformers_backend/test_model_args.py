@@ -254,3 +254,11 @@ def test_remote_code_runs_only_where_it_is_trusted(tmp_path: Path, monkeypatch: 
     assert hf_config.hidden_size == 16
     with pytest.raises(ValueError, match="trust_remote_code"):
         HFTransformerModelArgs(model=str(folder)).resolve()
+
+
+def test_an_override_leaves_the_head_size_alone():
+    """Qwen3's class default is 128, whatever the other sizes are."""
+    config = CONFIG_MAPPING["qwen3"](hidden_size=64, num_attention_heads=4, head_dim=16)
+    assert override_config(config, {"intermediate_size": 96}).head_dim == 16
+    assert override_config(config, {"hidden_size": 128}).head_dim == 32
+    assert override_config(config, {"hidden_size": 128, "head_dim": 8}).head_dim == 8

@@ -279,6 +279,19 @@ def test_the_latest_k_are_kept_and_a_leftover_is_ignored_and_removed(job):
     assert trainer.checkpointer.steps() == [4, 5]
 
 
+def test_a_resume_follows_the_jobs_own_settings(job):
+    """A longer run, with another learning rate: the first resumed step is already on the new schedule."""
+    _run(job(training__steps=2, checkpoint__enable=True, checkpoint__interval=1, optimizer__lr=1e-3))
+    config = job(training__steps=4, checkpoint__enable=True, optimizer__lr=1e-5, optimizer__weight_decay=0.5)
+    trainer = Trainer(config)
+    try:
+        fresh = [group["weight_decay"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        assert 0.5 in fresh
+        assert 0 < trainer.train_step().lr <= 1e-5
+    finally:
+        trainer.close()
+
+
 def test_going_back_sets_the_later_checkpoints_aside(job):
     """Else the next resume would take the newest of the branch that was left."""
     _run(job(training__steps=3, checkpoint__enable=True, checkpoint__interval=1))
