@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -90,7 +91,7 @@ class Checkpointer:
             )
         self._check_data_ranks(self.folder / f"step-{step}")
         state = self._state(step)
-        dcp.load(state, checkpoint_id=self.folder / f"step-{step}")
+        self._read(state, self.folder / f"step-{step}")
         chosen = [_hyperparameters(optimizer) for optimizer in self._optimizers]
         set_optimizer_state_dict(
             self._model.hf_model, self._optimizers, optim_state_dict=state["optimizer"], options=_OPTIONS
@@ -128,10 +129,23 @@ class Checkpointer:
                 "data_parallel_shard_degree)."
             )
 
+    @staticmethod
+    def _read(state: dict[str, Any], folder: Path) -> None:
+        try:
+            dcp.load(state, checkpoint_id=folder)
+        except (CheckpointException, RuntimeError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"{folder} cannot be resumed from ({str(error).strip().splitlines()[0]}): it was saved by another "
+                "model or optimizer, or is damaged. Give the settings that it was saved with, another "
+                "checkpoint.load_step, or another job.dump_folder."
+            ) from error
+
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints in the folder, ascending."""
         found = [_STEP_FOLDER.fullmatch(path.name) for path in self.folder.glob("step-*")]
-        return sorted(int(match.group(1)) for match in found if match)
+        return sorted(
+            int(match.group(1)) for match in found if match and (self.folder / match.group() / ".metadata").is_file()
+        )
 
     def _model_state(self) -> dict[str, torch.Tensor]:
         """Parameters and persistent buffers by name; tied ones are stored once, under the first of their names."""

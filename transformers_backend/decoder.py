@@ -102,3 +102,11 @@ def _find_final_norm(siblings: list[nn.Module], layer_lists: list[nn.ModuleList]
     before = [module for index, module in norms if index < position]
     final = after[0] if after else before[-1] if before else None
     return None if final is None else names[final]
+
+
+def learned_positions(hf_model: PreTrainedModel, decoder: Decoder) -> int | None:
+    """Longest sequence that a table of learned positions allows (GPT-2, OPT ...); None for a model without one."""
+    for name, module in hf_model.get_submodule(decoder.base).named_modules():
+        if isinstance(module, nn.Embedding) and ("pos" in name or name.endswith("wpe")):
+            return module.num_embeddings - getattr(module, "offset", 0)  # OPT keeps its first rows for padding
+    return None

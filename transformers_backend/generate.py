@@ -17,10 +17,13 @@ def sample_text(
     prompt: str,
     *,
     new_tokens: int,
+    longest: int | None = None,
     temperature: float = 0.8,
     seed: int = 0,
 ) -> str:
     """Continue `prompt` by up to `new_tokens` tokens; every rank calls it and gets the same text.
+
+    longest: number of positions that the model has, None for any.
 
     The model runs on a window of one fixed length, padded on the right (which a causal model does not see), so that
     compiled layers meet one shape. It keeps no cache: this is a look at the model, not a server.
@@ -28,7 +31,9 @@ def sample_text(
     hf_model = model.hf_model
     device = model.device
     start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    window = torch.zeros(1, len(start) + new_tokens, dtype=torch.int64, device=device)
+    length = len(start) + new_tokens if longest is None else min(len(start) + new_tokens, longest)
+    start = start[:length]
+    window = torch.zeros(1, length, dtype=torch.int64, device=device)
     window[0, : len(start)] = torch.tensor(start)
     generator = torch.Generator().manual_seed(seed)  # the same on every rank, and on the CPU everywhere
     length = len(start)

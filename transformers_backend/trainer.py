@@ -30,6 +30,7 @@ from parallelize.distributed import (
 )
 from transformers_backend.checkpoint import Checkpointer
 from transformers_backend.data import PackedBatches, build_batches, load_tokenizer
+from transformers_backend.decoder import learned_positions
 from transformers_backend.flops import model_flops_per_token
 from transformers_backend.generate import sample_text
 from transformers_backend.job_config import JobConfig, validate
@@ -75,10 +76,17 @@ class Trainer:
         setup_logging(self.rank)
         validate(config, world_size=self.world_size)
         self.dump_folder = Path(config.job.dump_folder).expanduser()
+        try:
+            self.dump_folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f'job.dump_folder = "{config.job.dump_folder}": cannot be made ({error.strerror}). Name another folder.'
+            ) from error
         torch.use_deterministic_algorithms(config.debug.deterministic, warn_only=config.debug.deterministic_warn_only)
         with patience(None, then_seconds=config.comm.init_timeout_seconds):  # rank 0 may download
             self.model = self._build_model()
         set_timeout(config.comm.init_timeout_seconds, self.model.mesh)
+        self._check_sequence_lengths()
         torch.manual_seed(config.debug.seed + 1 + self.model.data_rank)  # dropout: different on different data
         self.tokenizer = load_tokenizer(
             config.model.hf_assets_path or config.hf_transformers.model,
@@ -105,7 +113,6 @@ class Trainer:
             self.step = self.checkpointer.load(config.checkpoint.load_step)
         self._first_step = self.step + 1
         if self.rank == 0:
-            self.dump_folder.mkdir(parents=True, exist_ok=True)
             config.save(self.dump_folder / "config.toml")
         self.metrics = opened.enter_context(self._build_metrics())
 
@@ -230,7 +237,11 @@ class Trainer:
             logger.info("exported for from_pretrained: %s-hf", last)
         if config.job.sample_prompt:
             text = sample_text(
-                self.model, self.tokenizer, config.job.sample_prompt, new_tokens=config.job.sample_tokens
+                self.model,
+                self.tokenizer,
+                config.job.sample_prompt,
+                new_tokens=config.job.sample_tokens,
+                longest=learned_positions(self.model.hf_model, self.model.decoder),
             )
             logger.info("sample of the trained model:\n%s", text)
 
@@ -247,6 +258,18 @@ class Trainer:
             cpu_offload=config.training.enable_cpu_offload,
             seed=config.debug.seed,
         )
+
+    def _check_sequence_lengths(self) -> None:
+        longest = learned_positions(self.model.hf_model, self.model.decoder)
+        lengths = {"training.seq_len": self.job_config.training.seq_len}
+        if self.job_config.validation.enable:
+            lengths["validation.seq_len"] = self.job_config.validation.seq_len
+        for key, length in lengths.items():
+            if longest is not None and length > longest:
+                raise ValueError(
+                    f"{key} = {length}: {self.model.model_class.__name__} learns a table of {longest} positions, so it "
+                    f"must be at most {longest}."
+                )
 
     def _computation_dtype(self) -> torch.dtype | None:
         """training.mixed_precision_param, resolved; None where it is the parameters' own dtype."""

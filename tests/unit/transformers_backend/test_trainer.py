@@ -292,6 +292,26 @@ def test_a_resume_follows_the_jobs_own_settings(job):
         trainer.close()
 
 
+def test_what_a_checkpoint_cannot_give_is_told(job):
+    _run(job(training__steps=1, checkpoint__enable=True))
+    with pytest.raises(ValueError, match=r"step-1 cannot be resumed from \(.*another\s+model or optimizer"):
+        Trainer(job(training__steps=2, checkpoint__enable=True, optimizer__name="Muon"))
+
+
+def test_sequences_beyond_learned_positions_are_refused(job):
+    config = job(hf_transformers__model_type="gpt2", training__seq_len=65)
+    config.hf_transformers.config_overrides = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64,
+                                               "vocab_size": 384}  # fmt: skip
+    with pytest.raises(ValueError, match=r"training\.seq_len = 65: GPT2LMHeadModel learns a table of 64 positions"):
+        Trainer(config)
+
+
+def test_a_dump_folder_that_cannot_be_made_is_told(job, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"job\.dump_folder = .*file/run.*: cannot be made"):
+        Trainer(job(job__dump_folder=str(tmp_path / "file" / "run")))
+
+
 def test_going_back_sets_the_later_checkpoints_aside(job):
     """Else the next resume would take the newest of the branch that was left."""
     _run(job(training__steps=3, checkpoint__enable=True, checkpoint__interval=1))
