@@ -105,8 +105,8 @@ class HFTransformerModel:
     ) -> HFTransformerModel:
         """Shard the model over the initialised process group, in place, then allocate and fill what is still meta.
 
-        param_dtype: dtype of the computation (bfloat16 for mixed precision: gradients are then reduced, and weights
-        kept and updated, in the parameters' own dtype, fp32 by default). None computes in the parameters' dtype.
+        param_dtype: dtype of the computation (bfloat16 for mixed precision); None is the parameters' own dtype, in
+        which they are kept and updated either way. Gradients are summed over ranks in fp32.
         cpu_offload: keep shards and optimizer state in host memory. seed: of the initial weights, where they are not
         loaded. Raises a ValueError that lists every bad value.
         """
