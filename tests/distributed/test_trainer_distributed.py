@@ -12,9 +12,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.workers import WorkerPool
+from tests.jobs import SEQUENCE, tiny_job
 from transformers_backend import JobConfig, Trainer
-
-SEQUENCE = 32
 
 
 @pytest.fixture(scope="module")
@@ -34,28 +33,8 @@ def folder(tmp_path: Path) -> str:
 
 
 def _job(folder: str, name: str, **changes) -> JobConfig:
-    config = JobConfig()
-    config.job.dump_folder = f"{folder}/{name}"
-    config.model.hf_assets_path = "byt5"
-    config.hf_transformers.model_type = "llama"
-    config.hf_transformers.config_overrides = {
-        "vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2,
-    }  # fmt: skip
-    config.training.dataset_path = f"{folder}/text"
-    config.training.seq_len = SEQUENCE
-    config.training.local_batch_size = 1
-    config.training.global_batch_size = 4
-    config.training.steps = 6
-    config.training.mixed_precision_param = "float32"
-    config.optimizer.lr = 1e-2
-    config.lr_scheduler.warmup_steps = 2
-    config.metrics.log_freq = 1
-    config.debug.deterministic = True
-    for key, value in changes.items():
-        section, field = key.split("__")
-        setattr(getattr(config, section), field, value)
-    return config
+    """Two micro-batches of one sequence on each of two ranks."""
+    return tiny_job(folder, name, **{"training__local_batch_size": 1, "training__global_batch_size": 4, **changes})
 
 
 def _train(config: JobConfig) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
+from tests.jobs import SEQUENCE, tiny_job
 from transformers_backend import JobConfig, Trainer, load_job_config
 from transformers_backend.train import main
 
-SEQUENCE = 32
 STATED_KEYS = {"step", "loss", "grad_norm", "lr", "tokens_per_second", "mfu", "peak_memory_gib", "time_s"}
 
 
@@ -44,27 +44,7 @@ def job(tmp_path: Path) -> Callable[..., JobConfig]:
     (tmp_path / "held_out.txt").write_text("something else, of a length that no block divides" * 3)
 
     def make(folder: str = "run", **changes) -> JobConfig:
-        config = JobConfig()
-        config.job.dump_folder = str(tmp_path / folder)
-        config.model.hf_assets_path = "byt5"
-        config.hf_transformers.model_type = "llama"
-        config.hf_transformers.config_overrides = {
-            "vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2,
-        }  # fmt: skip
-        config.training.dataset_path = str(text)
-        config.training.seq_len = SEQUENCE
-        config.training.local_batch_size = 2
-        config.training.steps = 6
-        config.training.mixed_precision_param = "float32"
-        config.optimizer.lr = 1e-2
-        config.lr_scheduler.warmup_steps = 2
-        config.metrics.log_freq = 1
-        config.debug.deterministic = True
-        for key, value in changes.items():
-            section, name = key.split("__")
-            setattr(getattr(config, section), name, value)
-        return config
+        return tiny_job(tmp_path, folder, **changes)
 
     return make
 
