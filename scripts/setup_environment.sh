@@ -2,8 +2,8 @@
 # Finds or makes the Python environment. The other scripts source this file and call one of
 #
 #   setup_environment run      what training and verifying need
-#   setup_environment test     the same and pytest
-#   setup_environment check    the same and pytest, ruff, import-linter
+#   setup_environment test     the same, pytest, and the optional packages that tests use (moto, s3fs, matplotlib)
+#   setup_environment check    the same, ruff and import-linter
 #
 # Afterwards REPOSITORY is the checkout and PYTHON the interpreter to use, and PYTHONPATH begins with the checkout, so
 # that the packages run straight from it. The first call takes minutes where something must be installed, the next
@@ -62,7 +62,8 @@ from importlib.util import find_spec
 least_versions = {"torch": (2, 11), "transformers": (5, 17), "safetensors": (0,)}
 if sys.version_info < (3, 11):
     least_versions["tomli"] = (0,)  # tomllib came with 3.11
-tools = {"run": [], "test": ["pytest"], "check": ["pytest", "ruff", "importlinter"]}[sys.argv[1]]
+test = ["pytest", "moto", "s3fs", "matplotlib"]
+tools = {"run": [], "test": test, "check": [*test, "ruff", "importlinter"]}[sys.argv[1]]
 for name, least in least_versions.items():
     try:
         numbers = re.findall(r"\d+", version(name))
@@ -125,7 +126,7 @@ _make_environment() {
     fi
     if [[ "$need" != run ]]; then
         echo "set-up: installing the test tools of constraints.txt into $_ENVIRONMENT" >&2
-        _pip_install pytest ruff import-linter
+        _pip_install pytest "moto[server,s3]" s3fs matplotlib ruff import-linter
     fi
     if [[ -e "$_ENVIRONMENT/incomplete" ]]; then
         _checksum_of_pins >"$_ENVIRONMENT/installed"
