@@ -196,7 +196,7 @@ def submit(options: argparse.Namespace, job_arguments: list[str]) -> int:
     config.save(slurm_folder / "config.toml")
     (slurm_folder / "job.sh").write_text(script, encoding="utf-8")
     job_id = _sbatch(run_folder, steps=config.training.steps)
-    print(f"job {job_id}: {resources.nodes} nodes x {resources.gpus_per_node} GPUs, {config.training.steps} steps")
+    print(f"job {job_id}: {resources.nodes} x {resources.gpus_per_node} GPUs, {config.training.steps} steps")
     print(f"log: {slurm_folder}/job-{job_id}.log")
     print(f"state: {REPOSITORY}/scripts/slurm.py --status {run_folder}")
     return 0

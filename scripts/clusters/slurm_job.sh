@@ -109,7 +109,7 @@ is_finished() {
 # Back into the queue, under the same job id. A job that its user has cancelled is not RUNNING any more and stays away.
 requeue() {
     local state
-    state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)"
+    state="$(squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format=%T)"
     if [[ "$state" != RUNNING ]]; then
         echo "=== not requeued: Slurm says ${state:-nothing} of this job"
     elif ((restart >= MAX_REQUEUES)); then

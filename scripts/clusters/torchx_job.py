@@ -9,11 +9,12 @@ Every node runs scripts/train.sh in the image, which holds the checkout; torchru
 which a node fails is started again as a whole and goes on from its last checkpoint. See docs/clusters.md.
 """
 
+# ruff: noqa: UP006, UP035, UP045  TorchX reads the source: it knows types only as Optional, Dict and List spell them,
+# and wants every argument described under "Args".
 import shlex
+from typing import Dict, List, Optional
 
 import torchx.specs as specs
-
-# TorchX reads the signature: annotations are types, not strings, and every argument is described under "Args".
 
 
 def train(
@@ -25,8 +26,8 @@ def train(
     cpus_per_gpu: int = 8,
     memory_gib_per_gpu: int = 128,
     checkout: str = "/workspace",
-    mounts: list[str] | None = None,
-    env: dict[str, str] | None = None,
+    mounts: Optional[List[str]] = None,
+    env: Optional[Dict[str, str]] = None,
     max_retries: int = 10,
     max_restarts: int = 0,
     port: int = 29500,
@@ -63,7 +64,6 @@ def train(
                     "NNODES": str(nodes),
                     "NPROC": str(processes),
                     "RDZV_ID": specs.macros.app_id,
-                    "NODE_RANK": specs.macros.replica_id,
                     "MAX_RESTARTS": str(max_restarts),
                     **(env or {}),
                 },
