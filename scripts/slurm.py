@@ -243,8 +243,10 @@ def _resources(options: argparse.Namespace, name: str) -> Resources:
 
 
 def _refuse_a_folder_in_use(run_folder: Path) -> None:
-    for run in slurm_status.read_runs([run_folder] if slurm_status.find_run_folders([run_folder]) else []):
-        if run.folder == run_folder and run.state in slurm_status.ACTIVE:
+    if not (run_folder / "slurm" / "events.jsonl").exists():
+        return
+    for run in slurm_status.read_runs([run_folder]):
+        if run.state in slurm_status.ACTIVE:
             raise ValueError(
                 f'job.dump_folder = "{run_folder}": job {run.job_id} is {run.state} there, and two jobs would write '
                 f"over each other; `scancel {run.job_id}` first, or name another folder."

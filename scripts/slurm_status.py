@@ -117,13 +117,13 @@ class Run:
 
 
 def find_run_folders(roots: list[Path]) -> list[Path]:
-    """Folders at or below the roots that have a job's events, sorted; what lies inside a run folder is not searched."""
+    """Folders at or below the roots that have a job's events, sorted; checkpoints are not searched."""
     found = []
     for root in roots:
         for folder, children, _ in os.walk(root):
             if (Path(folder) / "slurm" / "events.jsonl").is_file():
                 found.append(Path(folder))
-                children.clear()
+            children[:] = [name for name in children if not name.startswith(("slurm", "step-"))]
     return sorted(set(found))
 
 

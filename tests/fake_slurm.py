@@ -137,9 +137,23 @@ def sacct(slurm: Path, arguments: list[str]) -> int:
 def scancel(slurm: Path, arguments: list[str]) -> int:
     (job_id,) = arguments
     set_state(slurm, job_id, "CANCELLED")
-    for pid in (slurm / f"job-{job_id}.tasks").read_text().split():
-        os.killpg(int(pid), signal.SIGTERM)
+    for pid in read_tasks(slurm, job_id):
+        os.killpg(pid, signal.SIGTERM)
     return 0
+
+
+def end_all_jobs(slurm: Path) -> None:
+    """Kill what still runs."""
+    for job_id in [job_id for job_id, state in states(slurm).items() if state == "RUNNING"]:
+        set_state(slurm, job_id, "CANCELLED")
+        for pid in read_tasks(slurm, job_id):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+
+def read_tasks(slurm: Path, job_id: str) -> list[int]:
+    path = slurm / f"job-{job_id}.tasks"
+    return [int(pid) for pid in path.read_text().split()] if path.exists() else []
 
 
 def states(slurm: Path) -> dict[str, str]:

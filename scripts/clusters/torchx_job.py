@@ -1,6 +1,6 @@
 """A TorchX component that trains on several nodes, for Kubernetes (with Volcano) and TorchX's other schedulers.
 
-    torchx run --scheduler kubernetes --scheduler_args namespace=default,queue=default \\
+    torchx run --workspace "" --scheduler kubernetes --scheduler_args namespace=default,queue=default \\
         scripts/clusters/torchx_job.py:train --image registry/trainer:1 --nodes 2 --gpus_per_node 8 \\
         --mounts type=volume,src=training-claim,dst=/outputs --config train_configs/qwen3_8b.toml \\
         -- --job.dump_folder /outputs/qwen3_8b --checkpoint.enable

@@ -6,11 +6,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -68,14 +69,15 @@ log_freq = 1
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a stand-in for Slurm whose commands are on PATH."""
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a stand-in for Slurm whose commands are on PATH; jobs that a failed test leaves behind end."""
     monkeypatch.setenv("PATH", f"{fake_slurm.install(tmp_path / 'slurm')}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHON", sys.executable)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "slurm"
+    yield tmp_path / "slurm"
+    fake_slurm.end_all_jobs(tmp_path / "slurm")
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
@@ -125,7 +127,7 @@ def test_training_stopped_before_its_limit_goes_on(
 ) -> None:
     """As Slurm does it: USR1 to the batch script, srun to both nodes, and the same job starts once more."""
     run = tmp_path / "runs" / "one"
-    two_nodes = "--nodes 2 --gpus-per-node 1 --training.steps 300 --checkpoint.interval 1000".split()
+    two_nodes = "--nodes 2 --gpus-per-node 1 --training.steps 100 --checkpoint.interval 1000".split()
     assert slurm.main([config.name, *two_nodes]) == 0
     wait_for(lambda: read_steps(run)[3:], "a few steps")
     signal_batch_script(cluster, signal.SIGUSR1)
@@ -134,7 +136,7 @@ def test_training_stopped_before_its_limit_goes_on(
     assert state == "COMPLETED", log
     assert "=== requeued: it goes on from its last checkpoint" in log
     assert "resumed from" in log
-    assert read_steps(run) == list(range(1, 301)), "no step is lost, none trained twice"
+    assert read_steps(run) == list(range(1, 101)), "no step is lost, none trained twice"
 
 
 def read_steps(run: Path) -> list[int]:
@@ -154,7 +156,8 @@ trap 'echo task got TERM; exit 0' TERM
 if [[ -n "${FAILS:-}" ]]; then echo "torch.OutOfMemoryError: $FAILS"; exit 1; fi
 if ((done_before + 1 >= 3)); then exit 0; fi
 touch "$RUN/waiting"
-while true; do sleep 0.05; done
+for ((tenths = 0; tenths < 3000; tenths++)); do sleep 0.1; done
+exit 1
 """
 
 
@@ -423,3 +426,31 @@ def test_the_script_of_the_srun_form_in_a_container(slurm: ModuleType, config: P
 )  # fmt: skip
 def test_time_limits_as_slurm_writes_them(text: str, seconds: int | None, slurm: ModuleType) -> None:
     assert slurm.parse_time(text) == seconds
+
+
+# --- the page about it
+
+
+def test_the_documented_commands_are_understood(
+    slurm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    page = (REPOSITORY / "docs" / "clusters.md").read_text().replace("/shared", str(tmp_path)).replace("\\\n", " ")
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("python scripts/slurm.py")]
+    assert len(commands) == 3
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for _, _, *arguments in commands:
+        submits = "--nodes" in arguments
+        assert slurm.main([*arguments, *(["--dry-run"] if submits else [])]) == 0
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        assert ("#SBATCH --nodes=2" if submits else "no run with a submitted job") in printed.out
+
+
+def test_the_documented_states_are_those_that_there_are(slurm: ModuleType) -> None:
+    page = (REPOSITORY / "docs" / "clusters.md").read_text()
+    rows = page.partition("| state | means |\n| --- | --- |\n")[2].partition("\n\n")[0].splitlines()
+    named = {state for row in rows for state in row.split("|")[1].strip().split(", ")}
+    status = slurm.slurm_status
+    assert named == {*status.ACTIVE, *status.RESUBMITTABLE, status.DONE}

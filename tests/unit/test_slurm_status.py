@@ -1,4 +1,4 @@
-"""The list of scripts/slurm.py --status: which state follows from which evidence, and the table, with and without Slurm.
+"""The list of scripts/slurm.py --status: which state follows from which evidence, and the table.
 
 Lists of jobs that really ran are in test_slurm.py.
 """
@@ -97,13 +97,13 @@ def test_the_list_without_slurm(slurm: ModuleType, tmp_path: Path, monkeypatch: 
     line = '{"step": 4, "loss": 3.25}\n{"step": 5, "lo'  # the last one is being written
     earlier = "=== job 7 started, restart 0\nCUDA out of memory\n=== job 7 started, restart 1\nKeyError\n"
     make_run(tmp_path / "runs/a", "submitted", "started", "ended", log=earlier, metrics=line, exit_code=1, time=7322)
-    make_run(tmp_path / "runs/b/c", "submitted", "started", metrics='{"step": 9, "loss": null}\n')
+    make_run(tmp_path / "runs/a/c", "submitted", "started", metrics='{"step": 9, "loss": null}\n')
     assert slurm.main(["--status", "runs"]) == 0
     header, first, second, total = capsys.readouterr().out.splitlines()
     assert header.split() == ["state", "step", "loss", "time", "job", "run"]
     assert first == "failed    4/9  3.2500        02:02:02    7  runs/a"
     assert second.split()[:2] == ["running", "9/9"]
-    assert second.endswith("runs/b/c")
+    assert second.endswith("runs/a/c")
     assert total == "2 runs: 1 failed, 1 running"
 
 
@@ -111,7 +111,8 @@ def test_a_list_of_nothing(slurm: ModuleType, tmp_path: Path, capsys) -> None:
     assert slurm.main(["--status", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"no run with a submitted job in {tmp_path}\n"
     for words, message in (
-        (["--status", str(tmp_path / "no")], f"{tmp_path}/no: no such folder; name the folders of runs, or one above them."),
+        (["--status", str(tmp_path / "no")], f"{tmp_path}/no: no such folder; name the folders of runs, "
+         "or one above them."),
         (["--resubmit", "broken"], "--resubmit broken: must be one or more, with commas, of stopped, failed, "
          "out-of-memory, timed-out, preempted, cancelled."),
     ):  # fmt: skip
