@@ -91,16 +91,20 @@ def parameter_table(model: HFTransformerModel) -> list[str]:
         kind = parameter_kind(name, model.hf_model, model.decoder)
         key = (kind, _placement(parameter), str(parameter.dtype).removeprefix("torch."))
         groups.setdefault(key, _Group()).add(parameter)
-    lines = [f"{'kind':<10} {'placement on the mesh':<28} {'dtype':<9} {'tensors':>7} {'parameters':>15} {'MiB':>10}"]
+    lines = [
+        f"{'kind':<10} {'placement on the mesh':<29} {'dtype':<8} {'tensors':>7} {'numbers':>15} {'MiB a rank':>12}"
+    ]
     for (kind, placement, dtype), group in sorted(groups.items(), key=lambda item: _KINDS.index(item[0][0])):
         lines.append(
-            f"{kind:<10} {placement:<28} {dtype:<9} {group.tensors:>7,} {group.numbers:>15,} "
-            f"{group.bytes_here / _MIB:>10,.2f}"
+            f"{kind:<10} {placement:<29} {dtype:<8} {group.tensors:>7,} {group.numbers:>15,} "
+            f"{group.bytes_here / _MIB:>12,.2f}"
         )
     if model.decoder.embedding_is_tied:
         lines.append(f"{'head':<10} the embedding's own weights (tied)")
-    total = sum(group.bytes_here for group in groups.values())
-    lines.append(f"{'MiB: the part of rank 0; of all parameters together':<73} {total / _MIB:>10,.2f}")
+    tensors = sum(group.tensors for group in groups.values())
+    numbers = sum(group.numbers for group in groups.values())
+    here = sum(group.bytes_here for group in groups.values())
+    lines.append(f"{'together':<49} {tensors:>7,} {numbers:>15,} {here / _MIB:>12,.2f}")
     return lines
 
 
@@ -174,7 +178,8 @@ def _recompute(activation_checkpoint: ActivationCheckpointConfig) -> str:
 
 
 def _memory_lines(memory: MemoryEstimate, device_type: str) -> list[str]:
-    beside = {"cuda": "CUDA itself, communication buffers and fragmentation"}.get(device_type, "the program itself")
+    left_out = {"cuda": "CUDA itself, communication buffers, fragmentation"}.get(device_type, "the program itself")
+    together = "" if memory.accumulates else ", in which activations go as gradients come"
     parts = {
         "parameters": memory.parameters,
         "gradients": memory.gradients,
@@ -183,12 +188,11 @@ def _memory_lines(memory: MemoryEstimate, device_type: str) -> list[str]:
         "activations of a micro-batch": memory.activations,
         "logits of a chunk": memory.logits,
     }
-    reason = "together" if memory.accumulates else "activations go as gradients come: the larger of the two counts"
     return [
-        f"{'estimated, a rank':<28} {'MiB':>10}",
-        *(f"{name:<28} {value / _MIB:>10,.1f}" for name, value in parts.items()),
-        f"{'peak of a step':<28} {memory.peak / _MIB:>10,.1f}  {reason};",
-        f"{'':<39}  {beside} not counted",
+        f"{'estimated for a rank':<30} {'MiB':>10}",
+        *(f"{name:<30} {value / _MIB:>10,.1f}" for name, value in parts.items()),
+        f"{'at the peak of a step':<30} {memory.peak / _MIB:>10,.1f}{together}",
+        f"not counted: {left_out}",
     ]
 
 

@@ -67,6 +67,8 @@ class ProgressBar:
                 total=self._total_steps, initial=self._steps_done, unit="step", file=sys.stderr, dynamic_ncols=True
             )
         self._bar.update()
+        if self._bar.n == self._total_steps:
+            self._bar.close()  # what follows (export, sample) is printed below it
 
     def show(self, text: str) -> None:
         """Put `text` behind the bar."""
