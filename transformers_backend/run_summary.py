@@ -179,7 +179,7 @@ def _recompute(activation_checkpoint: ActivationCheckpointConfig) -> str:
 
 def _memory_lines(memory: MemoryEstimate, device_type: str) -> list[str]:
     left_out = {"cuda": "CUDA itself, communication buffers, fragmentation"}.get(device_type, "the program itself")
-    together = "" if memory.accumulates else ", in which activations go as gradients come"
+    together = "" if memory.accumulates else "  (in the backward gradients take the place of activations)"
     parts = {
         "parameters": memory.parameters,
         "gradients": memory.gradients,
@@ -208,7 +208,7 @@ def _data_lines(
         "FLOPs a token",
     ]
     if config.validation.enable:
-        lines.append(f"validation every {config.validation.freq} steps")
+        lines.append(f"validation {_every(config.validation.freq)}")
     return lines
 
 
@@ -217,14 +217,14 @@ def _schedule_lines(config: JobConfig) -> list[str]:
     total = schedule.total_steps or steps
     warmup = min(schedule.warmup_steps, total)
     decay = total - warmup if schedule.decay_ratio is None else min(round(total * schedule.decay_ratio), total - warmup)
-    shape = [f"warm-up over {warmup} steps"] if warmup else []
+    shape = [f"warm-up over {warmup:,} steps"] if warmup else []
     if total - warmup - decay:
-        shape.append(f"constant for {total - warmup - decay:,}")
+        shape.append(f"constant for {total - warmup - decay:,} steps")
     if decay:
-        shape.append(f"{schedule.decay_type} over {decay:,} to {schedule.min_lr_factor:g} of it")
+        shape.append(f"{schedule.decay_type} decay over {decay:,} steps to {optimizer.lr * schedule.min_lr_factor:.3g}")
     return [
-        f"{steps:,} steps of {optimizer.name}, learning rate {optimizer.lr:g}: {', then '.join(shape) or 'constant'}; "
-        f"gradient norm at most {config.training.max_norm:g}"
+        f"{steps:,} steps of {optimizer.name}, learning rate {optimizer.lr:g}: {', then '.join(shape)}",
+        f"gradient norm clipped to {config.training.max_norm:g}",
     ]
 
 
@@ -235,7 +235,7 @@ def _checkpoint_lines(config: JobConfig) -> list[str]:
         lines = ["none: checkpoint.enable = true makes a run that can be resumed"]
     else:
         kept = f"the newest {checkpoint.keep_latest_k} are kept" if checkpoint.keep_latest_k else "all are kept"
-        lines = [f"every {checkpoint.interval:,} steps to {folder}, {kept}"]
+        lines = [f"{_every(checkpoint.interval)} to {folder}, {kept}"]
     if checkpoint.last_save_in_hf:
         lines.append(f"at the end exported in {checkpoint.export_dtype} to {folder}/step-{config.training.steps}-hf")
     return lines
@@ -244,4 +244,8 @@ def _checkpoint_lines(config: JobConfig) -> list[str]:
 def _figure_lines(config: JobConfig) -> list[str]:
     metrics = config.metrics
     also = [name for name, on in (("TensorBoard", metrics.enable_tensorboard), ("W&B", metrics.enable_wandb)) if on]
-    return [f"every {metrics.log_freq} steps to {', '.join(['metrics.jsonl', *also])}"]
+    return [f"{_every(metrics.log_freq)} to {', '.join(['metrics.jsonl', *also])}"]
+
+
+def _every(steps: int) -> str:
+    return "every step" if steps == 1 else f"every {steps:,} steps"
