@@ -179,7 +179,7 @@ def _recompute(activation_checkpoint: ActivationCheckpointConfig) -> str:
 
 def _memory_lines(memory: MemoryEstimate, device_type: str) -> list[str]:
     left_out = {"cuda": "CUDA itself, communication buffers, fragmentation"}.get(device_type, "the program itself")
-    together = "" if memory.accumulates else "  (in the backward gradients take the place of activations)"
+    together = "" if memory.accumulates else "  (gradients take the place of activations)"
     parts = {
         "parameters": memory.parameters,
         "gradients": memory.gradients,
