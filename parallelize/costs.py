@@ -127,12 +127,16 @@ class MemoryEstimate:
     """The head's output for one chunk of tokens, with its loss and gradient."""
     accumulates: bool
     """Whether gradients of earlier micro-batches are there while activations are."""
+    offloaded: bool = False
+    """Whether parameters, gradients and optimizer state are kept in the host's memory and do not count here."""
 
     @property
     def peak(self) -> float:
         """All that is there at once. As the backward proceeds activations go and gradients come, evenly, so without
         accumulation the larger of them counts."""
         in_flight = self.activations + self.logits
+        if self.offloaded:
+            return self.working + in_flight
         changing = in_flight + self.gradients if self.accumulates else max(in_flight, self.gradients)
         return self.parameters + self.optimizer + self.working + changing
 

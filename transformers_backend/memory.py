@@ -28,13 +28,15 @@ def estimate_memory(
     seq_len: int,
     loss_is_chunked: bool,
     accumulates: bool,
+    offloaded: bool,
     device_type: str,
 ) -> MemoryEstimate:
     """Estimate what training takes on this rank, whose shards are as they are in `hf_model`.
 
     is_sharded: whether FSDP2 gathers the parameters; reshards: and frees a layer again after its forward. recompute:
     as in `activation_bytes_per_token`. batch_size, seq_len: of one micro-batch. accumulates: whether there are several
-    in a step. Left out: the CUDA context, buffers of the communication library, and what the allocator cannot use.
+    in a step. offloaded: parameters, gradients and optimizer state are kept in other memory. Left out: the CUDA
+    context, buffers of the communication library, and what the allocator cannot use.
     """
     parameters = list(hf_model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -54,6 +56,7 @@ def estimate_memory(
         # Logits, their log-softmax and its gradient in fp32; over several chunks the head's gradient is summed in fp32.
         logits=(tokens / chunks) * vocabulary_size * (itemsize + 8) + (head * (4 + itemsize) if chunks > 1 else 0),
         accumulates=accumulates,
+        offloaded=offloaded,
     )
 
 

@@ -80,32 +80,35 @@ def estimate_run_memory(
         seq_len=config.training.seq_len,
         loss_is_chunked=model.loss_is_chunked,
         accumulates=accumulates,
+        offloaded=config.training.enable_cpu_offload and model.device.type != "cpu",
         device_type=model.device.type,
     )
 
 
 def parameter_table(model: HFTransformerModel) -> list[str]:
-    """A line for every kind of parameter, placement and dtype: number of tensors, of parameters, and MiB a rank."""
-    groups: dict[tuple[str, str, str], _Group] = {}
-    for name, parameter in model.hf_model.named_parameters():
+    """A line for every kind of parameter, placement and dtype: number of tensors, of parameters, and MiB a rank.
+
+    The placement has a column for each mesh dimension that parameters lie on.
+    """
+    groups: dict[tuple[str, tuple[str, ...], str], _Group] = {}
+    named = list(model.hf_model.named_parameters())
+    dimensions = list(dict.fromkeys(name for _, parameter in named for name in _placements(parameter)))
+    for name, parameter in named:
+        placed = _placements(parameter)
+        cells = tuple(placed.get(dimension, "") for dimension in dimensions) if placed else ("whole",)
         kind = parameter_kind(name, model.hf_model, model.decoder)
-        key = (kind, _placement(parameter), str(parameter.dtype).removeprefix("torch."))
-        groups.setdefault(key, _Group()).add(parameter)
-    lines = [
-        f"{'kind':<10} {'placement on the mesh':<29} {'dtype':<8} {'tensors':>7} {'numbers':>15} {'MiB a rank':>12}"
+        groups.setdefault((kind, cells, str(parameter.dtype).removeprefix("torch.")), _Group()).add(parameter)
+    places = dimensions or ["placement"]
+    total = _Group(*(sum(parts) for parts in zip(*(group.counts for group in groups.values()), strict=True)))
+    rows = [
+        [kind, *cells, *[""] * (len(places) - len(cells)), dtype, *group.cells]
+        for (kind, cells, dtype), group in sorted(groups.items(), key=lambda item: _KINDS.index(item[0][0]))
     ]
-    for (kind, placement, dtype), group in sorted(groups.items(), key=lambda item: _KINDS.index(item[0][0])):
-        lines.append(
-            f"{kind:<10} {placement:<29} {dtype:<8} {group.tensors:>7,} {group.numbers:>15,} "
-            f"{group.bytes_here / _MIB:>12,.2f}"
-        )
+    table = _aligned([["kind", *places, "dtype", "tensors", "numbers", "MiB a rank"], *rows,
+                      ["together", *[""] * len(places), "", *total.cells]], numeric=3)  # fmt: skip
     if model.decoder.embedding_is_tied:
-        lines.append(f"{'head':<10} the embedding's own weights (tied)")
-    tensors = sum(group.tensors for group in groups.values())
-    numbers = sum(group.numbers for group in groups.values())
-    here = sum(group.bytes_here for group in groups.values())
-    lines.append(f"{'together':<49} {tensors:>7,} {numbers:>15,} {here / _MIB:>12,.2f}")
-    return lines
+        table.insert(-1, f"{'head':<11}the embedding's own weights (tied)")
+    return table
 
 
 @dataclass
@@ -119,19 +122,40 @@ class _Group:
         self.numbers += parameter.numel()
         self.bytes_here += local_bytes(parameter)
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        return self.tensors, self.numbers, self.bytes_here
 
-def _placement(parameter: torch.Tensor) -> str:
-    """E.g. "dp_shard: Shard(0)", one placement for each mesh dimension; "whole" for a plain tensor."""
+    @property
+    def cells(self) -> tuple[str, str, str]:
+        return f"{self.tensors:,}", f"{self.numbers:,}", f"{self.bytes_here / _MIB:,.2f}"
+
+
+def _placements(parameter: torch.Tensor) -> dict[str, str]:
+    """{mesh dimension: placement}, e.g. {"dp_shard": "Shard(0)"}; nothing for a plain tensor, which is whole."""
     if not isinstance(parameter, DTensor):
-        return "whole"
+        return {}
     names = parameter.device_mesh.mesh_dim_names or [f"dim {n}" for n in range(parameter.device_mesh.ndim)]
-    return ", ".join(f"{name}: {_shown(p)}" for name, p in zip(names, parameter.placements, strict=True))
+    return {name: _shown(placement) for name, placement in zip(names, parameter.placements, strict=True)}
 
 
 def _shown(placement: object) -> str:
     if isinstance(placement, Shard):
         return f"Shard({placement.dim})"
     return "Replicate" if isinstance(placement, Replicate) else str(placement)
+
+
+def _aligned(rows: list[list[str]], *, numeric: int) -> list[str]:
+    """Rows of cells as lines with columns; the last `numeric` columns are aligned on their right."""
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    first_number = len(widths) - numeric
+    return [
+        "".join(
+            cell.rjust(width) if n >= first_number else cell.ljust(width)
+            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
 
 
 def _labelled(label: str, lines: list[str]) -> list[str]:
@@ -188,10 +212,12 @@ def _memory_lines(memory: MemoryEstimate, device_type: str) -> list[str]:
         "activations of a micro-batch": memory.activations,
         "logits of a chunk": memory.logits,
     }
+    place = ["parameters, gradients and optimizer state are in host memory"] if memory.offloaded else []
     return [
         f"{'estimated for a rank':<30} {'MiB':>10}",
         *(f"{name:<30} {value / _MIB:>10,.1f}" for name, value in parts.items()),
         f"{'at the peak of a step':<30} {memory.peak / _MIB:>10,.1f}{together}",
+        *place,
         f"not counted: {left_out}",
     ]
 

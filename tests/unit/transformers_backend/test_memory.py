@@ -115,6 +115,7 @@ def test_the_peak_has_the_larger_of_what_takes_turns():
     assert MemoryEstimate(**parts, gradients=50, accumulates=False).peak == 7 + 110
     assert MemoryEstimate(**parts, gradients=500, accumulates=False).peak == 7 + 500
     assert MemoryEstimate(**parts, gradients=50, accumulates=True).peak == 7 + 160
+    assert MemoryEstimate(**parts, gradients=500, accumulates=True, offloaded=True).peak == 4 + 110
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
@@ -150,7 +151,8 @@ def test_state_gradients_and_casts_by_hand():
     others = [p for p in hf_model.parameters() if p.requires_grad and all(p is not matrix for matrix in matrices)]
     options = {
         "computes_in": torch.bfloat16, "is_sharded": False, "reshards": True, "recompute": "none", "batch_size": 2,
-        "seq_len": SEQ_LEN, "loss_is_chunked": True, "accumulates": True, "device_type": "cpu",
+        "seq_len": SEQ_LEN, "loss_is_chunked": True, "accumulates": True, "offloaded": False,
+        "device_type": "cpu",
     }  # fmt: skip
     estimate = estimate_memory(hf_model, decoder, optimizers=[Muon(matrices), AdamW(others)], **options)
     assert (estimate.parameters, estimate.gradients) == (4 * total, 4 * (total - frozen))

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.jobs import tiny_job
+from transformers_backend import Trainer
 from transformers_backend.metrics import MetricsLogger, check_trackers_installed, open_trackers
 
 
@@ -116,6 +118,27 @@ def test_a_wandb_that_does_not_start_is_told_with_the_remedies(tmp_path, wandb):
     wandb.init = init
     with pytest.raises(ValueError, match=r"enable_wandb = true: W&B does not start \(api_key.*`wandb login`.*offline"):
         _record(tmp_path / "run", wandb=True)
+
+
+def test_a_job_feeds_the_trackers_that_it_asks_for(tmp_path, wandb):
+    (tmp_path / "text.txt").write_text("some text of a few tokens. " * 40)
+    config = tiny_job(
+        tmp_path, "run", training__dataset_path=str(tmp_path / "text.txt"), training__steps=2,
+        metrics__enable_wandb=True, metrics__enable_tensorboard=True, job__description="watched",
+    )  # fmt: skip
+    try:
+        trainer = Trainer(config)
+        trainer.train()
+        trainer.close()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (run,) = wandb.runs
+    assert [step for step, _ in run.lines] == [1, 2]
+    assert (run.options["name"], run.options["notes"]) == ("run", "watched")
+    assert run.options["config"]["training"]["steps"] == 2
+    assert run.finished
+    events = _events(tmp_path / "run" / "tb").Scalars("train/data_wait_share")
+    assert [event.step for event in events] == [1, 2]
 
 
 @pytest.mark.parametrize(
