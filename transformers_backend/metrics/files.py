@@ -64,7 +64,7 @@ def drop_later_lines(path: Path, steps_done: int) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename an earlier run's file or folder to the next free PATH.1, PATH.2 ..."""
+    """Rename an earlier run's file to the next free PATH.1, PATH.2 ..."""
     if not path.exists():
         return
     name = next(f"{path.name}.{n}" for n in itertools.count(1) if not path.with_name(f"{path.name}.{n}").exists())

@@ -10,8 +10,6 @@ import importlib
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers_backend.metrics.files import set_aside
-
 _PACKAGES = {
     # key: (what is imported, name of the package)
     "metrics.enable_tensorboard": ("torch.utils.tensorboard", "tensorboard"),
@@ -57,13 +55,12 @@ def open_trackers(
 
 
 class TensorBoard:
-    """Event files in `folder`. After a resume TensorBoard hides what was recorded of later steps before it."""
+    """Event files in `folder`. What an earlier run, or this one before it resumed, recorded there of later steps stays
+    on the disk, and TensorBoard hides it."""
 
     def __init__(self, folder: Path, *, steps_done: int) -> None:
         module = _import("metrics.enable_tensorboard")
-        if steps_done == 0:
-            set_aside(folder)
-        self._writer = module.SummaryWriter(log_dir=str(folder), purge_step=steps_done + 1 if steps_done else None)
+        self._writer = module.SummaryWriter(log_dir=str(folder), purge_step=steps_done + 1)
 
     def write(self, prefix: str, step: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():

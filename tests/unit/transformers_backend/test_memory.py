@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch.optim import AdamW, Muon
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from parallelize.costs import LayerWidths, MemoryEstimate, activation_bytes_per_token
-from tests.jobs import tiny_job
+from tests.jobs import restored_process, tiny_job
 from transformers_backend import Trainer
 from transformers_backend.decoder import describe_decoder
 from transformers_backend.memory import estimate_memory, layer_widths
@@ -124,8 +125,7 @@ def test_the_peak_is_what_a_step_allocates(tmp_path: Path, recompute: str):
     (tmp_path / "text" / "a.txt").write_text("some text of a few tokens. " * 200)
     config = tiny_job(tmp_path, "run", training__seq_len=SEQ_LEN, activation_checkpoint__mode=recompute)
     config.hf_transformers.config_overrides |= {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3}
-    trainer = Trainer(config)
-    try:
+    with restored_process(), contextlib.closing(Trainer(config)) as trainer:
         trainer.train_step()  # which makes the optimizer's state
         tracker = MemTracker()
         tracker.track_external(trainer.model.hf_model, *trainer.optimizers)
@@ -135,9 +135,6 @@ def test_the_peak_is_what_a_step_allocates(tmp_path: Path, recompute: str):
         estimate = estimate_run_memory(
             config, trainer.model, optimizers=trainer.optimizers, computes_in=torch.float32, accumulates=False
         )
-    finally:
-        trainer.close()
-        torch.use_deterministic_algorithms(False)
     assert estimate.peak == pytest.approx(measured, rel=0.15)
 
 

@@ -10,18 +10,16 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.jobs import restored_process
+from transformers_backend import train
 from transformers_backend.metrics import setup_logging
 from transformers_backend.metrics.terminal import ProgressBar, duration
 
 
 @pytest.fixture(autouse=True)
-def _clean_logging() -> Iterator[None]:
-    names = (None, "transformers_backend", "parallelize", "__main__")
-    levels, handlers = [logging.getLogger(name).level for name in names], list(logging.getLogger().handlers)
-    yield
-    logging.getLogger().handlers[:] = handlers
-    for name, level in zip(names, levels, strict=True):
-        logging.getLogger(name).setLevel(level)
+def _restored() -> Iterator[None]:
+    with restored_process():
+        yield
 
 
 class Terminal(io.StringIO):
@@ -46,6 +44,14 @@ def test_log_format_and_levels_by_rank(capsys):
     lines = speak()
     assert len(lines) == 1, "a warning that every rank comes to is printed once"
     assert re.fullmatch(r"\[rank3\] \d\d:\d\d:\d\d no link", lines[0])
+
+
+@pytest.mark.parametrize(("rank", "times"), [("0", 1), ("1", 0)])
+def test_a_warning_about_the_config_is_printed_by_one_rank(monkeypatch, capsys, rank: str, times: int):
+    monkeypatch.setenv("RANK", rank)
+    assert train.main(["--comm.mode", "default", "--training.steps", "0"]) == 2
+    warning = f"[rank{rank}] .* comm.mode is a torchtitan key without meaning here; ignored.\n"
+    assert len(re.findall(warning.replace("[", "\\["), capsys.readouterr().err)) == times
 
 
 def test_a_bar_on_a_terminal_with_whole_log_lines_above_it(monkeypatch):
