@@ -152,7 +152,9 @@ def _draw_run(axis, run: Run, key: str, number: int, smooth: int | None) -> bool
     known = [value for value in values if not math.isnan(value)]
     points = smooth or max(3, len(known) // 20)
     if key == "peak_memory_gib" or points == 1 or (len(known) < ENOUGH_TO_SMOOTH and smooth is None):
-        axis.plot(steps, values, linewidth=1.8, marker="o" if len(known) == 1 else None, markersize=4, **style)
+        axis.plot(
+            steps, values, linewidth=1.8, marker="o" if len(known) < ENOUGH_TO_SMOOTH else None, markersize=4, **style
+        )
     else:
         axis.plot(steps, values, linewidth=0.9, alpha=0.35, **style)
         # One slow step must not bend the throughput around it.

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from parallelize.costs import peak_flops
 from parallelize.distributed import (
     gather_objects,
     has_fast_bfloat16,
@@ -34,10 +33,10 @@ from transformers_backend.decoder import learned_positions
 from transformers_backend.flops import model_flops_per_token
 from transformers_backend.generate import sample_text
 from transformers_backend.job_config import JobConfig, validate
-from transformers_backend.metrics import MetricsLogger, Tracker, check_trackers_installed, open_trackers, setup_logging
+from transformers_backend.metrics import check_trackers_installed, setup_logging
 from transformers_backend.model import HFTransformerModel, HFTransformerModelArgs
 from transformers_backend.optimizer import build_optimizer, build_schedulers
-from transformers_backend.profiling import maybe_profile, maybe_record_memory
+from transformers_backend.reporting import build_metrics, profilers
 from transformers_backend.run_summary import describe_run
 
 logger = logging.getLogger(__name__)
@@ -117,7 +116,12 @@ class Trainer:
         self._first_step = self.step + 1
         if self.rank == 0:
             config.save(self.dump_folder / "config.toml")
-        self.metrics = opened.enter_context(self._build_metrics())
+        self.metrics = opened.enter_context(
+            build_metrics(
+                config, dump_folder=self.dump_folder, device=self.device, computes_in=self._computes_in,
+                flops_per_token=self.flops_per_token, rank=self.rank, world_size=self.world_size, steps_done=self.step,
+            )
+        )  # fmt: skip
 
     # -- the run --------------------------------------------------------------------------------------------------
 
@@ -125,7 +129,10 @@ class Trainer:
         """Run the job to its last step, with checkpoints, validation, export and the closing sample."""
         config = self.job_config
         tokens_since_log, waited_until_log = 0, self.data_wait_seconds
-        with _no_automatic_garbage_collection(), self._profilers() as (profiler, memory_recorder):
+        watched = profilers(
+            config.profiling, dump_folder=self.dump_folder, device=self.device, rank=self.rank, steps_done=self.step
+        )
+        with _no_automatic_garbage_collection(), watched as (profiler, memory_recorder):
             while self.step < config.training.steps:
                 result = self.train_step()
                 self.metrics.advance()
@@ -293,6 +300,10 @@ class Trainer:
             wanted = "bfloat16" if has_fast_bfloat16(self.device) else "float32"
         return None if wanted == self.job_config.training.dtype else getattr(torch, wanted)
 
+    @property
+    def _computes_in(self) -> torch.dtype:
+        return self._computation_dtype() or getattr(torch, self.job_config.training.dtype)
+
     def _build_data(self, section, *, repeat: bool) -> PackedBatches:
         """The data of this rank, or the first rank's error on every rank: only one may have too little text."""
         batches, message = None, None
@@ -357,58 +368,6 @@ class Trainer:
         sequences = training.local_batch_size * self.model.dims.data_parallel_size * self.accumulation_steps
         return sequences * training.seq_len
 
-    def _build_metrics(self) -> MetricsLogger:
-        config = self.job_config
-        on_cuda = self.device.type == "cuda"
-        dtype = self._computation_dtype() or getattr(torch, config.training.dtype)
-        return MetricsLogger(
-            self.dump_folder,
-            is_main=self.rank == 0,
-            device=self.device,
-            flops_per_token=self.flops_per_token,
-            peak_flops_per_device=peak_flops(torch.cuda.get_device_name(self.device), dtype) if on_cuda else None,
-            world_size=self.world_size,
-            steps_done=self.step,
-            total_steps=config.training.steps,
-            progress_bar=config.metrics.progress_bar,
-            trackers=self._open_trackers() if self.rank == 0 else (),
-        )
-
-    def _open_trackers(self) -> list[Tracker]:
-        config = self.job_config
-        return open_trackers(
-            self.dump_folder,
-            tensorboard_folder=(
-                self.dump_folder / config.metrics.save_tb_folder if config.metrics.enable_tensorboard else None
-            ),
-            wandb=config.metrics.enable_wandb,
-            description=config.job.description,
-            config=config.to_dict(),
-            steps_done=self.step,
-        )
-
-    @contextlib.contextmanager
-    def _profilers(self):
-        profiling = self.job_config.profiling
-        chosen = profiling.max_ranks == -1 or self.rank < profiling.max_ranks
-        common = {"freq": profiling.profile_freq, "rank": self.rank, "first_step": self.step}
-        with (
-            maybe_profile(
-                enabled=profiling.enable_profiling and chosen,
-                folder=self.dump_folder / profiling.save_traces_folder,
-                active=profiling.profiler_active,
-                warmup=profiling.profiler_warmup,
-                **common,
-            ) as profiler,
-            maybe_record_memory(
-                enabled=profiling.enable_memory_snapshot and chosen,
-                folder=self.dump_folder / profiling.save_memory_snapshot_folder,
-                device=self.device,
-                **common,
-            ) as memory_recorder,
-        ):
-            yield profiler, memory_recorder
-
     def _describe(self) -> None:
         config = self.job_config
         if config.job.print_config:
@@ -417,7 +376,7 @@ class Trainer:
             config,
             self.model,
             optimizers=self.optimizers,
-            computes_in=self._computation_dtype() or getattr(torch, config.training.dtype),
+            computes_in=self._computes_in,
             accumulation_steps=self.accumulation_steps,
             tokens_per_step=self.tokens_per_step,
             flops_per_token=self.flops_per_token,
