@@ -276,7 +276,7 @@ class Trainer:
 
     def _check_sequence_lengths(self) -> None:
         longest = learned_positions(self.model.hf_model, self.model.decoder)
-        trained_for = self.model.hf_model.config.to_dict().get("max_position_embeddings")
+        made_for = self.model.hf_model.config.to_dict().get("max_position_embeddings")
         lengths = {"training.seq_len": self.job_config.training.seq_len}
         if self.job_config.validation.enable:
             lengths["validation.seq_len"] = self.job_config.validation.seq_len
@@ -286,11 +286,11 @@ class Trainer:
                     f"{key} = {length}: {self.model.model_class.__name__} learns a table of {longest} positions, so it "
                     f"must be at most {longest}."
                 )
-            if longest is None and trained_for is not None and length > trained_for:
+            if longest is None and made_for is not None and length > made_for:
                 logger.warning(
-                    "%s = %d: the model's config has max_position_embeddings = %d, and positions beyond it were not "
-                    "trained. Use shorter sequences, or set rope_parameters and max_position_embeddings in "
-                    "hf_transformers.config_overrides.", key, length, trained_for,
+                    "%s = %d: the model is made for max_position_embeddings = %d. What it makes of later positions may "
+                    "be poor. Use shorter sequences, or set rope_parameters and max_position_embeddings in "
+                    "hf_transformers.config_overrides.", key, length, made_for,
                 )  # fmt: skip
 
     def _computation_dtype(self) -> torch.dtype | None:

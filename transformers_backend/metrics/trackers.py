@@ -85,9 +85,10 @@ class WeightsAndBiases:
         try:
             self._run = wandb.init(
                 id=known, resume="allow", name=dump_folder.resolve().name, notes=description or None,
-                config=config, dir=str(dump_folder),
+                config=config, dir=str(dump_folder.resolve()),
+                allow_val_change=True,  # a resumed run may be longer, or have another learning rate
             )  # fmt: skip
-        except wandb.Error as error:
+        except wandb.errors.Error as error:
             raise ValueError(
                 f"metrics.enable_wandb = true: W&B does not start ({error}). Log in with `wandb login`, set the "
                 "environment variable WANDB_MODE=offline to send the run later with `wandb sync`, or set the key to "

@@ -78,7 +78,7 @@ class FakeRun:
 def wandb(monkeypatch) -> types.ModuleType:
     """A module that stands for W&B: it keeps the runs that were begun."""
     module = types.ModuleType("wandb")
-    module.runs, module.Error = [], type("Error", (Exception,), {})
+    module.runs, module.errors = [], types.SimpleNamespace(Error=type("Error", (Exception,), {}))
 
     def init(**options) -> FakeRun:
         module.runs.append(FakeRun(options))
@@ -112,7 +112,7 @@ def test_a_resumed_run_goes_on_in_its_wandb_run_and_a_new_one_does_not(tmp_path,
 
 def test_a_wandb_that_does_not_start_is_told_with_the_remedies(tmp_path, wandb):
     def init(**options):
-        raise wandb.Error("api_key not configured")
+        raise wandb.errors.Error("api_key not configured")
 
     wandb.init = init
     with pytest.raises(ValueError, match=r"enable_wandb = true: W&B does not start \(api_key.*`wandb login`.*offline"):

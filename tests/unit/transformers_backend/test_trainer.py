@@ -289,12 +289,12 @@ def test_sequences_beyond_learned_positions_are_refused(job):
         Trainer(config)
 
 
-def test_sequences_beyond_what_a_rotary_model_was_trained_for_are_told(job, caplog: pytest.LogCaptureFixture):
+def test_sequences_beyond_what_a_rotary_model_is_made_for_are_told(job, caplog: pytest.LogCaptureFixture):
     for length, warns in ((SEQUENCE, False), (SEQUENCE + 1, True)):
         config = job(f"run-{length}", training__seq_len=length)
         config.hf_transformers.config_overrides["max_position_embeddings"] = SEQUENCE
         Trainer(config).close()
-        assert ("training.seq_len = 33: the model's config has max_position_embeddings = 32" in caplog.text) is warns
+        assert ("training.seq_len = 33: the model is made for max_position_embeddings = 32." in caplog.text) is warns
 
 
 def test_waiting_for_data_is_reported(job):
