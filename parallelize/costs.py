@@ -1,4 +1,4 @@
-"""What training a model costs: floating point operations a token, device peaks, and model FLOPs utilisation.
+"""What training a model costs: floating point operations a token, device peaks, model FLOPs utilisation, and memory.
 
 A leaf: the caller counts parameters and describes each layer's attention, and everything here is arithmetic on those
 numbers. `transformers_backend/metrics.py` and `scripts/benchmark.py` report with it, so that there is one formula.
@@ -17,6 +17,23 @@ of one forward and one backward pass, the backward being twice the forward, and 
 
 There is no discount for causal masking, and recomputation by activation checkpointing is not counted: the figure is
 the work that the model needs, not the work that was done.
+
+The memory of activations is estimated in the way of "Reducing Activation Recomputation in Large Transformer Models"
+(https://arxiv.org/abs/2205.05198, section 4.1): one adds up what each operation of a layer keeps for its backward. That
+paper does so for one architecture. Here it follows from a layer's weights, so that it holds for any decoder layer:
+
+    bytes a token and layer  =  b (I + O)  +  4 W  +  (b' + 4) H S
+
+    b   bytes of one number in the computation's dtype
+    I   inputs of all weight matrices of the layer: each product keeps its input. Projections that share one (query,
+        key, value; gate, up) count it each, which stands for what activation functions and rotations keep.
+    O   outputs of all weight matrices: kept by what follows, attention (fused, it keeps queries, keys, values and its
+        output) or an activation function
+    W   widths of all norms, which Transformers computes, and keeps the input of, in fp32
+    H S scores of H query heads over S tokens, only where attention is not fused: kept after the softmax in fp32, and
+        once more in b' = b bytes where b < 4, else b' = 0
+
+It leaves out dropout masks, and experts.
 """
 
 from __future__ import annotations
@@ -52,6 +69,76 @@ def training_flops_per_token(*, matmul_parameters: int, attention: Sequence[Atte
         visible = seq_len if layer.window is None else min(seq_len, layer.window)
         operations += 6 * layer.heads * (layer.query_key_dim + layer.value_dim) * visible
     return float(operations)
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """How wide, in numbers a token, the values are that one decoder layer computes."""
+
+    hidden: int
+    """Of the hidden states that enter the layer."""
+    matrices: tuple[tuple[int, int], ...]
+    """The two sizes of each weight matrix."""
+    norms: tuple[int, ...]
+    """What each norm normalises."""
+    score_heads: int
+    """Query heads whose scores are kept; 0 where attention is fused."""
+
+
+def activation_bytes_per_token(layers: Sequence[LayerWidths], *, itemsize: int, seq_len: int, recompute: str) -> float:
+    """What the backward of all layers needs from the forward, by the formula at the top of this file.
+
+    itemsize: bytes of a number in the computation's dtype. recompute: what activation checkpointing computes again:
+    "none"; "full", every layer, of which one is whole at any time and the others keep only their input; "op", all but
+    attention and every second matrix product; or "2", "3" ..., every so many layers in full.
+    """
+    whole = [_kept_bytes(layer, itemsize, seq_len) for layer in layers]
+    if recompute == "none":
+        return sum(whole)
+    if recompute == "op":
+        kept = [itemsize * (2 * layer.hidden + sum(max(sizes) for sizes in layer.matrices) / 2) for layer in layers]
+        return sum(min(some, everything) for some, everything in zip(kept, whole, strict=True)) + max(whole)
+    every = 1 if recompute == "full" else int(recompute)
+    kept = [layers[n].hidden * itemsize if n % every == 0 else whole[n] for n in range(len(layers))]
+    return sum(kept) + max(whole[::every])
+
+
+def _kept_bytes(layer: LayerWidths, itemsize: int, seq_len: int) -> float:
+    products = itemsize * sum(rows + columns for rows, columns in layer.matrices)
+    scores = layer.score_heads * seq_len * (4 + (itemsize if itemsize < 4 else 0))
+    return products + 4 * sum(layer.norms) + scores
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that training takes on one rank, part by part."""
+
+    parameters: float
+    """This rank's shards."""
+    gradients: float
+    """Of the shards."""
+    optimizer: float
+    """State of the optimizer for the shards."""
+    working: float
+    """Copies to compute with: gathered layers and their gradients before they are summed over ranks, or casts."""
+    activations: float
+    """What the forward of one micro-batch keeps for its backward."""
+    logits: float
+    """The head's output for one chunk of tokens, with its loss and gradient."""
+    accumulates: bool
+    """Whether gradients of earlier micro-batches are there while activations are."""
+    offloaded: bool = False
+    """Whether parameters, gradients and optimizer state are kept in the host's memory and do not count here."""
+
+    @property
+    def peak(self) -> float:
+        """All that is there at once. As the backward proceeds activations go and gradients come, evenly, so without
+        accumulation the larger of them counts."""
+        in_flight = self.activations + self.logits
+        if self.offloaded:
+            return self.working + in_flight
+        changing = in_flight + self.gradients if self.accumulates else max(in_flight, self.gradients)
+        return self.parameters + self.optimizer + self.working + changing
 
 
 # Dense bf16 matrix-product peaks in FLOP/s with fp32 accumulation, from the vendors' data sheets (where those state

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from transformers_backend import JobConfig
 
@@ -32,3 +37,17 @@ def tiny_job(folder: str | Path, name: str, **changes) -> JobConfig:
         section, field = key.split("__")
         setattr(getattr(config, section), field, value)
     return config
+
+
+@contextlib.contextmanager
+def restored_process() -> Iterator[None]:
+    """Undo what a trainer sets up for its process: log handlers and levels, deterministic algorithms."""
+    names = [None, "transformers_backend", "parallelize", "__main__"]
+    levels, handlers = [logging.getLogger(name).level for name in names], list(logging.getLogger().handlers)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        logging.getLogger().handlers[:] = handlers
+        for name, level in zip(names, levels, strict=True):
+            logging.getLogger(name).setLevel(level)

@@ -110,3 +110,23 @@ def learned_positions(hf_model: PreTrainedModel, decoder: Decoder) -> int | None
         if isinstance(module, nn.Embedding) and ("pos" in name or name.endswith("wpe")):
             return module.num_embeddings - getattr(module, "offset", 0)  # OPT keeps its first rows for padding
     return None
+
+
+def is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def parameter_kind(name: str, hf_model: PreTrainedModel, decoder: Decoder) -> str:
+    """What a parameter belongs to: "embedding", "attention", "mlp", "norms", "head" or "other"; for people to read."""
+    owner = name.rpartition(".")[0]
+    if is_norm(hf_model.get_submodule(owner)):
+        return "norms"
+    if owner == decoder.head and not decoder.embedding_is_tied:
+        return "head"
+    if isinstance(hf_model.get_submodule(owner), nn.Embedding):  # of tokens or positions
+        return "embedding"
+    layer = next((layer for layer in decoder.layers if name.startswith(f"{layer}.")), None)
+    if layer is None:
+        return "other"
+    within = name.removeprefix(f"{layer}.").lower()
+    return "attention" if "attn" in within or "attention" in within else "mlp" if "." in within else "other"

@@ -75,13 +75,18 @@ def _chunked_loss(
 
     def forward_loss(targets: torch.Tensor, **inputs) -> torch.Tensor:
         hidden_states = body(**inputs, use_cache=False)[0]  # (batch, seq, hidden)
-        budget = chunk_elements or _CHUNK_ELEMENTS.get(targets.device.type, _CHUNK_ELEMENTS["cpu"])
-        chunks = max(1, min(targets.numel(), math.ceil(targets.numel() * vocabulary_size / budget)))
+        chunks = count_chunks(targets.numel(), vocabulary_size, targets.device.type, chunk_elements)
         # Looked up at every call: FSDP2 swaps sharded and gathered parameters in and out of the modules.
         parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
         return _chunked_sum_loss(hidden_states, targets, chunk_loss, parameters, chunks)
 
     return forward_loss
+
+
+def count_chunks(tokens: int, vocabulary_size: int, device_type: str, chunk_elements: int | None = None) -> int:
+    """In how many runs of the head the loss of `tokens` tokens is computed."""
+    budget = chunk_elements or _CHUNK_ELEMENTS.get(device_type, _CHUNK_ELEMENTS["cpu"])
+    return max(1, min(tokens, math.ceil(tokens * vocabulary_size / budget)))
 
 
 def _install_forward(hf_model: PreTrainedModel, forward_loss: SumLoss) -> None:

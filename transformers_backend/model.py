@@ -86,6 +86,8 @@ class HFTransformerModel:
         self.device = next(hf_model.parameters()).device
         """Where the model computes; batches on another device are moved there."""
         self._cast_to: torch.dtype | None = None  # what FSDP2 does not cast, see parallelize/mixed_precision.py
+        self.loss_is_chunked = True
+        """Whether the head runs chunk by chunk and full logits never exist; known once the loss is installed."""
         self._ready = False
         self._local_losses_are_finite = torch.tensor(True)  # of the micro-batches since the last clipping
         self._step_was_finite = torch.tensor(True)  # and of those before it
@@ -170,10 +172,11 @@ class HFTransformerModel:
 
     def _install_loss(self, compile: CompileConfig) -> None:
         proof = prove(self.hf_model.config, self.model_class, self._proven_attention)
-        if proof.full_loss_because is not None:
+        self.loss_is_chunked = proof.full_loss_because is None
+        if not self.loss_is_chunked:
             logger.warning("The loss holds the full logits in memory: %s", proof.full_loss_because)
         backend = compile.backend if compile.enable and "loss" in compile.components else None
-        install_loss(self.hf_model, self.decoder, chunked=proof.full_loss_because is None, compile_backend=backend)
+        install_loss(self.hf_model, self.decoder, chunked=self.loss_is_chunked, compile_backend=backend)
 
     def _without_wrong_compilation(
         self, compile: CompileConfig, activation_checkpoint: ActivationCheckpointConfig

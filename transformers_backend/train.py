@@ -7,12 +7,14 @@ import sys
 
 from transformers_backend.errors import is_meant_for_the_user
 from transformers_backend.job_config import load_job_config
+from transformers_backend.metrics import setup_logging
 from transformers_backend.trainer import Trainer
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one job; returns the exit status: 0 done, 2 a job that cannot work as configured (said in one message)."""
     is_first = os.environ.get("RANK", "0") == "0"
+    setup_logging(int(os.environ.get("RANK", "0")))  # before the config, whose warnings are for one rank to say
     try:
         trainer = Trainer(load_job_config(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, OSError, ImportError) as error:

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from parallelize.costs import peak_flops
 from parallelize.distributed import (
     gather_objects,
     has_fast_bfloat16,
@@ -34,10 +33,11 @@ from transformers_backend.decoder import learned_positions
 from transformers_backend.flops import model_flops_per_token
 from transformers_backend.generate import sample_text
 from transformers_backend.job_config import JobConfig, validate
-from transformers_backend.metrics import MetricsLogger, setup_logging
+from transformers_backend.metrics import check_trackers_installed, setup_logging
 from transformers_backend.model import HFTransformerModel, HFTransformerModelArgs
 from transformers_backend.optimizer import build_optimizer, build_schedulers
-from transformers_backend.profiling import maybe_profile, maybe_record_memory
+from transformers_backend.reporting import build_metrics, profilers
+from transformers_backend.run_summary import describe_run
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         setup_logging(self.rank)
         validate(config, world_size=self.world_size)
+        check_trackers_installed(tensorboard=config.metrics.enable_tensorboard, wandb=config.metrics.enable_wandb)
         self.dump_folder = Path(config.job.dump_folder).expanduser()
         try:
             self.dump_folder.mkdir(parents=True, exist_ok=True)
@@ -97,6 +98,7 @@ class Trainer:
         self.validation_data = self._build_data(config.validation, repeat=False) if config.validation.enable else None
         self._build_optimizers()
         self.step = 0  # optimizer steps done
+        self.data_wait_seconds = 0.0  # spent waiting for the next batch, since the start
         self.accumulation_steps = self._count_accumulation_steps()
         self.flops_per_token = model_flops_per_token(self.model.hf_model, self.model.decoder, config.training.seq_len)
         self.checkpointer = Checkpointer(
@@ -114,25 +116,34 @@ class Trainer:
         self._first_step = self.step + 1
         if self.rank == 0:
             config.save(self.dump_folder / "config.toml")
-        self.metrics = opened.enter_context(self._build_metrics())
+        self.metrics = opened.enter_context(
+            build_metrics(
+                config, dump_folder=self.dump_folder, device=self.device, computes_in=self._computes_in,
+                flops_per_token=self.flops_per_token, rank=self.rank, world_size=self.world_size, steps_done=self.step,
+            )
+        )  # fmt: skip
 
     # -- the run --------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Run the job to its last step, with checkpoints, validation, export and the closing sample."""
         config = self.job_config
-        tokens_since_log = 0
-        with _no_automatic_garbage_collection(), self._profilers() as (profiler, memory_recorder):
+        tokens_since_log, waited_until_log = 0, self.data_wait_seconds
+        watched = profilers(
+            config.profiling, dump_folder=self.dump_folder, device=self.device, rank=self.rank, steps_done=self.step
+        )
+        with _no_automatic_garbage_collection(), watched as (profiler, memory_recorder):
             while self.step < config.training.steps:
                 result = self.train_step()
+                self.metrics.advance()
                 tokens_since_log += self.tokens_per_step
                 if (
                     self.step == self._first_step
                     or self.step % config.metrics.log_freq == 0
                     or self.step == config.training.steps
                 ):
-                    self._log(result, tokens_since_log)
-                    tokens_since_log = 0
+                    self._log(result, tokens_since_log, self.data_wait_seconds - waited_until_log)
+                    tokens_since_log, waited_until_log = 0, self.data_wait_seconds
                 self._after_step()
                 profiler.step()
                 memory_recorder.step()
@@ -180,7 +191,10 @@ class Trainer:
     # -- one step's helpers ---------------------------------------------------------------------------------------
 
     def _next_batch(self, data: PackedBatches) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._to_device(next(data))
+        start = time.perf_counter()
+        batch = next(data)
+        self.data_wait_seconds += time.perf_counter() - start
+        return self._to_device(batch)
 
     def _to_device(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         return batch["input_ids"].to(self.device), batch["labels"].to(self.device)
@@ -215,13 +229,14 @@ class Trainer:
     def _patience(self):
         return patience(self.model.mesh, then_seconds=self.job_config.comm.train_timeout_seconds)
 
-    def _log(self, result: StepResult, tokens: int) -> None:
+    def _log(self, result: StepResult, tokens: int, data_wait_seconds: float) -> None:
         self.metrics.log(
             self.step,
             loss=result.loss.item(),
             grad_norm=result.grad_norm.item(),
             lr=result.lr,
             tokens=tokens,
+            data_wait_seconds=data_wait_seconds,
         )
 
     def _finish(self) -> None:
@@ -261,6 +276,7 @@ class Trainer:
 
     def _check_sequence_lengths(self) -> None:
         longest = learned_positions(self.model.hf_model, self.model.decoder)
+        made_for = self.model.hf_model.config.to_dict().get("max_position_embeddings")
         lengths = {"training.seq_len": self.job_config.training.seq_len}
         if self.job_config.validation.enable:
             lengths["validation.seq_len"] = self.job_config.validation.seq_len
@@ -270,6 +286,12 @@ class Trainer:
                     f"{key} = {length}: {self.model.model_class.__name__} learns a table of {longest} positions, so it "
                     f"must be at most {longest}."
                 )
+            if longest is None and made_for is not None and length > made_for:
+                logger.warning(
+                    "%s = %d: the model is made for max_position_embeddings = %d. What it makes of later positions may "
+                    "be poor. Use shorter sequences, or set rope_parameters and max_position_embeddings in "
+                    "hf_transformers.config_overrides.", key, length, made_for,
+                )  # fmt: skip
 
     def _computation_dtype(self) -> torch.dtype | None:
         """training.mixed_precision_param, resolved; None where it is the parameters' own dtype."""
@@ -277,6 +299,10 @@ class Trainer:
         if wanted == "auto":
             wanted = "bfloat16" if has_fast_bfloat16(self.device) else "float32"
         return None if wanted == self.job_config.training.dtype else getattr(torch, wanted)
+
+    @property
+    def _computes_in(self) -> torch.dtype:
+        return self._computation_dtype() or getattr(torch, self.job_config.training.dtype)
 
     def _build_data(self, section, *, repeat: bool) -> PackedBatches:
         """The data of this rank, or the first rank's error on every rank: only one may have too little text."""
@@ -342,65 +368,21 @@ class Trainer:
         sequences = training.local_batch_size * self.model.dims.data_parallel_size * self.accumulation_steps
         return sequences * training.seq_len
 
-    def _build_metrics(self) -> MetricsLogger:
-        config = self.job_config
-        on_cuda = self.device.type == "cuda"
-        dtype = self._computation_dtype() or getattr(torch, config.training.dtype)
-        return MetricsLogger(
-            self.dump_folder,
-            is_main=self.rank == 0,
-            device=self.device,
-            flops_per_token=self.flops_per_token,
-            peak_flops_per_device=peak_flops(torch.cuda.get_device_name(self.device), dtype) if on_cuda else None,
-            world_size=self.world_size,
-            tensorboard_folder=(
-                self.dump_folder / config.metrics.save_tb_folder if config.metrics.enable_tensorboard else None
-            ),
-        )
-
-    @contextlib.contextmanager
-    def _profilers(self):
-        profiling = self.job_config.profiling
-        common = {"freq": profiling.profile_freq, "rank": self.rank, "first_step": self.step}
-        with (
-            maybe_profile(
-                enabled=profiling.enable_profiling,
-                folder=self.dump_folder / profiling.save_traces_folder,
-                active=profiling.profiler_active,
-                warmup=profiling.profiler_warmup,
-                **common,
-            ) as profiler,
-            maybe_record_memory(
-                enabled=profiling.enable_memory_snapshot,
-                folder=self.dump_folder / profiling.save_memory_snapshot_folder,
-                device=self.device,
-                **common,
-            ) as memory_recorder,
-        ):
-            yield profiler, memory_recorder
-
     def _describe(self) -> None:
-        config, decoder, hf_model = self.job_config, self.model.decoder, self.model.hf_model
+        config = self.job_config
         if config.job.print_config:
             logger.info("resolved config:\n%s", config.to_toml())
-        parameters = sum(parameter.numel() for parameter in hf_model.parameters())
-        head = "tied to the embedding" if decoder.embedding_is_tied else "untied"
-        computes_in = self._computation_dtype() or getattr(torch, config.training.dtype)
-        logger.info(
-            "%s: %s parameters; embedding %s, %d layers at %s, norm %s, head %s (%s)",
-            self.model.model_class.__name__, f"{parameters:,}", decoder.embedding, len(decoder.layers),
-            ", ".join(decoder.layer_lists), decoder.final_norm, decoder.head, head,
-        )  # fmt: skip
-        logger.info(
-            "%d x %s, mesh %s; weights kept in %s, computation in %s",
-            self.world_size, self.device.type, self.model.dims, config.training.dtype,
-            str(computes_in).removeprefix("torch."),
-        )  # fmt: skip
-        logger.info(
-            "%s tokens a step: %d sequences of %d on each data rank, accumulated %d times; %.3g FLOPs a token",
-            f"{self.tokens_per_step:,}", config.training.local_batch_size, config.training.seq_len,
-            self.accumulation_steps, self.flops_per_token,
-        )  # fmt: skip
+        summary = describe_run(
+            config,
+            self.model,
+            optimizers=self.optimizers,
+            computes_in=self._computes_in,
+            accumulation_steps=self.accumulation_steps,
+            tokens_per_step=self.tokens_per_step,
+            flops_per_token=self.flops_per_token,
+            data_name=self.data.source.name,
+        )
+        logger.info("the run:\n%s", summary)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,6 @@ def load_job_config(argv: list[str] | None = None) -> JobConfig:
     config = JobConfig()
     problems += _fill(config, table)
     check(problems + find_problems(config))
-    _warn_about_short_run(config)
     return config
 
 
@@ -188,9 +187,3 @@ def _unknown(name: str, prefix: str = "") -> str:
     elsewhere = [key for key in known if key.endswith(f".{last}")]
     (nearest,) = difflib.get_close_matches(name, elsewhere or known, n=1, cutoff=0.0)
     return f"{prefix}{name}: unknown key; the nearest is {prefix}{nearest}. Correct or remove it."
-
-
-def _warn_about_short_run(config: JobConfig) -> None:
-    warmup, steps = config.lr_scheduler.warmup_steps, config.training.steps
-    if config.lr_scheduler.total_steps is None and warmup > steps:
-        logger.warning("lr_scheduler.warmup_steps = %d: the run's %d steps all lie in the warm-up.", warmup, steps)

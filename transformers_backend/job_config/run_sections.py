@@ -12,11 +12,18 @@ class Metrics:
     log_freq: int = 10
     """Steps between log lines and between entries of metrics.jsonl."""
 
+    progress_bar: bool = True
+    """Show a progress bar with the time left where stderr is a terminal."""
+
     enable_tensorboard: bool = False
     """Write the metrics for TensorBoard too."""
 
     save_tb_folder: str = "tb"
     """Folder of the TensorBoard files, inside job.dump_folder."""
+
+    enable_wandb: bool = False
+    """Send the metrics to Weights & Biases too, as a run named like job.dump_folder with job.description as notes.
+    Project and account are W&B's own settings: wandb login, WANDB_PROJECT, WANDB_MODE=offline."""
 
     def problems(self) -> list[str]:
         return [*below_minimum("metrics", self, log_freq=1), *empty_strings("metrics", self, "save_tb_folder")]
@@ -45,9 +52,14 @@ class Profiling:
     save_memory_snapshot_folder: str = "memory_snapshot"
     """Folder of the memory snapshots, inside job.dump_folder."""
 
+    max_ranks: int = 8
+    """Traces and snapshots are of this many ranks only, from rank 0 on. -1 means all ranks."""
+
     def problems(self) -> list[str]:
         found = empty_strings("profiling", self, "save_traces_folder", "save_memory_snapshot_folder")
         found += below_minimum("profiling", self, profile_freq=1, profiler_active=1, profiler_warmup=0)
+        if self.max_ranks != -1 and self.max_ranks < 1:
+            found.append(f"profiling.max_ranks = {self.max_ranks}: must be at least 1, or -1 for all ranks.")
         if self.profiler_active + self.profiler_warmup > self.profile_freq >= 1:
             found.append(
                 f"profiling.profile_freq = {self.profile_freq}: must be at least profiler_warmup + profiler_active = "

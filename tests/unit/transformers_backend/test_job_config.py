@@ -161,6 +161,7 @@ def test_command_line_reaches_into_tables() -> None:
         ("[checkpoint]\nasync_mode = 'async'", 'checkpoint.async_mode = "async": saving beside training is not avail'),
         ("[checkpoint]\ninitial_load_path = 'x'", 'checkpoint.initial_load_path = "x": starting from another run'),
         ("[checkpoint]\nload_step = -2", "checkpoint.load_step = -2: must be at least 0, or -1 for the latest"),
+        ("[profiling]\nmax_ranks = 0", "profiling.max_ranks = 0: must be at least 1, or -1 for all ranks."),
         ("[profiling]\nprofile_freq = 3", "profiling.profile_freq = 3: must be at least profiler_warmup + "),
         ("[parallelism]\ntensor_parallel_degree = 2", "parallelism.tensor_parallel_degree = 2: this version shards"),
         ("[parallelism]\nexpert_parallel_degree = 2", "parallelism.expert_parallel_degree = 2: expert parallelism is"),
@@ -272,18 +273,13 @@ def test_torchtitan_file_loads_unchanged(tmp_path: Path, caplog: pytest.LogCaptu
     assert "model.tokenizer_path is deprecated in torchtitan; read as model.hf_assets_path." in warnings
     ignored = {warning.partition(" ")[0] for warning in warnings if warning.endswith("without meaning here; ignored.")}
     assert ignored == {
-        "job.custom_config_module", "metrics.enable_wandb", "comm.mode", "model.name",
+        "job.custom_config_module", "comm.mode", "model.name",
         "model.flavor", "model.converters",
         "optimizer.early_step_in_backward", "training.dataloader.num_workers", "training.dataloader.pin_memory",
         "parallelism.pipeline_parallel_schedule", "parallelism.expert_parallel_degree",
         "quantize.linear.float8.enable_fsdp_float8_all_gather", "experimental.custom_import",
     }  # fmt: skip
     assert len(warnings) == len(ignored) + 1
-
-
-def test_short_run_ends_in_its_warm_up_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    load_job_config(["--training.steps", "10"])
-    assert "lr_scheduler.warmup_steps = 30: the run's 10 steps all lie in the warm-up." in caplog.text
 
 
 def test_saved_config_loads_to_an_equal_one(tmp_path: Path) -> None:

@@ -1,18 +1,16 @@
-"""What a run writes: metrics.jsonl and validation.jsonl line by line, the log format, TensorBoard."""
+"""What a run writes: metrics.jsonl and validation.jsonl line by line, also after a resume, and the human line."""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from transformers_backend import metrics
-from transformers_backend.metrics import MetricsLogger, peak_memory_gib, setup_logging
+from transformers_backend.metrics import MetricsLogger, logger, peak_memory_gib
 
 PINNED = {"step", "loss", "grad_norm", "lr", "tokens_per_second", "mfu", "peak_memory_gib", "time_s"}
 
@@ -28,20 +26,8 @@ def clock(monkeypatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(metrics, "time", clock)
+    monkeypatch.setattr(logger, "time", clock)
     return clock
-
-
-@pytest.fixture
-def clean_logging():
-    names = ("transformers_backend", "parallelize", "__main__")
-    root, levels = logging.getLogger(), {name: logging.getLogger(name).level for name in names}
-    root_level, handlers = root.level, list(root.handlers)
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(root_level)
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
 
 
 def _logger(folder: Path, **changes) -> MetricsLogger:
@@ -51,7 +37,8 @@ def _logger(folder: Path, **changes) -> MetricsLogger:
         "flops_per_token": 2e9,
         "peak_flops_per_device": 1e12,
         "world_size": 4,
-        "tensorboard_folder": None,
+        "steps_done": 0,
+        "total_steps": 200,
     }
     return MetricsLogger(folder, **(options | changes))
 
@@ -91,15 +78,65 @@ def test_unknown_peak_and_non_finite_numbers_are_null(tmp_path):
     assert (line["mfu"], line["loss"], line["grad_norm"], line["lr"]) == (None, None, None, 0.1)
 
 
-def test_lines_reach_the_disk_at_once_and_a_resumed_run_appends(tmp_path):
+def test_waiting_for_data_is_a_share_of_the_interval(tmp_path, clock):
+    with _logger(tmp_path) as logger:
+        clock.now += 2.0
+        logger.log(10, loss=1.5, grad_norm=0.5, lr=1e-3, tokens=800, data_wait_seconds=0.5)
+        logger.log_validation(10, 2.5, 600, seconds=0.0)
+        clock.now += 4.0
+        logger.log(20, loss=1.5, grad_norm=0.5, lr=1e-3, tokens=800, data_wait_seconds=0.1)
+        logger.log(30, loss=1.5, grad_norm=0.5, lr=1e-3, tokens=800)
+    assert [line["data_wait_share"] for line in _lines(tmp_path)] == [0.25, 0.025, None]
+
+
+def test_lines_reach_the_disk_at_once(tmp_path):
     killed = _logger(tmp_path)
     killed.log(1, loss=3.0, grad_norm=1.0, lr=0.1, tokens=1)
     assert [line["step"] for line in _lines(tmp_path)] == [1], "before any close"
-    with _logger(tmp_path) as resumed:
-        resumed.log(2, loss=2.0, grad_norm=1.0, lr=0.1, tokens=1)
-    assert [line["step"] for line in _lines(tmp_path)] == [1, 2]
     killed.close()
     killed.close()
+
+
+def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path, caplog):
+    with _logger(tmp_path) as killed:
+        for step in (1, 2, 3, 4):
+            killed.log(step, loss=step, grad_norm=1.0, lr=0.1, tokens=1)
+        for step in (2, 4):
+            killed.log_validation(step, step, 10)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 5, "lo')  # cut short by the kill
+    with caplog.at_level(logging.INFO), _logger(tmp_path, steps_done=2) as resumed:
+        assert [line["step"] for line in _lines(tmp_path)] == [1, 2]
+        resumed.log(3, loss=30, grad_norm=1.0, lr=0.1, tokens=1)
+    assert [(line["step"], line["loss"]) for line in _lines(tmp_path)] == [(1, 1), (2, 2), (3, 30)]
+    assert [line["step"] for line in _lines(tmp_path, "validation.jsonl")] == [2]
+    assert "metrics.jsonl: 3 lines after step 2 are dropped" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "validation.jsonl"}
+
+
+def test_a_resume_leaves_a_file_that_ends_with_its_checkpoint_alone(tmp_path):
+    with _logger(tmp_path) as first:
+        first.log(2, loss=3.0, grad_norm=1.0, lr=0.1, tokens=1)
+    path = tmp_path / "metrics.jsonl"
+    before = path.stat()
+    _logger(tmp_path, steps_done=2).close()
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_new_run_keeps_the_earlier_ones_files_under_another_name(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        for loss in (1.0, 2.0, 3.0):
+            with _logger(tmp_path) as run:
+                run.log(1, loss=loss, grad_norm=1.0, lr=0.1, tokens=1)
+    losses = {path.name: json.loads(path.read_text())["loss"] for path in tmp_path.iterdir()}
+    assert losses == {"metrics.jsonl.1": 1.0, "metrics.jsonl.2": 2.0, "metrics.jsonl": 3.0}
+    assert "metrics.jsonl is of an earlier run and kept as metrics.jsonl.2" in caplog.text
+
+
+def test_no_file_without_a_line(tmp_path):
+    with _logger(tmp_path) as logger:
+        logger.log(1, loss=3.0, grad_norm=1.0, lr=0.1, tokens=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_other_ranks_write_nothing(tmp_path, caplog):
@@ -128,13 +165,15 @@ def test_validation_goes_to_its_own_file_and_not_into_the_throughput(tmp_path, c
 def test_human_line(tmp_path, clock, caplog):
     with caplog.at_level(logging.INFO), _logger(tmp_path) as logger:
         clock.now += 1.0
-        logger.log(10, loss=1.5, grad_norm=0.5, lr=1e-3, tokens=123456)
+        logger.log(10, loss=1.5, grad_norm=0.5, lr=1e-3, tokens=123456, data_wait_seconds=0.015)
         logger.log(200, loss=11.25, grad_norm=10.5, lr=1e-3, tokens=1)
         logger.log_validation(200, 2.5, 6000)
     first, second, validation = (record.getMessage() for record in caplog.records)
     assert first.startswith("step      10  loss   1.5000  grad norm    0.500  lr 1.00e-03       123,456 tokens/s")
     assert "TFLOP/s/device  mfu" in first
-    assert re.search(r"peak +\d+\.\d\d GiB$", first)
+    # 10 steps took 1 s, so the 190 that are left take 19 s.
+    assert re.search(r"  peak +\d+\.\d\d GiB  data wait   1\.5%  left 0:00:19$", first)
+    assert re.search(r"GiB  left 0:00:00$", second), "the last step, and a wait that nobody measured"
     assert first.index("lr") == second.index("lr"), "columns are aligned"
     assert validation == "step     200  validation loss   2.5000  over 6,000 tokens"
 
@@ -154,41 +193,3 @@ def test_peak_memory_on_the_cpu_is_the_peak_resident_set():
     status = Path("/proc/self/status").read_text()
     kib = int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
     assert peak_memory_gib(torch.device("cpu")) == pytest.approx(kib / 2**20, rel=0.02)
-
-
-def test_tensorboard_gets_the_same_numbers(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with _logger(tmp_path, tensorboard_folder=tmp_path / "tb", peak_flops_per_device=None) as logger:
-        logger.log(10, loss=1.5, grad_norm=0.5, lr=1e-3, tokens=800)
-        logger.log_validation(10, 2.5, 600)
-    events = EventAccumulator(str(tmp_path / "tb")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(10, 1.5)]
-    assert [(event.step, event.value) for event in events.Scalars("validation/validation_loss")] == [(10, 2.5)]
-    assert "train/mfu" not in events.Tags()["scalars"]
-
-
-def test_missing_tensorboard_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match=r"metrics.enable_tensorboard = true needs.*pip install tensorboard"):
-        _logger(tmp_path, tensorboard_folder=tmp_path / "tb")
-
-
-@pytest.mark.usefixtures("clean_logging")
-def test_log_format_and_levels_by_rank(capsys):
-    def speak() -> list[str]:
-        logging.getLogger("transformers_backend.trainer").info("training starts")
-        logging.getLogger("parallelize.fsdp").warning("slow link")
-        logging.getLogger("some_library").info("chatter")
-        return capsys.readouterr().err.splitlines()
-
-    setup_logging(0)
-    setup_logging(0)  # a second call does not double the lines
-    lines = speak()
-    assert len(lines) == 2
-    assert re.fullmatch(r"\[rank0\] \d\d:\d\d:\d\d training starts", lines[0])
-    setup_logging(3)
-    lines = speak()
-    assert len(lines) == 1
-    assert re.fullmatch(r"\[rank3\] \d\d:\d\d:\d\d slow link", lines[0])

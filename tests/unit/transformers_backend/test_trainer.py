@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from tests.jobs import SEQUENCE, tiny_job
 from transformers_backend import JobConfig, Trainer, load_job_config
 from transformers_backend.train import main
 
-STATED_KEYS = {"step", "loss", "grad_norm", "lr", "tokens_per_second", "mfu", "peak_memory_gib", "time_s"}
+STATED_KEYS = {
+    "step", "loss", "grad_norm", "lr", "tokens_per_second", "mfu", "peak_memory_gib", "time_s", "data_wait_share",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -229,10 +232,10 @@ def test_a_finished_run_does_nothing_more(job):
 def test_load_step_takes_an_earlier_one_and_names_what_there_is(job):
     config = job(training__steps=3, checkpoint__enable=True, checkpoint__interval=1)
     _run(config)
+    before = _curve(config)
     config.checkpoint.load_step = 1
     _run(config)
-    assert [line["step"] for line in _lines(config)] == [1, 2, 3, 2, 3]
-    assert _curve(config)[3:] == _curve(config)[1:3]
+    assert _curve(config) == before, "steps after the checkpoint are written anew, each once"
     config.checkpoint.load_step = 7
     with pytest.raises(ValueError, match=r"checkpoint\.load_step = 7: .* holds no such step; there are 1, 2, 3\."):
         _run(config)
@@ -286,6 +289,42 @@ def test_sequences_beyond_learned_positions_are_refused(job):
         Trainer(config)
 
 
+def test_sequences_beyond_what_a_rotary_model_is_made_for_are_told(job, caplog: pytest.LogCaptureFixture):
+    for length, warns in ((SEQUENCE, False), (SEQUENCE + 1, True)):
+        config = job(f"run-{length}", training__seq_len=length)
+        config.hf_transformers.config_overrides["max_position_embeddings"] = SEQUENCE
+        Trainer(config).close()
+        assert ("training.seq_len = 33: the model is made for max_position_embeddings = 32." in caplog.text) is warns
+
+
+def test_waiting_for_data_is_reported(job):
+    """Half a second of waiting in the second step shows in its share, and not in the others'."""
+    config = job(training__steps=3)
+    trainer = Trainer(config)
+    batches = trainer.data
+
+    class Slow:
+        def __next__(self):
+            if trainer.step == 1:
+                time.sleep(0.5)
+            return next(batches)
+
+    trainer.data = Slow()
+    trainer.train()
+    trainer.close()
+    shares = [line["data_wait_share"] for line in _lines(config)]
+    assert shares[1] > 0.5 > max(shares[0], shares[2])
+    assert trainer.data_wait_seconds > 0.5
+
+
+def test_the_start_says_what_the_run_is(job, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO):
+        Trainer(job(job__description="what this run is for")).close()
+    (table,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("the run:\n")]
+    assert "run         what this run is for\n" in table
+    assert "model       LlamaForCausalLM: 40,096 parameters, all trained; weights: new, random\n" in table
+
+
 def test_a_dump_folder_that_cannot_be_made_is_told(job, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"job\.dump_folder = .*file/run.*: cannot be made"):
@@ -331,9 +370,11 @@ def test_a_checkpoint_right_after_a_validation(job, tmp_path: Path):
     )  # fmt: skip
     trainer = _run(config)
     assert trainer.checkpointer.steps() == [2, 4]
+    before = _curve(config)
     config.checkpoint.load_step = 2
     _run(config)
-    assert _curve(config)[4:] == _curve(config)[2:4], "what was saved is what training went on with"
+    assert _curve(config) == before, "what was saved is what training went on with"
+    assert [line["step"] for line in _lines(config, "validation.jsonl")] == [2, 4]
 
 
 def test_nothing_is_saved_without_being_asked(job):

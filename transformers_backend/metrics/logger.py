@@ -1,56 +1,36 @@
-"""What a run reports: one log line and one JSON object an interval, TensorBoard where asked for.
+"""MetricsLogger: the figures of an interval of training, and all the places that they go to.
 
-The trainer hands `MetricsLogger.log` numbers that are already reduced over ranks; rates, utilisation, memory and time
-are worked out here. `setup_logging` gives the whole program one log format.
+The trainer hands `MetricsLogger.log` numbers that are already reduced over ranks; rates, shares, utilisation, memory
+and time are worked out here.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from parallelize import costs
+from transformers_backend.metrics.files import StepLines
+from transformers_backend.metrics.terminal import ProgressBar, duration
+from transformers_backend.metrics.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-_HANDLER = "transformers_backend"
-# `python -m transformers_backend.train` runs under the name __main__.
-_OWN_LOGGERS = ("transformers_backend", "parallelize", "__main__")
-
-
-def setup_logging(rank: int) -> None:
-    """Log in one format, `[rank0] 12:00:01 message`, to stderr: rank 0 from INFO on, other ranks from WARNING on.
-
-    Other libraries speak from WARNING on, on every rank. Calling it again replaces the earlier set-up.
-    """
-    root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if handler.get_name() == _HANDLER]:
-        root.removeHandler(handler)
-    handler = logging.StreamHandler()
-    handler.set_name(_HANDLER)
-    handler.setFormatter(logging.Formatter(f"[rank{rank}] %(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    root.addHandler(handler)
-    root.setLevel(logging.WARNING)
-    for name in _OWN_LOGGERS:
-        logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 class MetricsLogger:
-    """Writes `metrics.jsonl` and `validation.jsonl` into `dump_folder`, logs a line for each, and feeds TensorBoard.
+    """Writes `metrics.jsonl` and `validation.jsonl` into `dump_folder`, logs a line for each, and feeds the trackers.
 
-    Only the main rank writes; on other ranks every method returns at once, so all ranks may call alike. Files are
-    appended to, so a resumed run continues them (steps after its checkpoint then occur twice: the last one counts),
-    and each line is on its way to the disk when the call returns, so that a killed run loses none. JSON has no NaN or
-    infinity: non-finite numbers are written as null.
+    Only the main rank writes; on other ranks every method returns at once, so all ranks may call alike. A resumed run
+    continues the files from its checkpoint on, a new run begins new ones, see `files.py`.
 
     A line of `metrics.jsonl` has these keys, then those of `extra`:
 
@@ -64,6 +44,7 @@ class MetricsLogger:
         mfu                           that as a fraction of the device's peak; null where the peak is unknown
         peak_memory_gib               GiB so far on this rank: reserved on the CUDA device, else resident in RAM
         time_s                        seconds since this process started the run (not counting runs it resumed)
+        data_wait_share               part of the interval, 0 to 1, that this rank waited for its data; null: not known
 
     A line of `validation.jsonl` has step, validation_loss, tokens, tokens_per_second (null where not timed), time_s.
     """
@@ -77,23 +58,30 @@ class MetricsLogger:
         flops_per_token: float,
         peak_flops_per_device: float | None,
         world_size: int,
-        tensorboard_folder: Path | None,
+        steps_done: int,
+        total_steps: int,
+        progress_bar: bool = False,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
+        """steps_done: optimizer steps of the checkpoint that the run resumed from, 0 for a new run. The trackers are
+        closed with the logger."""
         self._is_main = is_main
         self._device = device
         self._flops_per_token = flops_per_token
         self._peak_flops_per_device = peak_flops_per_device
         self._world_size = world_size
+        self._total_steps = total_steps
         self._start = self._last_log = time.perf_counter()
-        self._metrics_file: TextIO | None = None
-        self._validation_file: TextIO | None = None
-        self._tensorboard = None
+        self._last_step = steps_done
+        self._trackers = list(trackers)
+        self._bar = ProgressBar(steps_done=steps_done, total_steps=total_steps, enabled=progress_bar and is_main)
         if is_main:
-            if tensorboard_folder is not None:
-                self._tensorboard = _summary_writer(tensorboard_folder)
-            dump_folder.mkdir(parents=True, exist_ok=True)
-            self._metrics_file = _open_lines(dump_folder / "metrics.jsonl")
-            self._validation_file = _open_lines(dump_folder / "validation.jsonl")
+            self._metrics_lines = StepLines(dump_folder / "metrics.jsonl", steps_done=steps_done)
+            self._validation_lines = StepLines(dump_folder / "validation.jsonl", steps_done=steps_done)
+
+    def advance(self) -> None:
+        """Say that an optimizer step is done, whether it is logged or not."""
+        self._bar.advance()
 
     def log(
         self,
@@ -103,14 +91,18 @@ class MetricsLogger:
         grad_norm: float,
         lr: float,
         tokens: int,
+        data_wait_seconds: float | None = None,
         extra: dict[str, float] | None = None,
     ) -> None:
-        """Record step `step`; `tokens` is what all ranks together processed since the last log."""
+        """Record step `step`; `tokens` is what all ranks together processed since the last log.
+
+        data_wait_seconds: what of the time since then this rank waited for the next batch.
+        """
         if not self._is_main:
             return
         now = time.perf_counter()
-        tokens_per_second = tokens / max(now - self._last_log, 1e-9)
-        self._last_log = now
+        seconds = max(now - self._last_log, 1e-9)
+        tokens_per_second = tokens / seconds
         per_device = tokens_per_second / self._world_size
         record = {
             "step": step,
@@ -123,10 +115,15 @@ class MetricsLogger:
             "mfu": costs.mfu(per_device, self._flops_per_token, self._peak_flops_per_device),
             "peak_memory_gib": peak_memory_gib(self._device),
             "time_s": now - self._start,
+            "data_wait_share": None if data_wait_seconds is None else min(data_wait_seconds / seconds, 1.0),
             **(extra or {}),
         }
-        logger.info(_line(record))
-        self._write(self._metrics_file, record, prefix="train")
+        seconds_left = (self._total_steps - step) * seconds / max(step - self._last_step, 1)
+        self._last_log, self._last_step = now, step
+        self._bar.show(f"loss {loss:.4f}")
+        logger.info(_line(record, seconds_left))
+        self._metrics_lines.write(record)
+        self._track("train", record)
 
     def log_validation(self, step: int, loss: float, tokens: int, seconds: float | None = None) -> None:
         """Record a validation after step `step` over `tokens` tokens of all ranks.
@@ -146,13 +143,17 @@ class MetricsLogger:
             "time_s": now - self._start,
         }
         logger.info(f"step {step:>7}  validation loss {loss:8.4f}  over {tokens:,} tokens")
-        self._write(self._validation_file, record, prefix="validation")
+        self._validation_lines.write(record)
+        self._track("validation", record)
 
     def close(self) -> None:
-        """Close the files; further calls of `close` do nothing."""
-        for open_file in (self._metrics_file, self._validation_file, self._tensorboard):
-            if open_file is not None:
-                open_file.close()
+        """Close the files, the bar and the trackers; further calls of `close` do nothing."""
+        if self._is_main:
+            self._bar.close()
+            self._metrics_lines.close()
+            self._validation_lines.close()
+        while self._trackers:
+            self._trackers.pop().close()
 
     def __enter__(self) -> MetricsLogger:
         return self
@@ -160,14 +161,10 @@ class MetricsLogger:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _write(self, lines: TextIO | None, record: dict[str, Any], *, prefix: str) -> None:
-        assert lines is not None, "only the main rank writes"
-        finite = {key: value if _is_json_number(value) else None for key, value in record.items()}
-        lines.write(json.dumps(finite, allow_nan=False) + "\n")
-        if self._tensorboard is not None:
-            for key, value in record.items():
-                if key != "step" and value is not None:
-                    self._tensorboard.add_scalar(f"{prefix}/{key}", value, record["step"])
+    def _track(self, prefix: str, record: dict[str, Any]) -> None:
+        figures = {key: value for key, value in record.items() if key != "step" and value is not None}
+        for tracker in self._trackers:
+            tracker.write(prefix, record["step"], figures)
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -178,31 +175,13 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / GIB  # bytes on macOS, KiB elsewhere
 
 
-def _line(record: dict[str, Any]) -> str:
+def _line(record: dict[str, Any], seconds_left: float) -> str:
     """The aligned line that a human reads."""
     utilisation = "" if record["mfu"] is None else f"  mfu {record['mfu']:6.1%}"
+    waiting = "" if record["data_wait_share"] is None else f"  data wait {record['data_wait_share']:6.1%}"
     return (
         f"step {record['step']:>7}  loss {record['loss']:8.4f}  grad norm {record['grad_norm']:8.3f}"
         f"  lr {record['lr']:.2e}  {record['tokens_per_second']:>12,.0f} tokens/s"
         f"  {record['tflops_per_device']:7.2f} TFLOP/s/device{utilisation}"
-        f"  peak {record['peak_memory_gib']:6.2f} GiB"
+        f"  peak {record['peak_memory_gib']:6.2f} GiB{waiting}  left {duration(seconds_left)}"
     )
-
-
-def _is_json_number(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _open_lines(path: Path) -> TextIO:
-    return path.open("a", buffering=1, encoding="utf-8")  # line-buffered
-
-
-def _summary_writer(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "metrics.enable_tensorboard = true needs the tensorboard package, which is not installed: "
-            "`pip install tensorboard`, or set it to false (metrics.jsonl has the same numbers)."
-        ) from error
-    return SummaryWriter(log_dir=str(folder))
