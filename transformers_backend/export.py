@@ -12,13 +12,17 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from parallelize.distributed import first_rank_first, initialize, launched_world_size, rank_and_world_size, shutdown
-from transformers_backend.data import load_tokenizer
+from parallelize.distributed import (
+    first_rank_first,
+    initialize,
+    launched_world_size,
+    rank_and_world_size,
+    same_outcome,
+    shutdown,
+)
 from transformers_backend.errors import is_meant_for_the_user
-from transformers_backend.job_config import JobConfig
-from transformers_backend.saved_checkpoint import SavedCheckpoint
+from transformers_backend.saved_checkpoint import SavedCheckpoint, run_tokenizer
 from transformers_backend.weights import DEFAULT_FILE_SIZE, write_export
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -68,9 +72,9 @@ def export_checkpoint(
     """
     if output is not None and "://" in output:
         raise ValueError(f"OUTPUT {output}: must be a local folder; upload it afterwards.")
-    with first_rank_first():  # it may download the model's config and the tokenizer
+    with same_outcome(OSError, ValueError, ImportError), first_rank_first():  # it may download config and tokenizer
         saved = SavedCheckpoint(checkpoint)
-        loaded_tokenizer = _load_tokenizer(saved.config, tokenizer)
+        loaded_tokenizer = None if tokenizer == "none" else run_tokenizer(saved.config, tokenizer)
     if output is None and "://" in checkpoint:
         raise ValueError(f"{checkpoint}: the export of a remote checkpoint needs the name of a local folder, OUTPUT.")
     folder = Path(output).expanduser() if output is not None else Path(f"{saved.folder}-hf")
@@ -87,33 +91,20 @@ def export_checkpoint(
     return folder, files
 
 
-def _load_tokenizer(config: JobConfig, name: str | None) -> PreTrainedTokenizerBase | None:
-    if name == "none":
-        return None
-    if name is not None:
-        return load_tokenizer(name)
-    of_model = config.model.hf_assets_path is None
-    return load_tokenizer(
-        config.model.hf_assets_path or config.hf_transformers.model,
-        revision=config.hf_transformers.revision if of_model else None,
-        trust_remote_code=config.hf_transformers.trust_remote_code,
-    )
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/export.py",
         description="Write the weights of a checkpoint as a folder that from_pretrained loads. Several processes "
         "(torchrun --nproc-per-node N scripts/export.py ...) share the work.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT",
-                        help="a step-N folder, or the newest of a run's folder; a path or a URL (s3://...)")  # fmt: skip
-    parser.add_argument("output", metavar="OUTPUT", nargs="?", help="folder to write (default: CHECKPOINT-hf)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
-    parser.add_argument("--max_file_size", default=f"{DEFAULT_FILE_SIZE // 10**9}GB", metavar="SIZE",
-                        help="of one safetensors file, such as 500MB or 5GB (default %(default)s)")  # fmt: skip
-    parser.add_argument("--tokenizer", metavar="NAME",
-                        help='folder or hub id, or "none" to write none (default: the one of the run)')  # fmt: skip
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="a step-N folder, or the newest of a run's; a path or s3://...")
+    add("output", metavar="OUTPUT", nargs="?", help="folder to write (default: CHECKPOINT-hf)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
+    default_size = f"{DEFAULT_FILE_SIZE // 10**9}GB"
+    size_help = "of one safetensors file, such as 500MB (default %(default)s)"
+    add("--max_file_size", default=default_size, metavar="SIZE", help=size_help)
+    add("--tokenizer", metavar="NAME", help='folder or hub id, or "none" to write none (default: the run\'s)')
     options = parser.parse_args(arguments)
     size = re.fullmatch(r"([1-9]\d*) ?([KMG]B)?", options.max_file_size)
     if size is None:

@@ -20,9 +20,10 @@ from fsspec.core import url_to_fs
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader  # the reader that torch documents for URLs
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from transformers_backend.data import load_tokenizer
 from transformers_backend.decoder import describe_decoder
 from transformers_backend.job_config import JobConfig, read_model_sections
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
@@ -41,6 +42,10 @@ _LISTED = 3  # names that an error lists of each kind
 _UNPICKLING_ERRORS = (
     pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError,
 )  # fmt: skip
+
+
+class NoCheckpointError(ValueError):
+    """There is no checkpoint at a place."""
 
 
 class SavedCheckpoint:
@@ -199,13 +204,25 @@ class _Reader(FsspecReader):
         return metadata
 
 
+def run_tokenizer(config: JobConfig, name: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run with this config; `name`, a folder or hub id, takes its place."""
+    if name is not None:
+        return load_tokenizer(name)
+    own = config.model.hf_assets_path
+    return load_tokenizer(
+        own or config.hf_transformers.model,
+        revision=None if own else config.hf_transformers.revision,
+        trust_remote_code=config.hf_transformers.trust_remote_code,
+    )
+
+
 def find_checkpoint(location: str) -> tuple[AbstractFileSystem, str]:
     """The file system and folder of the checkpoint that `location` names: itself, or the newest that it holds."""
     fs, folder = _open_file_system(location)
     if fs.isfile(f"{folder}/{_METADATA}"):
         return fs, folder
     if not fs.isdir(folder):
-        raise ValueError(f"{location}: no such folder. Name a checkpoint (.../step-N), or the folder of a run.")
+        raise NoCheckpointError(f"{location}: no such folder. Name a checkpoint (.../step-N), or the folder of a run.")
     newest = _newest(fs, folder)
     if newest is None and fs.isfile(f"{folder}/{_CONFIG}"):
         config = read_model_sections(fs.cat_file(f"{folder}/{_CONFIG}").decode(), f"{location}/{_CONFIG}")
@@ -216,20 +233,11 @@ def find_checkpoint(location: str) -> tuple[AbstractFileSystem, str]:
             below = f"{folder}/{inside}"
         newest = _newest(fs, below) if fs.isdir(below) else None
     if newest is None:
-        raise ValueError(
+        raise NoCheckpointError(
             f"{location}: no whole checkpoint there (a folder step-N with a file {_METADATA}, which is written last). "
             "Name a checkpoint (.../step-N), or the folder of a run that saved one."
         )
     return fs, newest
-
-
-def is_checkpoint(location: str) -> bool:
-    """Whether `location` names a checkpoint or a folder that holds some."""
-    try:
-        find_checkpoint(location)
-    except ValueError:
-        return False
-    return True
 
 
 def _open_file_system(location: str) -> tuple[AbstractFileSystem, str]:

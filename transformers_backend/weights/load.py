@@ -110,6 +110,13 @@ def find_weight_files(folder: Path) -> list[Path]:
     )
 
 
+def check_weight_files(folder: Path) -> None:
+    """Raise a ValueError that names the file if one of a model folder's is missing, truncated or no safetensors."""
+    for file in find_weight_files(folder):
+        with _open(file):
+            pass
+
+
 def _read_index(index: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
