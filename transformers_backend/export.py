@@ -7,6 +7,7 @@ the published layout and writes the file. Under torchrun the files are dealt to 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -32,25 +33,25 @@ _TIMEOUT_SECONDS = 4 * 3600  # one rank may write a large file while another wai
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 2 what cannot be exported (said in one message)."""
     options = _parse(arguments)
-    if launched_world_size() > 1:
-        initialize(torch.device("cpu"), timeout_seconds=_TIMEOUT_SECONDS)
-    is_first = rank_and_world_size()[0] == 0
-    try:
-        output, files = export_checkpoint(
-            options.checkpoint,
-            options.output,
-            dtype=options.dtype,
-            max_file_size=options.max_file_size,
-            tokenizer=options.tokenizer,
-        )
-    except (ValueError, OSError, ImportError) as error:
-        if not is_meant_for_the_user(error):
-            raise
-        if is_first:  # every rank has the same one
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        shutdown()
+    with contextlib.ExitStack() as opened:
+        if launched_world_size() > 1:
+            initialize(torch.device("cpu"), timeout_seconds=_TIMEOUT_SECONDS)
+            opened.callback(shutdown)
+        is_first = rank_and_world_size()[0] == 0
+        try:
+            output, files = export_checkpoint(
+                options.checkpoint,
+                options.output,
+                dtype=options.dtype,
+                max_file_size=options.max_file_size,
+                tokenizer=options.tokenizer,
+            )
+        except (ValueError, OSError, ImportError) as error:
+            if not is_meant_for_the_user(error):
+                raise
+            if is_first:  # every rank has the same one
+                print(f"error: {error}", file=sys.stderr)
+            return 2
     if is_first:
         size = sum((output / name).stat().st_size for name in files) / 10**9
         print(f"exported to {output}: {len(files)} weight file{'s' * (len(files) > 1)}, {size:.3g} GB")
