@@ -58,16 +58,15 @@ def load_job_config(argv: list[str] | None = None) -> JobConfig:
 
 
 def read_model_sections(text: str, name: str) -> JobConfig:
-    """The config that a run saved with its checkpoint, as far as it says which model and tokenizer it had.
+    """The config that a run saved with its checkpoint, as far as it says which model it had.
 
-    Only those sections are checked: the run's data may be gone, and other keys may have changed since. `name` is the
-    file's, for messages. Raises one ValueError that lists every problem.
+    Nothing else is checked: the run's data may be gone, and other keys may have changed since. `name` is the file's,
+    for messages. Raises one ValueError that lists every problem.
     """
     table = _parse(text, name)
     config = JobConfig()
     _fill(config, table)
-    used = {"hf_transformers": config.hf_transformers, "model": config.model}
-    found = [problem for key, section in used.items() for problem in type_problems(key, section) or section.problems()]
+    found = type_problems("hf_transformers", config.hf_transformers) or config.hf_transformers.problems()
     if not has_type(config.training.dtype, field_types(Training)["dtype"]):
         found.append(f"training.dtype = {config.training.dtype!r}: must be a floating-point type, as the run had it.")
     check([f"{name}: {problem}" for problem in found])
