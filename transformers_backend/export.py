@@ -76,8 +76,8 @@ def export_checkpoint(
     with same_outcome(OSError, ValueError, ImportError), first_rank_first():  # it may download config and tokenizer
         saved = SavedCheckpoint(checkpoint)
         loaded_tokenizer = None if tokenizer == "none" else run_tokenizer(saved.config, tokenizer)
-    if output is None and "://" in checkpoint:
-        raise ValueError(f"{checkpoint}: the export of a remote checkpoint needs the name of a local folder, OUTPUT.")
+    if output is None and not saved.is_local:
+        raise ValueError(f"{saved.folder}: the export of a remote checkpoint needs the name of a local folder, OUTPUT.")
     folder = Path(output).expanduser() if output is not None else Path(f"{saved.folder}-hf")
     files = write_export(
         saved,

@@ -62,8 +62,10 @@ class SavedCheckpoint:
     """
 
     def __init__(self, location: str) -> None:
-        self._fs, self.folder = find_checkpoint(location)
-        self._reader = _Reader(self._fs.unstrip_protocol(self.folder) if "://" in location else self.folder)
+        self._fs, folder = find_checkpoint(location)
+        self.is_local = isinstance(self._fs, LocalFileSystem)
+        self.folder = folder if self.is_local else self._fs.unstrip_protocol(folder)
+        self._reader = _Reader(self.folder)
         self._metadata = self._read_metadata()
         self.config = self._read_config()
         self.model_args = HFTransformerModelArgs().update_from_config(self.config)

@@ -197,6 +197,17 @@ def test_a_checkpoint_behind_a_url(run: Path, trained: Path, tmp_path: Path, cap
         assert "needs the name of a local folder, OUTPUT" in capsys.readouterr().err
         assert main(["memory://bucket/run", str(tmp_path / "out")]) == 0
         _assert_same_folders(tmp_path / "out", trained / "run-live")
+        (run / "config.toml").write_text(
+            (run / "config.toml")
+            .read_text()
+            .replace('folder = "checkpoint"', 'folder = "memory://bucket/run/checkpoint"')
+        )
+        shutil.rmtree(run / "checkpoint")
+        folder, _ = export_checkpoint(str(run), str(tmp_path / "named by the run's config"))
+        _assert_same_folders(folder, trained / "run-live")
+        memory.rm("/bucket/run/checkpoint/step-1/__0_0.distcp")
+        assert main(["memory://bucket/run", str(tmp_path / "out")]) == 2
+        assert "error: memory:///bucket/run/checkpoint/step-1/__0_0.distcp: missing" in capsys.readouterr().err
         assert main([str(run), "memory://bucket/out"]) == 2
         assert "OUTPUT memory://bucket/out: must be a local folder" in capsys.readouterr().err
     finally:
