@@ -23,6 +23,7 @@ from parallelize.distributed import (
     shutdown,
 )
 from transformers_backend.errors import is_meant_for_the_user
+from transformers_backend.metrics import setup_logging
 from transformers_backend.saved_checkpoint import SavedCheckpoint, run_tokenizer
 from transformers_backend.weights import DEFAULT_FILE_SIZE, write_export
 
@@ -37,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         if launched_world_size() > 1:
             initialize(torch.device("cpu"), timeout_seconds=_TIMEOUT_SECONDS)
             opened.callback(shutdown)
-        is_first = rank_and_world_size()[0] == 0
+        rank, _ = rank_and_world_size()
+        setup_logging(rank)
         try:
             output, files = export_checkpoint(
                 options.checkpoint,
@@ -49,10 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
         except (ValueError, OSError, ImportError) as error:
             if not is_meant_for_the_user(error):
                 raise
-            if is_first:  # every rank has the same one
+            if rank == 0:  # every rank has the same one
                 print(f"error: {error}", file=sys.stderr)
             return 2
-    if is_first:
+    if rank == 0:
         size = sum((output / name).stat().st_size for name in files) / 10**9
         print(f"exported to {output}: {len(files)} weight file{'s' * (len(files) > 1)}, {size:.3g} GB")
     return 0

@@ -17,11 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from parallelize.distributed import from_first_rank, pick_device
 from parallelize.fsdp import reshard
-from transformers_backend.data import load_tokenizer
 from transformers_backend.decoder import describe_decoder, learned_positions
 from transformers_backend.errors import is_meant_for_the_user
 from transformers_backend.model import HFTransformerModel, evaluation_mode
-from transformers_backend.saved_checkpoint import NoCheckpointError, SavedCheckpoint, run_tokenizer
+from transformers_backend.saved_checkpoint import NoCheckpointError, SavedCheckpoint, command_tokenizer, run_tokenizer
 from transformers_backend.weights import check_weight_files
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -133,7 +132,7 @@ def load_generator(
         source = str(folder)
     return (
         _load_pretrained(source, dtype, trust_remote_code).to(device).eval(),
-        _load_tokenizer(tokenizer or source, trust_remote_code),
+        command_tokenizer(tokenizer or source, trust_remote_code=trust_remote_code),
     )
 
 
@@ -151,16 +150,6 @@ def _load_pretrained(name: str, dtype: torch.dtype | None, trust_remote_code: bo
             "would answer from random weights. Export or download it again."
         )
     return model
-
-
-def _load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    try:
-        return load_tokenizer(name, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        raise ValueError(
-            f"{name}: no tokenizer there to read the prompt with. Name one with --tokenizer: a folder, a hub id, or "
-            f'"byt5" for bytes. ({error.__cause__ or "it has no vocabulary"})'
-        ) from error
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> list[int]:

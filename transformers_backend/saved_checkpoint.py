@@ -255,14 +255,25 @@ def _batches(items: list[ReadItem], size: Callable[[ReadItem], int]) -> Iterator
 
 def run_tokenizer(config: JobConfig, name: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of the run with this config; `name`, a folder or hub id, takes its place."""
-    if name is not None:
-        return load_tokenizer(name)
     own = config.model.hf_assets_path
-    return load_tokenizer(
-        own or config.hf_transformers.model,
-        revision=None if own else config.hf_transformers.revision,
-        trust_remote_code=config.hf_transformers.trust_remote_code,
-    )
+    if name is not None or own is not None:
+        return command_tokenizer(name or own, trust_remote_code=config.hf_transformers.trust_remote_code)
+    section = config.hf_transformers
+    return command_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+
+
+def command_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """`load_tokenizer`, whose error names the option of the commands."""
+    try:
+        return load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        reason = str(error.__cause__ or "it has no vocabulary").strip().splitlines()[0]
+        raise ValueError(
+            f"{name}: no tokenizer there. Name one with --tokenizer: a folder, a hub id, or "
+            f'"byt5" for bytes. ({reason})'
+        ) from error
 
 
 def find_checkpoint(location: str) -> tuple[AbstractFileSystem, str]:

@@ -38,11 +38,11 @@ def _fingerprints(state: dict[str, torch.Tensor]) -> dict[str, str]:
     return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:12] for name, tensor in state.items()}
 
 
-def _train(folder: str) -> dict[str, str]:
-    trainer = Trainer(tiny_job(folder, "run", training__steps=2, checkpoint__enable=True))
+def _train(folder: str, name: str = "run", live: str = "live", **changes) -> dict[str, str]:
+    trainer = Trainer(tiny_job(folder, name, training__steps=2, checkpoint__enable=True, **changes))
     try:
         trainer.train()
-        trainer.model.save_pretrained(f"{folder}/live", tokenizer=trainer.tokenizer, max_file_size=FILE_SIZE)
+        trainer.model.save_pretrained(f"{folder}/{live}", tokenizer=trainer.tokenizer, max_file_size=FILE_SIZE)
         return _fingerprints(trainer.model.full_state_dict())
     finally:
         trainer.close()
@@ -79,6 +79,27 @@ def test_the_live_model_and_its_checkpoint_give_the_same_folder(two: WorkerPool,
 def _export(checkpoint: str, output: str, **options) -> None:
     export_checkpoint(checkpoint, output, **{"max_file_size": FILE_SIZE, **options})
     assert Path(output, "config.json").exists(), "the folder is whole when any rank returns"
+
+
+def _train_other(folder: str, model_type: str) -> dict[str, str]:
+    sizes = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 48, "tie_word_embeddings": model_type == "qwen2"}
+    sizes |= {"num_key_value_heads": 2} if model_type == "qwen2" else {}
+    changes = {"hf_transformers__model_type": model_type, "hf_transformers__config_overrides": sizes}
+    return _train(folder, model_type, f"{model_type}-live", **changes)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "gpt_neox"], ids=["tied", "head of another name"])
+def test_other_models(two: WorkerPool, trained, tmp_path: Path, model_type: str):
+    folder, _ = trained
+    weights, _ = two.run(_train_other, str(folder), model_type)
+    live = _contents(folder / f"{model_type}-live")
+    assert main([str(folder / model_type), str(tmp_path / "one"), f"--max_file_size={FILE_SIZE}"]) == 0
+    two.run(_export, str(folder / model_type), str(tmp_path / "two"))
+    assert _contents(tmp_path / "one") == _contents(tmp_path / "two") == live
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    assert _fingerprints(model.state_dict()) == weights
+    assert model.config.tie_word_embeddings == (model_type == "qwen2")
 
 
 def test_the_command_under_torchrun(trained, tmp_path: Path):

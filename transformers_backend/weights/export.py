@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -28,6 +30,8 @@ from transformers_backend.decoder import Decoder
 from transformers_backend.folders import replace_folder
 from transformers_backend.weights.layout import INDEX_FILE, Layout, convert_group, plan_layout
 from transformers_backend.weights.shards import named_tensors
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_FILE_SIZE = 5 * 10**9  # bytes; the usual bound on the hub
 
@@ -113,8 +117,8 @@ def write_export(
     bytes of one safetensors file; a larger tensor gets a file of its own. An existing export of that name is replaced
     once the new one is whole.
     """
-    folder = Path(folder)
-    temporary = folder.with_name(f"{folder.name}.partial")
+    folder = Path(os.path.abspath(folder))
+    temporary = folder.parent / f"{folder.name}.partial"
     rank, world_size = rank_and_world_size()
     with same_outcome(OSError, ValueError):
         _check_folder(folder)
@@ -129,15 +133,13 @@ def write_export(
     layout = plan_layout(blueprint, decoder, meta, max_file_size)
     files = list(layout.sources)
     try:
-        with same_outcome(ValueError):
-            if not temporary.is_dir():
-                raise ValueError(
-                    f"{temporary} was made by the first rank and is not there for another: an export that several "
-                    "machines write needs a folder on a file system that they share."
-                )
+        with same_outcome(OSError, ValueError):
+            _check_space(temporary, layout.total_size)
         for first in range(0, len(files), world_size):
             with same_outcome(OSError, ValueError):
                 _write_round(source, blueprint, layout, files[first : first + world_size], temporary, dtype, rank)
+            if len(files) > world_size:
+                logger.info("%s: %d of %d files", temporary, min(first + world_size, len(files)), len(files))
         with same_outcome(OSError, ValueError):
             if rank == 0:
                 _write_index(layout, temporary)
@@ -167,6 +169,21 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(
             f"{folder} holds {foreign[0]}, which is no part of an export, so the folder is not replaced. Move it away, "
             "or name a new folder."
+        )
+
+
+def _check_space(temporary: Path, size: int) -> None:
+    """The folder that rank 0 made is there for this rank, and `size` bytes have room in it."""
+    if not temporary.is_dir():
+        raise ValueError(
+            f"{temporary} was made by the first rank and is not there for another: an export that several machines "
+            "write needs a folder on a file system that they share."
+        )
+    disk = shutil.disk_usage(temporary)
+    if disk.total and disk.free < size:  # some network file systems say nothing
+        raise OSError(
+            f"{temporary.parent}: the export takes {size / 1e9:.3g} GB, and {disk.free / 1e9:.3g} GB are free. Make "
+            "room, or name a folder on another disk."
         )
 
 

@@ -219,9 +219,8 @@ def test_a_checkpoint_behind_a_url(run: Path, trained: Path, tmp_path: Path, cap
 
 def _refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert main([str(argument) for argument in arguments]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ")
-    assert message.count("\n") == 1, "one line"
+    *_, message = capsys.readouterr().err.splitlines()  # after the log, which shows the model's config overrides
+    assert message.startswith("error: "), "one line"
     return message
 
 
@@ -303,6 +302,30 @@ def test_what_is_no_export_is_not_replaced(run: Path, tmp_path: Path, capsys: py
     assert main([str(run), str(out)]) == 0, "an earlier export is replaced"
     assert main([str(run), str(out)]) == 0
     assert not list(tmp_path.glob("out.*"))
+
+
+def test_a_disk_that_is_too_small(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 100_000, 100_000))
+    message = _refusal(capsys, run, tmp_path / "out")
+    assert f"{tmp_path}: the export takes 0.00016 GB, and 0.0001 GB are free. Make room" in message
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_without_the_tokenizer_of_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace('"byt5"', '"/moved/away"'))
+    assert "/moved/away: no tokenizer there. Name one with --tokenizer" in _refusal(capsys, run)
+    assert main([str(run), str(tmp_path / "out"), "--tokenizer", "byt5"]) == 0
+
+
+def test_the_working_folder_is_no_output(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "notes").touch()
+    monkeypatch.chdir(tmp_path / "work")
+    assert f"{tmp_path / 'work'} holds files and no config.json" in _refusal(capsys, run, ".")
+    assert main([str(run), "../out/"]) == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_a_disk_that_is_full(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

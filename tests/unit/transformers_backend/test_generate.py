@@ -225,7 +225,7 @@ def test_without_a_tokenizer_or_a_template(folder: Path, run: Path, capsys: pyte
         file.unlink()
     (folder / "chat_template.jinja").unlink()
     message = _refusal(capsys, folder)
-    assert f"{folder}: no tokenizer there to read the prompt with. Name one with --tokenizer" in message
+    assert f"{folder}: no tokenizer there. Name one with --tokenizer" in message
     assert (
         main([str(folder), "--prompt", "a", "--max_new_tokens", "2", "--tokenizer", "byt5", "--temperature", "0"]) == 0
     )
