@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, By
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tests.jobs import tiny_job
-from transformers_backend import Trainer
+from transformers_backend import Trainer, export, generate
 from transformers_backend.export import export_checkpoint, main
 from transformers_backend.saved_checkpoint import SavedCheckpoint, find_checkpoint
 from transformers_backend.twin import build_twin
@@ -299,9 +303,12 @@ def test_what_is_no_export_is_not_replaced(run: Path, tmp_path: Path, capsys: py
     (out / "config.json").write_text("{}")
     assert f"{out} holds thesis.tex, which is no part of an export" in _refusal(capsys, run, out)
     (out / "thesis.tex").unlink()
-    assert main([str(run), str(out)]) == 0, "an earlier export is replaced"
-    assert main([str(run), str(out)]) == 0
-    assert not list(tmp_path.glob("out.*"))
+    (tmp_path / "out.partial").mkdir()  # of an export that was killed
+    (tmp_path / "out.partial" / "model-00007-of-00009.safetensors").touch()
+    for _ in range(2):
+        assert main([str(run), str(out)]) == 0, "an earlier export is replaced"
+        assert not (out / "model-00007-of-00009.safetensors").exists()
+        assert not list(tmp_path.glob("out.*"))
 
 
 def test_a_disk_that_is_too_small(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -367,3 +374,23 @@ def test_only_one_file_is_held_in_memory(run: Path, tmp_path: Path, monkeypatch:
     export_checkpoint(str(run), str(tmp_path / "out"), max_file_size=60_000)
     assert len(events) >= 3
     assert all(0 < read_bytes <= file_bytes for read_bytes, file_bytes in events), "each tensor is read once"
+
+
+def test_the_documented_commands_are_understood():
+    page = (Path(__file__).parents[3] / "docs" / "export.md").read_text()
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines]
+    parsers = {"scripts/export.py": export._parse, "scripts/generate.py": generate._parse}
+    for words in commands:
+        script = next(index for index, word in enumerate(words) if word.startswith("scripts/"))
+        parsers[words[script]](words[script + 1 :])  # exits on an option that it does not have
+        assert words[:script] in (["python"], ["torchrun", "--nproc-per-node", "4"])
+    assert len(commands) >= 6
+    options = {option for parse in parsers.values() for option in _options(parse)}
+    assert options == set(re.findall(r"`(--\w+)`", page)) | {"--help"}
+
+
+def _options(parse) -> list[str]:
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as help_text:
+        parse(["--help"])
+    return re.findall(r"(?<![\w-])--\w+", help_text.getvalue().replace("--nproc-per-node", ""))
