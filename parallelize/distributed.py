@@ -108,3 +108,30 @@ def from_first_rank(value):
     objects = [value]
     dist.broadcast_object_list(objects, src=0)
     return objects[0]
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """(0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def same_outcome(*kinds: type[Exception]):
+    """Run the block on every rank; an error of one of `kinds` on any rank is raised on all, when all are through.
+
+    So no rank waits for one that has stopped. A rank that fails must not leave collectives of the block to the others.
+    """
+    failure = None
+    try:
+        yield
+    except kinds as error:
+        failure = error
+    kind = next((index for index, kind in enumerate(kinds) if isinstance(failure, kind)), None)
+    outcomes = gather_objects(None if failure is None else (kind, str(failure)))
+    failures = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome is not None}
+    if not failures:
+        return
+    if failure is not None and len(set(failures.values())) == 1 and len(failures) == len(outcomes):
+        raise failure
+    rank, (kind, message) = next(iter(failures.items()))
+    raise kinds[kind](f"rank {rank}: {message}") from failure

@@ -369,20 +369,16 @@ class HFTransformerModel:
         dtype: cast weights to it; None keeps the parameters' own. max_file_size: bytes of one safetensors file.
         """
         self._fill_if_meta()
-        is_main = not dist.is_initialized() or dist.get_rank() == 0
         save_hf_weights(
             self.hf_model,
             self.blueprint,
             self.decoder,
             folder,
-            is_main=is_main,
             tokenizer=tokenizer,
             generation_config=self.hf_model.generation_config,
             dtype=dtype,
             max_file_size=max_file_size,
         )
-        if dist.is_initialized():
-            dist.barrier()  # the folder is whole when any rank returns
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ that span sections), `load.py` (TOML and command line to JobConfig). `rules.py`,
 """
 
 from transformers_backend.job_config.config import JobConfig, validate
-from transformers_backend.job_config.load import load_job_config
+from transformers_backend.job_config.load import load_job_config, read_model_sections
 from transformers_backend.job_config.run_sections import Comm, Debug, Metrics, Profiling
 from transformers_backend.job_config.sections import (
     Checkpoint,
@@ -36,5 +36,6 @@ __all__ = [
     "Training",
     "Validation",
     "load_job_config",
+    "read_model_sections",
     "validate",
 ]

@@ -17,13 +17,16 @@ from typing import Any
 from parallelize.config import check
 from transformers_backend.job_config.config import JobConfig, find_problems
 from transformers_backend.job_config.help import help_text
+from transformers_backend.job_config.sections import Training
 from transformers_backend.job_config.torchtitan import ALIASES, is_ignored, refusal
 from transformers_backend.job_config.values import (
     convert,
     describe_type,
     field_types,
+    has_type,
     parse_text,
     toml_reader,
+    type_problems,
 )
 
 logger = logging.getLogger(__name__)
@@ -53,16 +56,39 @@ def load_job_config(argv: list[str] | None = None) -> JobConfig:
     return config
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_model_sections(text: str, name: str) -> JobConfig:
+    """The config that a run saved with its checkpoint, as far as it says which model it had.
+
+    Nothing else is checked: the run's data may be gone, and other keys may have changed since. `name` is the file's,
+    for messages. Raises one ValueError that lists every problem.
+    """
+    table = _parse(text, name)
+    config = JobConfig()
+    _fill(config, table)
+    found = type_problems("hf_transformers", config.hf_transformers) or config.hf_transformers.problems()
+    if not has_type(config.training.dtype, field_types(Training)["dtype"]):
+        found.append(f"training.dtype = {config.training.dtype!r}: must be a floating-point type, as the run had it.")
+    check([f"{name}: {problem}" for problem in found])
+    return config
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
     toml = toml_reader()
     try:
-        return toml.loads(path.read_text(encoding="utf-8"))
+        return toml.loads(text)
+    except toml.TOMLDecodeError as error:
+        raise ValueError(f"{name}: not valid TOML: {error}; correct it there.") from error
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return _parse(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         problem = (
             f"{path}: cannot be read ({error.strerror}); name a TOML file such as those in train_configs/. An option "
             "takes one value, a list is a,b."
         )
-    except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         problem = f"{path}: not valid TOML: {error}; correct it there."
     raise ValueError(problem)
 

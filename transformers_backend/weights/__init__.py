@@ -4,18 +4,21 @@ Parameters here may be sharded (DTensor) or plain; nothing in this package ever 
 one tensor, one layer or one file at a time. Names are Transformers' own, on disk and in memory.
 """
 
-from transformers_backend.weights.export import DEFAULT_FILE_SIZE, save_hf_weights
+from transformers_backend.weights.export import DEFAULT_FILE_SIZE, save_hf_weights, write_export
 from transformers_backend.weights.initialize import allocate, init_buffers, init_weights
-from transformers_backend.weights.load import load_hf_weights, resolve_folder
+from transformers_backend.weights.load import check_weight_files, load_hf_weights, recall_conversions, resolve_folder
 from transformers_backend.weights.shards import named_tensors
 
 __all__ = [
     "DEFAULT_FILE_SIZE",
     "allocate",
+    "check_weight_files",
     "init_buffers",
     "init_weights",
     "load_hf_weights",
     "named_tensors",
+    "recall_conversions",
     "resolve_folder",
     "save_hf_weights",
+    "write_export",
 ]

@@ -67,11 +67,23 @@ def load_hf_weights(model: nn.Module, blueprint: PreTrainedModel, name: str, *, 
             fill_local(targets[target], lambda region, full=full: full[region])
 
 
-def resolve_folder(name: str, revision: str | None) -> Path:
-    """A local folder as it is; a hub id is downloaded (safetensors, configs and tokenizer files only)."""
+def recall_conversions(blueprint: PreTrainedModel, folder: Path) -> None:
+    """Note on the blueprint which conversions loading the files of `folder` takes, as a load does.
+
+    For an export of weights that come from elsewhere (a checkpoint of a run that began with `folder`): it reverts
+    these, so its files are laid out as those of the folder. Reads headers only.
+    """
+    _make_plan(find_weight_files(folder), blueprint)
+
+
+def resolve_folder(name: str, revision: str | None, *, weights: bool = True) -> Path:
+    """A local folder as it is; a hub id is downloaded (safetensors, configs and tokenizer files only).
+
+    weights: False leaves the safetensors out of the download.
+    """
     if Path(name).is_dir():
         return Path(name)
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
     # Some repositories hold the same weights a second time, in their authors' own format.
     ignored = ["consolidated*", "original/*"]
     return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
@@ -96,6 +108,13 @@ def find_weight_files(folder: Path) -> list[Path]:
         f"{folder}: neither {_SINGLE} nor {_INDEX}; a folder or repository with safetensors is needed. Pickled "
         ".bin weights are not read: load them with Transformers once and write them with save_pretrained."
     )
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raise a ValueError that names the file if one of a model folder's is missing, truncated or no safetensors."""
+    for file in find_weight_files(folder):
+        with _open(file):
+            pass
 
 
 def _read_index(index: Path) -> list[str]:

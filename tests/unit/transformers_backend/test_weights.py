@@ -374,7 +374,7 @@ def test_nothing_is_loaded_where_something_does_not_fit(tmp_path: Path):
 
 def _export(model: PreTrainedModel, folder: Path, **options) -> None:
     blueprint = _on_meta(model.config, type(model))
-    save_hf_weights(model, blueprint, describe_decoder(model), folder, is_main=True, **options)
+    save_hf_weights(model, blueprint, describe_decoder(model), folder, **options)
 
 
 def _files(folder: Path) -> set[str]:
@@ -441,7 +441,7 @@ def test_a_loaded_layout_is_exported_as_it_was(tmp_path: Path):
     model, blueprint = (_on_meta(config, model_class) for _ in range(2))
     allocate(model, CPU, buffer_device=CPU)
     load_hf_weights(model, blueprint, str(tmp_path / "in"))
-    save_hf_weights(model, blueprint, describe_decoder(model), tmp_path / "out", is_main=True)
+    save_hf_weights(model, blueprint, describe_decoder(model), tmp_path / "out")
     original, exported = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
     assert exported.keys() == original.keys()
     assert all(torch.equal(exported[name], original[name]) for name in original)
@@ -477,7 +477,7 @@ def test_tokenizer_and_generation_config_are_written(tmp_path: Path):
     twin = _twin("llama")
     blueprint = _on_meta(twin.config)
     blueprint.generation_config = GenerationConfig(max_new_tokens=7, eos_token_id=1)
-    save_hf_weights(twin, blueprint, describe_decoder(twin), tmp_path / "out", is_main=True, tokenizer=ByT5Tokenizer())
+    save_hf_weights(twin, blueprint, describe_decoder(twin), tmp_path / "out", tokenizer=ByT5Tokenizer())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.max_new_tokens == 7
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("abc").input_ids == ByT5Tokenizer()("abc").input_ids
 
