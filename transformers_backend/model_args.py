@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,6 +44,8 @@ class HFTransformerModelArgs:
     """Dtype in which parameters are kept and updated."""
 
     def __post_init__(self) -> None:
+        if self.model is not None:
+            self.model = os.path.expanduser(self.model)  # leaves hub ids alone
         if self.init is None:
             self.init = "pretrained" if self.model is not None else "scratch"
 
@@ -152,7 +155,9 @@ def override_config(hf_config: PreTrainedConfig, overrides: dict[str, Any]) -> P
     for key in ("model_type", "transformers_version"):
         fields.pop(key, None)
     if derives_head_dim and "head_dim" not in overrides and {"hidden_size", "num_attention_heads"} & overrides.keys():
-        fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
+        hidden_size, heads = fields["hidden_size"], fields["num_attention_heads"]
+        if isinstance(hidden_size, int) and isinstance(heads, int) and heads > 0:  # else the class refuses them below
+            fields["head_dim"] = hidden_size // heads
     try:
         return type(hf_config)(**fields)
     except StrictDataclassError as error:
@@ -175,4 +180,11 @@ def build_on_meta(
         raise ValueError(
             f'hf_transformers.attn_implementation = "{model_args.attn_implementation}": it is not installed ({error}). '
             'Install it, or set "sdpa" or "eager".'
+        ) from error
+    except ValueError as error:
+        if "attn_implementation" not in str(error):
+            raise
+        raise ValueError(
+            f'hf_transformers.attn_implementation = "{model_args.attn_implementation}": {model_class.__name__} has no '
+            f'such attention; set "sdpa" or "eager", or leave it out for the model\'s own choice. ({error})'
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -13,6 +14,8 @@ from transformers_backend.trainer import Trainer
 def main(arguments: list[str] | None = None) -> int:
     """Run one job; returns the exit status: 0 done, 2 a job that cannot work as configured (said in one message)."""
     is_first = os.environ.get("RANK", "0") == "0"
+    if not is_first:  # every rank reads the same config, and one of them says what it ignores
+        logging.getLogger("transformers_backend.job_config").setLevel(logging.ERROR)
     try:
         trainer = Trainer(load_job_config(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, OSError, ImportError) as error:

@@ -44,28 +44,32 @@ def load_job_config(argv: list[str] | None = None) -> JobConfig:
     config_files, assignments, problems = _read_command_line(argv)
     if len(config_files) > 1:
         problems.append(f"{len(config_files)} TOML files, {', '.join(config_files)}: name one.")
-    table = _read_file(Path(config_files[0]) if config_files else DEFAULT_CONFIG_FILE)
+    table = _read_file(config_files[0] if config_files else str(DEFAULT_CONFIG_FILE))
     for path, value in assignments:
         _assign(table, path, value)
     config = JobConfig()
     problems += _fill(config, table)
     check(problems + find_problems(config))
-    _warn_about_short_run(config)
     return config
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    toml = toml_reader()
+def _read_file(name: str) -> dict[str, Any]:
+    toml, path = toml_reader(), Path(name).expanduser()
     try:
-        return toml.loads(path.read_text(encoding="utf-8"))
+        return toml.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
     except OSError as error:
-        problem = (
-            f"{path}: cannot be read ({error.strerror}); name a TOML file such as those in train_configs/. An option "
-            "takes one value, a list is a,b."
-        )
+        remedy = "name a TOML file such as those in train_configs/. An option takes one value, a list is a,b."
+        if _looks_like_an_option(name):
+            remedy = f"an option begins with two dashes: --{name.lstrip('-')}."
+        problem = f"{name or 'an empty argument'}: cannot be read ({error.strerror}); {remedy}"
     except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
         problem = f"{path}: not valid TOML: {error}; correct it there."
     raise ValueError(problem)
+
+
+def _looks_like_an_option(name: str) -> bool:
+    section = name.lstrip("-").partition("=")[0].partition(".")[0]
+    return section in field_types(JobConfig) and not name.endswith(".toml")
 
 
 def _read_command_line(argv: list[str]) -> tuple[list[str], list[tuple[tuple[str, ...], Any]], list[str]]:
@@ -84,6 +88,11 @@ def _read_command_line(argv: list[str]) -> tuple[list[str], list[tuple[tuple[str
         kind = str if name == "job.config_file" else _type_at(path)
         positive = _positive_form(path)
         if positive and not equals:
+            if _value_follows(tokens, bool):
+                on = ".".join(positive)
+                problems.append(
+                    f"--{name} {tokens.popleft()}: takes no value; write --{name}, or --{on}."
+                )
             path, value = positive, False
         elif equals or _value_follows(tokens, kind):
             text = text if equals else tokens.popleft()
@@ -117,10 +126,14 @@ def _positive_form(path: tuple[str, ...]) -> tuple[str, str] | None:
 
 
 def _value_follows(tokens: deque[str], kind: Any) -> bool:
-    """Whether the next token is an option's value; for a boolean only true and false are."""
+    """Whether the next token is an option's value; after a boolean it may be the TOML file instead."""
     if not tokens or tokens[0].startswith("--"):
         return False
-    return kind is not bool or tokens[0].lower() in ("true", "false")
+    return kind is not bool or not _is_a_file(tokens[0])
+
+
+def _is_a_file(token: str) -> bool:
+    return token.endswith(".toml") or Path(token).expanduser().is_file()
 
 
 def _assign(table: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
@@ -188,9 +201,3 @@ def _unknown(name: str, prefix: str = "") -> str:
     elsewhere = [key for key in known if key.endswith(f".{last}")]
     (nearest,) = difflib.get_close_matches(name, elsewhere or known, n=1, cutoff=0.0)
     return f"{prefix}{name}: unknown key; the nearest is {prefix}{nearest}. Correct or remove it."
-
-
-def _warn_about_short_run(config: JobConfig) -> None:
-    warmup, steps = config.lr_scheduler.warmup_steps, config.training.steps
-    if config.lr_scheduler.total_steps is None and warmup > steps:
-        logger.warning("lr_scheduler.warmup_steps = %d: the run's %d steps all lie in the warm-up.", warmup, steps)

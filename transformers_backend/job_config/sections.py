@@ -150,7 +150,7 @@ class Training(TextSource):
     seq_len: int = 2048
     """Tokens per training sequence."""
 
-    max_norm: float = 1.0
+    max_norm: float = field(default=1.0, metadata={"may_be_infinite": True})
     """Largest norm of all gradients together; larger ones are scaled down to it. inf means no clipping."""
 
     steps: int = 10000
@@ -228,7 +228,7 @@ class Optimizer:
 @dataclass
 class LRScheduler:
     warmup_steps: int = 200
-    """Steps over which the learning rate rises linearly from 0. A run with fewer steps ends on the way up."""
+    """Steps over which the learning rate rises linearly from 0. A run with fewer steps shortens it to them."""
 
     total_steps: int | None = None
     """Steps that the schedule is drawn for. none means training.steps; set it to try the first steps of a longer
