@@ -90,9 +90,7 @@ def _read_command_line(argv: list[str]) -> tuple[list[str], list[tuple[tuple[str
         if positive and not equals:
             if _value_follows(tokens, bool):
                 on = ".".join(positive)
-                problems.append(
-                    f"--{name} {tokens.popleft()}: takes no value; write --{name}, or --{on}."
-                )
+                problems.append(f"--{name} {tokens.popleft()}: takes no value; write --{name}, or --{on}.")
             path, value = positive, False
         elif equals or _value_follows(tokens, kind):
             text = text if equals else tokens.popleft()
