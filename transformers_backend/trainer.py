@@ -122,6 +122,12 @@ class Trainer:
         """Run the job to its last step, with checkpoints, validation, export and the closing sample."""
         config = self.job_config
         tokens_since_log = 0
+        if self.step >= config.training.steps:
+            logger.info(
+                "nothing to train: step %d is done, and training.steps = %d. Raise it to go on, or name another "
+                "job.dump_folder to start anew.",
+                self.step, config.training.steps,
+            )  # fmt: skip
         with _no_automatic_garbage_collection(), self._profilers() as (profiler, memory_recorder):
             while self.step < config.training.steps:
                 result = self.train_step()

@@ -279,7 +279,8 @@ def test_the_tour_works(checkout: Path, clean_process: None, monkeypatch: pytest
     options = ", ".join(f'"{word}"' for word in ["--training.steps", "3", *SHORTENED])
     ran = execute(trainer, {'"--training.steps", "10"': options})
     assert ran["trainer"].step == 3
-    assert Path("outputs/my_run/checkpoint/step-3").is_dir()
+    assert Path("outputs/from_python/checkpoint/step-3").is_dir()
+    assert not Path("outputs/my_run/checkpoint/step-3").exists(), "the finished run is left alone"
 
 
 def execute(code: str, replacements: dict[str, str]) -> dict:

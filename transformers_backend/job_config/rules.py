@@ -44,6 +44,8 @@ def model_type_problems(value: str) -> list[str]:
 
     if value in CONFIG_MAPPING:
         return []
+    if not value:
+        return ['hf_transformers.model_type = "": must not be empty; name a type such as "llama".']
     (nearest,) = difflib.get_close_matches(value, list(CONFIG_MAPPING.keys()), n=1, cutoff=0.0)
     return [
         f'hf_transformers.model_type = "{value}": Transformers knows no such type; the nearest is "{nearest}". A hub '

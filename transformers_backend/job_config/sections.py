@@ -95,7 +95,13 @@ class HFTransformers:
                 "of your own, or --hf_transformers.model_type none --hf_transformers.config_overrides {})."
             ]
         if self.model is not None:
-            return model_source_problems("hf_transformers.model", self.model)
+            found = model_source_problems("hf_transformers.model", self.model)
+            if self.revision is not None and Path(self.model).expanduser().is_dir():
+                found.append(
+                    f'hf_transformers.revision = "{self.revision}": hf_transformers.model = "{self.model}" is a local '
+                    "folder, which has no revisions; remove it."
+                )
+            return found
         found = model_type_problems(self.model_type)
         if self.init == "pretrained":
             found.append(

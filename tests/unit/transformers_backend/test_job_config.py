@@ -188,6 +188,7 @@ def test_bad_values_are_named(tmp_path: Path, text: str, message: str) -> None:
         ("model = 'a/b'\nmodel_type = 'llama'", "exactly one of them names the model"),
         ("model = 'a/b/c'", 'hf_transformers.model = "a/b/c": no such folder'),
         ("model = 'a/b'\ninit = 'random'", 'init = "random": must be one of "pretrained", "scratch" or none.'),
+        ("model_type = ''", 'hf_transformers.model_type = "": must not be empty'),
         ("model_type = 'lama'", 'Transformers knows no such type; the nearest is "llama"'),
         ("model_type = 'llama'\ninit = 'pretrained'", "a model_type has no weights to load"),
         ("model_type = 'llama'", "model.hf_assets_path is missing"),
@@ -204,6 +205,9 @@ def test_model_folder_needs_a_config(tmp_path: Path) -> None:
         validate(config, world_size=None)
     (tmp_path / "config.json").write_text("{}")
     validate(config, world_size=None)
+    config.hf_transformers.revision = "main"
+    with pytest.raises(ValueError, match=r'revision = "main": .* is a local folder, which has no revisions; remove it'):
+        validate(config, world_size=None)
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:

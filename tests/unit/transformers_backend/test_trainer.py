@@ -217,13 +217,16 @@ def test_a_resumed_run_is_the_same_bit_by_bit(job, optimizer: str, dropout: floa
     assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
-def test_a_finished_run_does_nothing_more(job):
+def test_a_finished_run_does_nothing_more_and_says_so(job, caplog: pytest.LogCaptureFixture):
     config = job(training__steps=2, checkpoint__enable=True, checkpoint__interval=1, metrics__log_freq=1)
     _run(config)
     before = _curve(config)
-    trainer = _run(config)
+    assert "nothing to train" not in caplog.text
+    with caplog.at_level(logging.INFO, logger="transformers_backend"):
+        trainer = _run(config)
     assert trainer.step == 2
     assert _curve(config) == before
+    assert "nothing to train: step 2 is done, and training.steps = 2. Raise it to go on, or name ano" in caplog.text
 
 
 def test_load_step_takes_an_earlier_one_and_names_what_there_is(job):
