@@ -45,10 +45,10 @@ accelerator.end_training()
 """
 
 
-def launch(*arguments: str, folder: Path, multiple: bool = True) -> str:
+def launch(*arguments: str, folder: Path) -> str:
     """Run `accelerate launch` with 2 processes on the CPU in `folder`; return all that it printed."""
     program = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1"]
-    program += ["--multi_gpu" if multiple else "--cpu", "--main_process_port=0", "--mixed_precision=no"]
+    program += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
     environment = {
         **os.environ,
         "PYTHONPATH": str(REPOSITORY),
@@ -58,11 +58,17 @@ def launch(*arguments: str, folder: Path, multiple: bool = True) -> str:
         "HF_HOME": str(folder / "home"),  # where `accelerate config` may have left something
     }
     ran = subprocess.run(
-        [*program, "--dynamo_backend=no", *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE,
+        [*program, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout
     return ran.stdout
+
+
+def blocks() -> list[str]:
+    """The Python code of docs/accelerate.md: the loop, the parallelism config, the sizes."""
+    page = (REPOSITORY / "docs" / "accelerate.md").read_text()
+    return re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -88,9 +94,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_launcher_starts_the_module_and_the_script(folder: Path) -> None:
+    """Under its FSDP settings too, which have no effect: both train alike."""
     runs = {
-        "module": ["-m", "transformers_backend.train", "job.toml"],
-        "script": ["--no_python", str(REPOSITORY / "scripts/train.sh"), "job.toml"],
+        "module": ["--use_fsdp", "--fsdp_version=2", "-m", "transformers_backend.train", "job.toml"],
+        "script": ["--multi_gpu", "--no_python", str(REPOSITORY / "scripts/train.sh"), "job.toml"],
     }
     for name, arguments in runs.items():
         printed = launch(*arguments, "--job.dump_folder", str(folder / name), folder=folder)
@@ -104,17 +111,16 @@ def test_the_launcher_starts_the_module_and_the_script(folder: Path) -> None:
 
 def test_what_cpu_means_to_the_launcher_is_said(folder: Path) -> None:
     arguments = ["-m", "transformers_backend.train", "job.toml", "--job.dump_folder", str(folder / "alone")]
-    printed = launch(*arguments, "--training.steps", "2", folder=folder, multiple=False)
+    printed = launch("--cpu", *arguments, "--training.steps", "2", folder=folder)
     assert "1 x cpu" in printed
     assert "this process trains alone. `accelerate launch` starts several with --multi_gpu" in printed
 
 
 def test_the_loop_of_the_docs(folder: Path) -> None:
-    page = (REPOSITORY / "docs" / "accelerate.md").read_text()
-    loop, config = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    loop = blocks()[0]
     assert HUB_ID in loop
     (folder / "my_loop.py").write_text(loop.replace(HUB_ID, "./my_model"))
-    printed = launch("my_loop.py", folder=folder)
+    printed = launch("--multi_gpu", "my_loop.py", folder=folder)
     lines = re.findall(r"^epoch (\d), step (\d+): loss (\S+)$", printed, re.MULTILINE)
     assert [line[:2] for line in lines] == [("1", "4"), ("2", "8")], "the first process prints, for both"
 
@@ -127,12 +133,26 @@ def test_the_loop_of_the_docs(folder: Path) -> None:
     after = AutoModelForCausalLM.from_pretrained(folder / "outputs/my_loop/export").state_dict()
     assert before.keys() == after.keys()
     assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+
+
+def test_the_other_code_of_the_docs(
+    folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    _, config, sizes = blocks()
     exec(compile(config, "accelerate.md", "exec"), {})
+    assert "data_parallel_replicate_degree=2, data_parallel_shard_degree=4" in capsys.readouterr().out
+    assert HUB_ID in sizes
+    variables: dict = {}
+    exec(compile(sizes.replace(HUB_ID, "./my_model"), "accelerate.md", "exec"), variables)
+    parameters = Qwen3ForCausalLM.from_pretrained("my_model").num_parameters()
+    assert variables["total"] == pytest.approx(4 * parameters, rel=1e-2), "rotary frequencies are counted too"
+    assert re.search(r"on each of 8 ranks: [\d.]+ KB\nthe largest layer, gathered: [\d.]+ KB", capsys.readouterr().out)
 
 
 def test_the_trainer_inside_an_accelerators_process_group(folder: Path) -> None:
     (folder / "inside.py").write_text(INSIDE)
-    printed = launch("inside.py", "job.toml", "--job.dump_folder", str(folder / "inside"), folder=folder)
+    printed = launch("--multi_gpu", "inside.py", "job.toml", "--job.dump_folder", str(folder / "inside"), folder=folder)
     assert "after the run: dp_replicate 2, 2 processes" in printed, "an Accelerator means replicas by all sizes of 1"
     assert [line["step"] for line in metrics(folder / "inside")] == [1, 2, 3]
     assert "DistributedDataParallel: not a Transformers model (a PreTrainedModel). Pass on what from_pret" in printed

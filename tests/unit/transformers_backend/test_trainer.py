@@ -241,6 +241,18 @@ def test_load_step_takes_an_earlier_one_and_names_what_there_is(job):
         _run(config)
 
 
+@pytest.mark.parametrize(("rank", "times"), [("0", 1), ("1", 0)])
+def test_the_first_rank_says_what_a_config_ignores(rank: str, times: int, tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.setenv("RANK", rank)
+    (tmp_path / "job.toml").write_text("[training]\ngc_debug = true\nsteps = 0\n")
+    reader = logging.getLogger("transformers_backend.job_config")
+    try:
+        assert main([str(tmp_path / "job.toml")]) == 2
+    finally:
+        reader.setLevel(logging.NOTSET)
+    assert caplog.text.count("training.gc_debug is a torchtitan key without meaning here; ignored.") == times
+
+
 def test_the_command_says_a_wrong_load_step_in_one_message(job, capsys: pytest.CaptureFixture):
     config = job(checkpoint__enable=True, checkpoint__load_step=7)
     path = Path(config.job.dump_folder) / "job.toml"
