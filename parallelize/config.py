@@ -11,10 +11,11 @@ report all of them at once; `check(...)` raises them as one `ValueError`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 
 @dataclass
@@ -39,6 +40,21 @@ class ParallelismConfig:
     context_parallel_degree: int = 1
     """Number of ranks that each sequence is split over. 1 means disabled; more is not available yet."""
 
+    @classmethod
+    def from_accelerate(cls, config: Any) -> ParallelismConfig:
+        """The same mesh as an `accelerate.ParallelismConfig`, e.g. that of `Accelerator(...).parallelism_config`.
+
+        Sizes are taken as they are: accelerate's dp_shard_size = 1 means no sharding, where our own default of -1
+        shards over the rest of the world. All sizes 1 means there that every process holds a replica, so inside a
+        process group the replicas become its number of ranks. Raises one ValueError that lists what has no counterpart.
+        """
+        given = _accelerate_fields(config)
+        check(_without_counterpart(given))
+        degrees = {ours: given[theirs] for theirs, ours in _ACCELERATE_SIZES.items()}
+        if set(degrees.values()) == {1} and dist.is_initialized():
+            degrees["data_parallel_replicate_degree"] = dist.get_world_size()
+        return cls(**degrees)
+
     def problems(self) -> list[str]:
         found = []
         for name in ("data_parallel_replicate_degree", "tensor_parallel_degree", "pipeline_parallel_degree",
@@ -58,6 +74,60 @@ class ParallelismConfig:
                 )
         found += choice_problems("parallelism", self, "fsdp_reshard_after_forward", ("default", "always", "never"))
         return found
+
+
+# accelerate 1.15's names, and ours.
+_ACCELERATE_SIZES = {
+    "dp_replicate_size": "data_parallel_replicate_degree",
+    "dp_shard_size": "data_parallel_shard_degree",
+    "tp_size": "tensor_parallel_degree",
+    "cp_size": "context_parallel_degree",
+}
+# What says nothing by itself: the only backends that there are, and settings of sequence parallelism, which is refused.
+_ACCELERATE_SILENT = ("cp_backend", "sp_backend", "sp_handler")
+
+
+def _accelerate_fields(config: Any) -> dict[str, Any]:
+    """The fields of an accelerate.ParallelismConfig. Its class is not asked for: this library does not import it."""
+    given = {entry.name: getattr(config, entry.name) for entry in fields(config)} if _is_instance(config) else {}
+    if not _ACCELERATE_SIZES.keys() <= given.keys():
+        hint = ""
+        if config is None:
+            hint = " An Accelerator's parallelism_config is None where none was given to it."
+        raise ValueError(
+            f"from_accelerate: got {type(config).__name__}, which is not an accelerate.ParallelismConfig; pass one, or "
+            f"write ParallelismConfig() to shard over all ranks.{hint}"
+        )
+    return given
+
+
+def _is_instance(config: Any) -> bool:
+    return is_dataclass(config) and not isinstance(config, type)
+
+
+def _without_counterpart(given: dict[str, Any]) -> list[str]:
+    """The sentences for what an accelerate.ParallelismConfig says that cannot be said here."""
+    found = []
+    if given.get("sp_size", 1) > 1:
+        found.append(
+            f"sp_size = {given['sp_size']}: the sequence parallelism of DeepSpeed is not available here; set it to 1, "
+            "and raise dp_shard_size by that factor."
+        )
+    if given["tp_size"] > 1 and given["tp_handler"].enable_async_tp:
+        found.append("tp_handler.enable_async_tp = True: not available here (accelerate ignores it); leave it out.")
+    if given["cp_size"] > 1 and given["cp_handler"].cp_comm_strategy != "allgather":
+        found.append(
+            f'cp_handler.cp_comm_strategy = "{given["cp_handler"].cp_comm_strategy}": how ranks exchange a sequence '
+            "cannot be chosen here; leave it out."
+        )
+    known = {*_ACCELERATE_SIZES, *_ACCELERATE_SILENT, "sp_size", "tp_handler", "cp_handler"}
+    found += [
+        f"{name} = {value!r}: accelerate's ParallelismConfig has it, but this version here does not know it; leave it "
+        "out."
+        for name, value in given.items()
+        if name not in known and value not in (None, 1, False)
+    ]
+    return [f"accelerate.ParallelismConfig: {problem}" for problem in found]
 
 
 @dataclass

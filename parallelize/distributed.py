@@ -7,12 +7,15 @@ The program knows one convention: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+logger = logging.getLogger(__name__)
 
 _PATIENCE_SECONDS = 4 * 3600  # one rank writing or downloading a large model while the others wait
 
@@ -40,6 +43,11 @@ def initialize(device: torch.device, *, timeout_seconds: int) -> None:
         device_id = device if device.type == "cuda" else None
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     else:
+        if "MASTER_ADDR" in os.environ:
+            logger.warning(
+                "MASTER_ADDR is set, but RANK and WORLD_SIZE are not: this process trains alone. `accelerate launch` "
+                "starts several with --multi_gpu (on machines without a GPU too), not with --cpu."
+            )
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 

@@ -11,6 +11,7 @@ import inspect
 from dataclasses import dataclass
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -34,6 +35,27 @@ class Decoder:
     """Whether embedding and head share one parameter."""
     accepts_position_ids: bool
     """Whether the base takes `position_ids`; alibi and recurrent models do not."""
+
+
+def check_is_plain(hf_model: PreTrainedModel) -> None:
+    """Raise a ValueError for what is no Transformers model as that library made it, on one device."""
+    name = type(hf_model).__name__
+    if not isinstance(hf_model, PreTrainedModel):
+        raise ValueError(
+            f"{name}: not a Transformers model (a PreTrainedModel). Pass on what from_pretrained returned, before "
+            "accelerator.prepare, DistributedDataParallel, torch.compile or PEFT put something around it."
+        )
+    if "_original_forward" in vars(hf_model) or any(isinstance(p, DTensor) for p in hf_model.parameters()):
+        raise ValueError(
+            f"{name}: already prepared by accelerate, or sharded. Pass the model on without accelerator.prepare, "
+            "fully_shard or tp_plan: sharding and precision are arguments of .parallelize."
+        )
+    devices = sorted({str(parameter.device) for parameter in hf_model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"{name}: its parameters lie on several devices ({', '.join(devices)}); training needs them on one. Load "
+            "the model without device_map; .parallelize shards it."
+        )
 
 
 def describe_decoder(hf_model: PreTrainedModel) -> Decoder:

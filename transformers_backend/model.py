@@ -30,7 +30,7 @@ from parallelize.grad_norm import clip_grad_norm_
 from parallelize.mixed_precision import parameters_cast_to
 from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
-from transformers_backend.decoder import describe_decoder
+from transformers_backend.decoder import check_is_plain, describe_decoder
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
 from transformers_backend.proof import check_recomputation, prove, why_not_compile
@@ -64,6 +64,7 @@ class HFTransformerModel:
     @classmethod
     def wrap(cls, hf_model: PreTrainedModel) -> HFTransformerModel:
         """Wrap a model that was loaded or built with Transformers. Changes nothing until it is parallelised."""
+        check_is_plain(hf_model)
         model = cls.__new__(cls)
         model._set_up(hf_model, HFTransformerModelArgs(attn_implementation=hf_model.config._attn_implementation))
         return model

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +20,15 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 logger = logging.getLogger(__name__)
+
+# What an override would not reach, because it is said elsewhere; and what no config class checks.
+_KEYS_OF_THEIR_OWN = {
+    "model_type": "hf_transformers.model_type",
+    "dtype": "training.dtype (weights) and training.mixed_precision_param (computation)",
+    "torch_dtype": "training.dtype (weights) and training.mixed_precision_param (computation)",
+    "attn_implementation": "hf_transformers.attn_implementation",
+}
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
 
 @dataclass
@@ -43,6 +53,8 @@ class HFTransformerModelArgs:
     """Dtype in which parameters are kept and updated."""
 
     def __post_init__(self) -> None:
+        if self.model is not None:
+            self.model = os.path.expanduser(self.model)  # leaves hub ids alone
         if self.init is None:
             self.init = "pretrained" if self.model is not None else "scratch"
 
@@ -72,9 +84,15 @@ class HFTransformerModelArgs:
 
     def _load_config(self) -> PreTrainedConfig:
         if self.model is not None:
-            return AutoConfig.from_pretrained(
-                self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
+            try:
+                return AutoConfig.from_pretrained(
+                    self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+                )
+            except OSError as error:
+                raise OSError(
+                    f'hf_transformers.model = "{self.model}": its config cannot be read ({error}). Correct the name or '
+                    "the revision, or name a local folder."
+                ) from error
         if self.model_type not in CONFIG_MAPPING:
             close = difflib.get_close_matches(self.model_type, CONFIG_MAPPING.keys(), n=3)
             raise ValueError(
@@ -131,13 +149,7 @@ def override_config(hf_config: PreTrainedConfig, overrides: dict[str, Any]) -> P
     if not overrides:
         return hf_config
     fields = hf_config.to_dict()
-    unknown = [key for key in overrides if key not in fields]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], fields, n=1)
-        raise ValueError(
-            f'hf_transformers.config_overrides has "{unknown[0]}": {type(hf_config).__name__} has no such field'
-            + (f'; did you mean "{close[0]}"?' if close else ".")
-        )
+    _check_overrides(overrides, fields, type(hf_config).__name__)
     # A head size that follows from the others follows from their new values; one of its own stays.
     hidden_size, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
     derives_head_dim = bool(hidden_size and heads) and fields.get("head_dim") == hidden_size // heads
@@ -152,14 +164,36 @@ def override_config(hf_config: PreTrainedConfig, overrides: dict[str, Any]) -> P
     for key in ("model_type", "transformers_version"):
         fields.pop(key, None)
     if derives_head_dim and "head_dim" not in overrides and {"hidden_size", "num_attention_heads"} & overrides.keys():
-        fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
+        hidden_size, heads = fields["hidden_size"], fields["num_attention_heads"]
+        if isinstance(hidden_size, int) and isinstance(heads, int) and heads > 0:  # else the class refuses them below
+            fields["head_dim"] = hidden_size // heads
     try:
         return type(hf_config)(**fields)
     except StrictDataclassError as error:
+        remedy = "Correct the value."
+        if isinstance(old_layers, int) and isinstance(new_layers, int) and new_layers > old_layers:
+            remedy = (
+                f"More layers than the model's {old_layers} need its lists (layer_types ...) written out too, and "
+                'hf_transformers.init = "scratch", because the files hold no weights for them.'
+            )
         raise ValueError(
-            f"hf_transformers.config_overrides = {overrides}: {type(hf_config).__name__} refuses it ({error}). "
-            "Correct the value."
+            f"hf_transformers.config_overrides = {overrides}: {type(hf_config).__name__} refuses it ({error}). {remedy}"
         ) from error
+
+
+def _check_overrides(overrides: dict[str, Any], fields: dict[str, Any], class_name: str) -> None:
+    """Raise a ValueError for a field that the config lacks, that has a key of its own, or a size below 1."""
+    for key, value in overrides.items():
+        name = f'hf_transformers.config_overrides has "{key}"'
+        if key in _KEYS_OF_THEIR_OWN:
+            raise ValueError(f"{name}, which is not changed there: set {_KEYS_OF_THEIR_OWN[key]} and remove it.")
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            raise ValueError(
+                f"{name}: {class_name} has no such field" + (f'; did you mean "{close[0]}"?' if close else ".")
+            )
+        if key in _SIZES and isinstance(value, int) and value < 1:
+            raise ValueError(f"{name} = {value}: must be at least 1.")
 
 
 def build_on_meta(
@@ -175,4 +209,18 @@ def build_on_meta(
         raise ValueError(
             f'hf_transformers.attn_implementation = "{model_args.attn_implementation}": it is not installed ({error}). '
             'Install it, or set "sdpa" or "eager".'
+        ) from error
+    except ValueError as error:
+        if "attn_implementation" not in str(error):
+            raise
+        raise ValueError(
+            f'hf_transformers.attn_implementation = "{model_args.attn_implementation}": {model_class.__name__} has no '
+            f'such attention; set "sdpa" or "eager", or leave it out for the model\'s own choice. ({error})'
+        ) from error
+    except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:  # what a constructor does with odd values
+        if not model_args.config_overrides:
+            raise
+        raise ValueError(
+            f"hf_transformers.config_overrides = {model_args.config_overrides}: {model_class.__name__} cannot be built "
+            f"with it ({type(error).__name__}: {error}). Correct the value."
         ) from error

@@ -186,14 +186,15 @@ def build_schedulers(
 ) -> list[LambdaLR]:
     """Return a `warmup_stable_decay` schedule for each optimizer; call `.step()` on each after the optimizers' step.
 
-    Phases that do not fit into `total_steps` are cut as described there, with a warning.
+    Phases that do not fit into `total_steps` are cut as described there, which is logged (on all ranks, so as no
+    warning: those are shown for every rank).
     """
     if decay_type not in ("linear", "sqrt", "cosine"):
         raise ValueError(f'lr_scheduler.decay_type = "{decay_type}": must be "linear", "sqrt" or "cosine".')
     if warmup_steps > total_steps:
-        logger.warning("lr_scheduler.warmup_steps = %d: cut to the %d steps of the run.", warmup_steps, total_steps)
+        logger.info("lr_scheduler.warmup_steps = %d: cut to the %d steps of the run.", warmup_steps, total_steps)
     elif decay_ratio is not None and warmup_steps + round(total_steps * decay_ratio) > total_steps:
-        logger.warning(
+        logger.info(
             "lr_scheduler.decay_ratio = %g: cut to the %d steps that %d warm-up steps leave of %d.",
             decay_ratio, total_steps - warmup_steps, warmup_steps, total_steps,
         )  # fmt: skip

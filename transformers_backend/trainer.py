@@ -129,6 +129,12 @@ class Trainer:
         """Run the job to its last step, with checkpoints, validation, export and the closing sample."""
         config = self.job_config
         tokens_since_log, waited_until_log = 0, self.data_wait_seconds
+        if self.step >= config.training.steps:
+            logger.info(
+                "nothing to train: step %d is done, and training.steps = %d. Raise it to go on, or name another "
+                "job.dump_folder to start anew.",
+                self.step, config.training.steps,
+            )  # fmt: skip
         watched = profilers(
             config.profiling, dump_folder=self.dump_folder, device=self.device, rank=self.rank, steps_done=self.step
         )

@@ -8,7 +8,8 @@ processes one after another:
 3. the twin is saved with Transformers' `save_pretrained`, loaded into sharded parameters, its first loss compared,
    exported again, and the export compared bit by bit through `AutoModelForCausalLM.from_pretrained`.
 
-A model passes, fails, or is refused with a reason. The exit status is 1 if any fails.
+A model passes, fails, or is refused with a reason. The exit status is 1 if any fails, and 2 for a name that can be no
+model.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import difflib
 import json
 import logging
 import platform
@@ -36,6 +38,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from parallelize.compile import COMPILE_ERRORS
 from parallelize.config import CompileConfig, ParallelismConfig
 from transformers_backend.errors import is_meant_for_the_user
+from transformers_backend.job_config.rules import model_source_problems
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.model_args import HFTransformerModelArgs
 from transformers_backend.proof import GRADIENT_TOLERANCE, LOSS_TOLERANCE, MODEL_ERRORS, gradients, relative_errors
@@ -77,8 +80,10 @@ class Report:
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     models = [*options.models, *(DENSE_MODEL_TYPES if options.all_dense else ())]
+    if not options.json:
+        _print_row(_COLUMNS)
     reports = verify(
-        models, fsdp=options.fsdp, compile=options.compile, on_report=None if options.json else _print_line
+        models, fsdp=options.fsdp, compile=options.compile, on_report=None if options.json else _print_report
     )
     if options.json:
         print(json.dumps([dataclasses.asdict(report) for report in reports], indent=2))
@@ -102,7 +107,27 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("name at least one model type, hub id or folder, or give --all-dense")
     if options.fsdp < 1:
         parser.error(f"--fsdp {options.fsdp}: must be at least 1")
+    unknown = [problem for name in options.models for problem in _name_problems(name)]
+    if unknown:
+        parser.error("\n".join(unknown))
     return options
+
+
+def _is_model_type(name: str) -> bool:
+    return name in CONFIG_MAPPING or not ("/" in name or Path(name).exists())
+
+
+def _name_problems(name: str) -> list[str]:
+    """What is wrong with a name that is neither a model type nor a folder, and cannot be a hub id."""
+    if not _is_model_type(name):
+        return model_source_problems("MODEL", name)
+    if name in CONFIG_MAPPING:
+        return []
+    (nearest,) = difflib.get_close_matches(name, list(CONFIG_MAPPING.keys()), n=1, cutoff=0.0)
+    return [
+        f'MODEL = "{name}": no folder from {Path.cwd()}, and Transformers {transformers.__version__} knows no such '
+        f'model type; the nearest is "{nearest}". A hub id is owner/name.'
+    ]
 
 
 def verify(
@@ -149,16 +174,16 @@ def _verify_model(name: str, world_size: int, compile: bool, folder: Path) -> Re
     notes = _CollectWarnings(report.notes)
     logging.getLogger("transformers_backend").addHandler(notes)
     try:
-        is_type = name in CONFIG_MAPPING or not ("/" in name or Path(name).exists())
-        hf_config, model_class = HFTransformerModelArgs(**{"model_type" if is_type else "model": name}).resolve()
+        key = "model_type" if _is_model_type(name) else "model"
+        hf_config, model_class = HFTransformerModelArgs(**{key: name}).resolve()
         report.model_class = model_class.__name__
         _compare_training(report, hf_config, model_class, world_size, compile)
         _compare_weights(report, hf_config, model_class, world_size, folder)
     except ValueError as error:
         report.verdict = "refused" if is_meant_for_the_user(error) else "fail"
         report.reason = f"{type(error).__name__}: {error}" if report.verdict == "fail" else str(error)
-    except (*MODEL_ERRORS, *COMPILE_ERRORS) as error:
-        report.verdict, report.reason = "fail", f"{type(error).__name__}: {error}"
+    except (*MODEL_ERRORS, *COMPILE_ERRORS, OSError) as error:  # OSError: a hub id that cannot be fetched
+        report.verdict, report.reason = "fail", f"{type(error).__name__}: {' '.join(str(error).split())}"
     finally:
         logging.getLogger("transformers_backend").removeHandler(notes)
         if dist.get_rank() == 0:
@@ -241,10 +266,12 @@ class _CollectWarnings(logging.Handler):
         self._notes.append(record.getMessage())
 
 
-def _print_line(report: Report) -> None:
-    print(
-        " ".join(f"{cell:<{width}}" for cell, width in zip(_cells(report), _WIDTHS, strict=True)).rstrip(), flush=True
-    )
+def _print_report(report: Report) -> None:
+    _print_row(_cells(report))
+
+
+def _print_row(cells: tuple[str, ...]) -> None:
+    print(" ".join(f"{cell:<{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)).rstrip(), flush=True)
 
 
 _COLUMNS = ("model", "loss diff", "worst gradient", "of", "loaded diff", "export", "verdict")

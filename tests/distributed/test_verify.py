@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from transformers_backend.verify import DENSE_MODEL_TYPES, PRETRAINED_LOSS_TOLERANCE, verify
+from transformers_backend.verify import DENSE_MODEL_TYPES, PRETRAINED_LOSS_TOLERANCE, main, verify
 
 # The promise of the project, written out here so that a loosened tolerance in the sources shows.
 LOSS, GRADIENT, LOADED_LOSS = 1e-5, 1e-4, 1e-6
@@ -39,10 +41,32 @@ def test_what_cannot_be_trained_is_refused_with_the_reason():
     assert "llama" in reports["lama"].reason, "the nearest type is named"
 
 
-@pytest.mark.parametrize("arguments", [[], ["llama", "--fsdp", "0"]])
-def test_the_command_says_what_is_missing(arguments: list[str], capsys: pytest.CaptureFixture):
-    from transformers_backend.verify import main
-
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name at least one model type"),
+        (["llama", "--fsdp", "0"], "--fsdp 0: must be at least 1"),
+        (["llama", "lama"], 'MODEL = "lama": no folder from'),
+        (["lama"], 'knows no such model type; the nearest is "llama". A hub id is owner/name.'),
+        (["./no/such"], 'MODEL = "./no/such": no such folder from'),
+        (["tests"], 'MODEL = "tests": the folder has no config.json'),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "tests").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
         main(arguments)
-    assert ("--fsdp 0: must be at least 1" if arguments else "name at least one model type") in capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_table_has_a_header_and_names_what_cannot_be_fetched(capsys: pytest.CaptureFixture):
+    assert main(["nobody/nothing", "llama", "--fsdp", "1"]) == 1
+    header, nothing, llama, summary = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["model", "loss", "diff"]
+    assert "fail (OSError: " in nothing
+    assert header.index("verdict") == nothing.index("fail (") == llama.index("pass")
+    assert summary == "1 pass, 0 refused, 1 fail"

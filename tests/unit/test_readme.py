@@ -1,7 +1,7 @@
 """The README and the hand-written docs under test: commands, code, configs, and the names of keys and files.
 
 Everything happens in a checkout made of links, beside the files that the README supposes a reader to have: a model
-folder, text, `my_run.toml` and `my_training.py`, both written from the README's own blocks.
+folder, text, and `my_run.toml`, `my_training.py` and `my_loop.py`, all written from the pages' own blocks.
 
 - ```bash blocks run as they stand, with stand-ins for Python and the launchers that record how they are called; the
   recorded arguments then go through the real parsers. The default run is also really run, for two short steps, and
@@ -34,7 +34,10 @@ from transformers_backend import JobConfig, load_job_config, train, verify
 from transformers_backend.job_config.values import field_types
 
 REPOSITORY = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/how_it_works.md", "docs/configuration.md", "docs/watching.md", "docs/contributing.md")
+PAGES = (
+    "README.md", "docs/how_it_works.md", "docs/configuration.md", "docs/watching.md", "docs/accelerate.md",
+    "docs/contributing.md",
+)  # fmt: skip
 HUB_ID = "Qwen/Qwen3-0.6B"
 # Steps small enough for a test.
 SHORTENED = ["--training.seq_len", "32", "--training.global_batch_size", "4"]
@@ -50,6 +53,7 @@ LAUNCHER = r"""
 if [[ "$1" == launch ]]; then shift; fi
 while [[ "$1" == -* ]]; do shift; done
 if [[ "$1" == *.py ]]; then exec python "$@"; fi
+if [[ "$1" == transformers_backend.* ]]; then exec python -m "$@"; fi
 exec env {variables} "$@"
 """
 STAND_INS = {
@@ -96,6 +100,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my_text" / "a.txt").write_text("Some text of the reader's own. " * 40)
     (folder / "my_run.toml").write_text(blocks_of("README.md", "toml")[0])
     (folder / "my_training.py").write_text(blocks_of("README.md", "python")[1])
+    (folder / "my_loop.py").write_text(blocks_of("docs/accelerate.md", "python")[0])
     return folder
 
 
@@ -179,8 +184,11 @@ def check_accelerate(arguments: list[str]) -> None:
     launch = pytest.importorskip("accelerate.commands.launch", reason="accelerate is not installed")
     options = launch.launch_command_parser().parse_args(arguments[1:])
     assert arguments[0] == "launch"
-    assert options.no_python
-    assert Path(options.training_script).is_file()
+    if options.module or not options.no_python:
+        module = ["-m"] if options.module else []
+        check_python([*module, options.training_script, *options.training_script_args])
+    else:
+        assert Path(options.training_script).is_file()
 
 
 def check_srun(arguments: list[str]) -> None:
@@ -272,7 +280,8 @@ def test_the_tour_works(checkout: Path, clean_process: None, monkeypatch: pytest
     options = ", ".join(f'"{word}"' for word in ["--training.steps", "3", *SHORTENED])
     ran = execute(trainer, {'"--training.steps", "10"': options})
     assert ran["trainer"].step == 3
-    assert Path("outputs/my_run/checkpoint/step-3").is_dir()
+    assert Path("outputs/from_python/checkpoint/step-3").is_dir()
+    assert not Path("outputs/my_run/checkpoint/step-3").exists(), "the finished run is left alone"
 
 
 def execute(code: str, replacements: dict[str, str]) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 
@@ -21,7 +22,9 @@ def load_tokenizer(
         return ByT5Tokenizer()
     remedy = 'Name a hub id or a folder with tokenizer files, or use the built-in byte-level "byt5".'
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            os.path.expanduser(name_or_path), revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, TypeError) as error:  # missing; not a tokenizer; a slow one without its vocabulary
         raise ValueError(
             f'model.hf_assets_path = "{name_or_path}": no tokenizer could be loaded from it. {remedy} '

@@ -47,7 +47,7 @@ def load_job_config(argv: list[str] | None = None) -> JobConfig:
     config_files, assignments, problems = _read_command_line(argv)
     if len(config_files) > 1:
         problems.append(f"{len(config_files)} TOML files, {', '.join(config_files)}: name one.")
-    table = _read_file(Path(config_files[0]) if config_files else DEFAULT_CONFIG_FILE)
+    table = _read_file(config_files[0] if config_files else str(DEFAULT_CONFIG_FILE))
     for path, value in assignments:
         _assign(table, path, value)
     config = JobConfig()
@@ -80,17 +80,23 @@ def _parse(text: str, name: str) -> dict[str, Any]:
         raise ValueError(f"{name}: not valid TOML: {error}; correct it there.") from error
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(name: str) -> dict[str, Any]:
+    path = Path(name).expanduser()
     try:
-        return _parse(path.read_text(encoding="utf-8"), str(path))
+        return _parse(path.read_text(encoding="utf-8-sig"), str(path))  # some editors begin it with a byte order mark
     except OSError as error:
-        problem = (
-            f"{path}: cannot be read ({error.strerror}); name a TOML file such as those in train_configs/. An option "
-            "takes one value, a list is a,b."
-        )
+        remedy = "name a TOML file such as those in train_configs/. An option takes one value, a list is a,b."
+        if _looks_like_an_option(name):
+            remedy = f"an option begins with two dashes: --{name.lstrip('-')}."
+        problem = f"{name or 'an empty argument'}: cannot be read ({error.strerror}); {remedy}"
     except UnicodeDecodeError as error:
         problem = f"{path}: not valid TOML: {error}; correct it there."
     raise ValueError(problem)
+
+
+def _looks_like_an_option(name: str) -> bool:
+    section = name.lstrip("-").partition("=")[0].partition(".")[0]
+    return section in field_types(JobConfig) and not name.endswith(".toml")
 
 
 def _read_command_line(argv: list[str]) -> tuple[list[str], list[tuple[tuple[str, ...], Any]], list[str]]:
@@ -109,6 +115,9 @@ def _read_command_line(argv: list[str]) -> tuple[list[str], list[tuple[tuple[str
         kind = str if name == "job.config_file" else _type_at(path)
         positive = _positive_form(path)
         if positive and not equals:
+            if _value_follows(tokens, bool):
+                on = ".".join(positive)
+                problems.append(f"--{name} {tokens.popleft()}: takes no value; write --{name}, or --{on}.")
             path, value = positive, False
         elif equals or _value_follows(tokens, kind):
             text = text if equals else tokens.popleft()
@@ -142,10 +151,14 @@ def _positive_form(path: tuple[str, ...]) -> tuple[str, str] | None:
 
 
 def _value_follows(tokens: deque[str], kind: Any) -> bool:
-    """Whether the next token is an option's value; for a boolean only true and false are."""
+    """Whether the next token is an option's value; after a boolean it may be the TOML file instead."""
     if not tokens or tokens[0].startswith("--"):
         return False
-    return kind is not bool or tokens[0].lower() in ("true", "false")
+    return kind is not bool or not _is_a_file(tokens[0])
+
+
+def _is_a_file(token: str) -> bool:
+    return token.endswith(".toml") or Path(token).expanduser().is_file()
 
 
 def _assign(table: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

@@ -27,13 +27,14 @@ def empty_strings(section: str, config: object, *names: str) -> list[str]:
 
 def source_problems(key: str, value: str) -> list[str]:
     """A folder that exists, or what may be a hub id: `owner/name` or a bare name."""
-    if Path(value).is_dir() or (_HUB_ID.fullmatch(value) and not Path(value).exists()):
+    if Path(value).expanduser().is_dir() or (_HUB_ID.fullmatch(value) and not Path(value).exists()):
         return []
     return [f'{key} = "{value}": no such folder from {Path.cwd()}, and not a hub id such as "owner/name"; correct it.']
 
 
 def model_source_problems(key: str, value: str) -> list[str]:
-    if Path(value).is_dir() and not (Path(value) / "config.json").is_file():
+    folder = Path(value).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
         return [f'{key} = "{value}": the folder has no config.json; name one that save_pretrained has written.']
     return source_problems(key, value)
 
@@ -43,6 +44,8 @@ def model_type_problems(value: str) -> list[str]:
 
     if value in CONFIG_MAPPING:
         return []
+    if not value:
+        return ['hf_transformers.model_type = "": must not be empty; name a type such as "llama".']
     (nearest,) = difflib.get_close_matches(value, list(CONFIG_MAPPING.keys()), n=1, cutoff=0.0)
     return [
         f'hf_transformers.model_type = "{value}": Transformers knows no such type; the nearest is "{nearest}". A hub '

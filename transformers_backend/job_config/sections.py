@@ -95,7 +95,13 @@ class HFTransformers:
                 "of your own, or --hf_transformers.model_type none --hf_transformers.config_overrides {})."
             ]
         if self.model is not None:
-            return model_source_problems("hf_transformers.model", self.model)
+            found = model_source_problems("hf_transformers.model", self.model)
+            if self.revision is not None and Path(self.model).expanduser().is_dir():
+                found.append(
+                    f'hf_transformers.revision = "{self.revision}": hf_transformers.model = "{self.model}" is a local '
+                    "folder, which has no revisions; remove it."
+                )
+            return found
         found = model_type_problems(self.model_type)
         if self.init == "pretrained":
             found.append(
@@ -150,7 +156,7 @@ class Training(TextSource):
     seq_len: int = 2048
     """Tokens per training sequence."""
 
-    max_norm: float = 1.0
+    max_norm: float = field(default=1.0, metadata={"may_be_infinite": True})
     """Largest norm of all gradients together; larger ones are scaled down to it. inf means no clipping."""
 
     steps: int = 10000
@@ -228,7 +234,7 @@ class Optimizer:
 @dataclass
 class LRScheduler:
     warmup_steps: int = 200
-    """Steps over which the learning rate rises linearly from 0. A run with fewer steps ends on the way up."""
+    """Steps over which the learning rate rises linearly from 0. A run with fewer steps shortens it to them."""
 
     total_steps: int | None = None
     """Steps that the schedule is drawn for. none means training.steps; set it to try the first steps of a longer

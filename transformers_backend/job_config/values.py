@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
 import sys
 import types
@@ -59,12 +60,15 @@ def has_type(value: Any, kind: Any) -> bool:
 
 
 def type_problems(section: str, config: object) -> list[str]:
-    """Return a sentence for every field of a section whose value is not of the declared type or choice."""
+    """Return a sentence for every field of a section whose value is not of the declared type or choice, or not finite
+    (unless its metadata says may_be_infinite)."""
     found = []
     for entry in dataclasses.fields(config):
         value, kind = getattr(config, entry.name), field_types(type(config))[entry.name]
         if not has_type(value, kind):
             found.append(f"{section}.{entry.name} = {_shown(value)}: must be {describe_type(kind)}.")
+        elif isinstance(value, float) and not math.isfinite(value) and not entry.metadata.get("may_be_infinite"):
+            found.append(f"{section}.{entry.name} = {value}: must be a finite number; correct it.")
     return found
 
 

@@ -187,7 +187,8 @@ def _check_plan(plan: _LoadPlan, blueprint: PreTrainedModel, folder: Path) -> No
     if lines:
         raise ValueError(
             "\n".join([f"{folder}: the weights do not fit {type(blueprint).__name__} as configured:", *lines])
-            + "\nCheck the model, its revision and [hf_transformers] config_overrides."
+            + "\nCheck the model, its revision and [hf_transformers] config_overrides, or set hf_transformers.init = "
+            '"scratch" to draw all weights anew.'
         )
 
 

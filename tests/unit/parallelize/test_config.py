@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import accelerate
 import pytest
+from accelerate.utils import TorchContextParallelConfig, TorchTensorParallelConfig
 
 from parallelize.config import (
     ActivationCheckpointConfig,
@@ -102,3 +106,88 @@ def test_all_problems_are_told_at_once():
 def test_check_of_nothing_passes():
     assert check([]) is None
     assert check(problem for problem in ()) is None
+
+
+# --- accelerate's parallelism config
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_accelerate(monkeypatch: pytest.MonkeyPatch):
+    """Its ParallelismConfig takes what it is not given from the environment."""
+    for name in ("DP_REPLICATE_SIZE", "DP_SHARD_SIZE", "TP_SIZE", "CP_SIZE", "CP_COMM_STRATEGY", "SP_SIZE"):
+        monkeypatch.delenv(f"PARALLELISM_CONFIG_{name}", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({}, {}),
+        ({"dp_replicate_size": 2}, {"data_parallel_replicate_degree": 2}),
+        ({"dp_shard_size": 4}, {"data_parallel_shard_degree": 4}),
+        ({"tp_size": 2}, {"tensor_parallel_degree": 2}),
+        ({"tp_size": 2, "tp_handler": TorchTensorParallelConfig()}, {"tensor_parallel_degree": 2}),
+        ({"cp_size": 2}, {"context_parallel_degree": 2}),
+        ({"cp_size": 2, "cp_backend": "torch"}, {"context_parallel_degree": 2}),
+        ({"cp_handler": TorchContextParallelConfig(cp_comm_strategy="alltoall")}, {}),  # without effect at cp_size 1
+        ({"sp_size": 1, "sp_backend": "deepspeed"}, {}),
+        (
+            {"dp_replicate_size": 2, "dp_shard_size": 4, "tp_size": 8},
+            {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 4, "tensor_parallel_degree": 8},
+        ),
+    ],
+    ids=str,
+)
+def test_accelerates_sizes_are_taken_as_they_are(theirs: dict, ours: dict):
+    found = ParallelismConfig.from_accelerate(accelerate.ParallelismConfig(**theirs))
+    assert found == ParallelismConfig(**{"data_parallel_shard_degree": 1, **ours}), "dp_shard_size 1 is not our -1"
+
+
+def _newer(**changes) -> object:
+    """An accelerate.ParallelismConfig of a later version, with an axis that this one does not have."""
+    fields = [(name, int, dataclasses.field(default=1)) for name in changes]
+    kind = dataclasses.make_dataclass("ParallelismConfig", fields, bases=(accelerate.ParallelismConfig,))
+    return kind(**changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: accelerate.ParallelismConfig(sp_size=2), "sp_size = 2: the sequence parallelism of DeepSpeed is not"),
+        (
+            lambda: accelerate.ParallelismConfig(
+                cp_size=2, cp_handler=TorchContextParallelConfig(cp_comm_strategy="alltoall")
+            ),
+            'cp_handler.cp_comm_strategy = "alltoall": how ranks exchange a sequence cannot be chosen here; leave it',
+        ),
+        (
+            lambda: _newer(ep_size=4),
+            "ep_size = 4: accelerate's ParallelismConfig has it, but this version here does not",
+        ),
+        (lambda: None, "got NoneType, which is not an accelerate.ParallelismConfig; pass one, or write Parallelism"),
+        (lambda: None, "An Accelerator's parallelism_config is None where none was given to it."),
+        (lambda: {"tp_size": 2}, "got dict, which is not an accelerate.ParallelismConfig"),
+        (ParallelismConfig, "got ParallelismConfig, which is not an accelerate.ParallelismConfig"),
+        (lambda: accelerate.ParallelismConfig, "got type, which is not an accelerate.ParallelismConfig"),
+    ],
+)
+def test_what_accelerate_says_without_counterpart_is_refused_by_name(config, message: str):
+    with pytest.raises(ValueError, match="accelerate") as caught:
+        ParallelismConfig.from_accelerate(config())
+    assert message in str(caught.value)
+
+
+def test_asynchronous_tensor_parallelism_of_accelerate_is_refused():
+    with pytest.warns(UserWarning, match="Async tensor parallelism is currently not supported"):
+        handler = TorchTensorParallelConfig(enable_async_tp=True)
+    with pytest.raises(ValueError, match=r"tp_handler\.enable_async_tp = True: not available here") as caught:
+        ParallelismConfig.from_accelerate(accelerate.ParallelismConfig(tp_size=2, tp_handler=handler))
+    assert "sp_size" not in str(caught.value)
+
+
+def test_an_axis_of_a_later_accelerate_that_is_not_used_does_no_harm():
+    assert ParallelismConfig.from_accelerate(_newer(ep_size=1)) == ParallelismConfig(data_parallel_shard_degree=1)
+
+
+def test_tensor_parallelism_from_accelerate_meets_the_same_rules():
+    (problem,) = ParallelismConfig.from_accelerate(accelerate.ParallelismConfig(tp_size=2)).problems()
+    assert "parallelism.tensor_parallel_degree = 2" in problem

@@ -11,6 +11,7 @@ import pytest
 from transformers_backend.job_config import HFTransformers, JobConfig, load_job_config, validate
 from transformers_backend.job_config.help import field_meanings
 from transformers_backend.job_config.values import field_types, to_toml, toml_reader
+from transformers_backend.model_args import HFTransformerModelArgs
 
 MINIMAL = '[hf_transformers]\nmodel = "Qwen/Qwen3-0.6B"\n'
 
@@ -148,6 +149,13 @@ def test_command_line_reaches_into_tables() -> None:
         ("[training]\nsteps = 1.5", "training.steps = 1.5: must be an integer."),
         ("[training]\nsteps = 0", "training.steps = 0: must be at least 1."),
         ("[training]\nmax_norm = nan", "training.max_norm = nan: must be above 0"),
+        ("[training]\nmax_norm = -inf", "training.max_norm = -inf: must be above 0; inf turns clipping off"),
+        ("[optimizer]\nlr = inf", "optimizer.lr = inf: must be a finite number; correct it."),
+        ("[optimizer]\nlr = nan", "optimizer.lr = nan: must be a finite number"),
+        ("[optimizer]\nweight_decay = inf", "optimizer.weight_decay = inf: must be a finite number"),
+        ("[optimizer]\neps = inf", "optimizer.eps = inf: must be a finite number"),
+        ("[optimizer]\nbeta1 = nan", "optimizer.beta1 = nan: must be a finite number"),
+        ("[lr_scheduler]\nmin_lr_factor = -inf", "lr_scheduler.min_lr_factor = -inf: must be a finite number"),
         ("[training]\ndtype = 'float16'", 'training.dtype = "float16": must be one of "bfloat16", "float32".'),
         ("[training]\nglobal_batch_size = 12", "training.global_batch_size = 12: must be a multiple of"),
         ("[training]\ndataset_path = 'no/such'", 'training.dataset_path = "no/such": no such file or folder'),
@@ -181,6 +189,7 @@ def test_bad_values_are_named(tmp_path: Path, text: str, message: str) -> None:
         ("model = 'a/b'\nmodel_type = 'llama'", "exactly one of them names the model"),
         ("model = 'a/b/c'", 'hf_transformers.model = "a/b/c": no such folder'),
         ("model = 'a/b'\ninit = 'random'", 'init = "random": must be one of "pretrained", "scratch" or none.'),
+        ("model_type = ''", 'hf_transformers.model_type = "": must not be empty'),
         ("model_type = 'lama'", 'Transformers knows no such type; the nearest is "llama"'),
         ("model_type = 'llama'\ninit = 'pretrained'", "a model_type has no weights to load"),
         ("model_type = 'llama'", "model.hf_assets_path is missing"),
@@ -197,6 +206,9 @@ def test_model_folder_needs_a_config(tmp_path: Path) -> None:
         validate(config, world_size=None)
     (tmp_path / "config.json").write_text("{}")
     validate(config, world_size=None)
+    config.hf_transformers.revision = "main"
+    with pytest.raises(ValueError, match=r'revision = "main": .* is a local folder, which has no revisions; remove it'):
+        validate(config, world_size=None)
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
@@ -217,6 +229,62 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     ):
         assert sum(problem.startswith(f"  - {start}") for problem in problems) == 1
     assert len(problems) == 7
+
+
+@pytest.mark.parametrize("word", ["yes", "no", "on", "off", "1", "0", "ture"])
+def test_a_boolean_takes_true_or_false_only(word: str) -> None:
+    with pytest.raises(ValueError, match="Invalid configuration") as raised:
+        load_job_config(["--checkpoint.enable", word])
+    assert f'checkpoint.enable = "{word}": must be true or false.' in str(raised.value)
+    with pytest.raises(ValueError, match="Invalid configuration") as raised:
+        load_job_config(["--checkpoint.no_enable", word, "--debug.deterministic"])
+    assert f"--checkpoint.no_enable {word}: takes no value; write --checkpoint.no_enable, or" in str(raised.value)
+
+
+def test_a_file_may_follow_a_boolean(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert load_job_config(["--checkpoint.enable", path]) == load_job_config([path, "--checkpoint.enable", "true"])
+    with pytest.raises(ValueError, match=r"absent\.toml: cannot be read"):
+        load_job_config(["--checkpoint.enable", "absent.toml"])
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(MINIMAL, encoding="utf-8-sig")
+    assert load_job_config([str(tmp_path / "job.toml")]).hf_transformers.model == "Qwen/Qwen3-0.6B"
+
+
+def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    path = write(tmp_path, "[hf_transformers]\nmodel = '~/model'\n[model]\nhf_assets_path = '~/model'")
+    with pytest.raises(ValueError, match=r'"~/model": the folder has no config\.json'):
+        load_job_config(["~/job.toml"])
+    (tmp_path / "model" / "config.json").write_text("{}")
+    config = load_job_config(["--job.config_file=~/job.toml"])
+    assert load_job_config([path]) == config
+    model_args = HFTransformerModelArgs().update_from_config(config)
+    assert model_args.model == str(tmp_path / "model")
+    assert HFTransformerModelArgs(model="Qwen/Qwen3-0.6B").model == "Qwen/Qwen3-0.6B"
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("training.steps=3", "training.steps=3: cannot be read (No such file or directory); an option begins with two "
+         "dashes: --training.steps=3."),
+        ("-training.steps", "-training.steps: cannot be read (No such file or directory); an option begins with two"),
+        ("20", "20: cannot be read (No such file or directory); name a TOML file such as those in train_configs/. An "
+         "option takes one value, a list is a,b."),
+        ("tests", "cannot be read (Is a directory); name a TOML file"),
+        ("", "an empty argument: cannot be read"),
+    ],
+)  # fmt: skip
+def test_stray_words_are_explained(token: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tests").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="cannot be read") as raised:
+        load_job_config([token, "--training.steps", "3"])
+    assert message in str(raised.value)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -21,6 +23,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from parallelize.config import ParallelismConfig
+from parallelize.distributed import initialize, shutdown
 from transformers_backend.model import HFTransformerModel, HFTransformerModelArgs
 from transformers_backend.twin import build_twin
 
@@ -390,3 +393,43 @@ def test_the_generation_config_comes_along(tmp_path):
 def test_an_attention_implementation_that_is_not_installed_is_refused_in_words():
     with pytest.raises(ValueError, match=r'attn_implementation = "flash_attention_2": it is not installed'):
         HFTransformerModel(HFTransformerModelArgs(model_type="llama", attn_implementation="flash_attention_2"))
+
+
+# -- what cannot be wrapped -----------------------------------------------------------------------------------------
+
+
+def _prepared() -> LlamaForCausalLM:
+    """What `Accelerator(mixed_precision="bf16").prepare` leaves on a model of one process."""
+    hf_model = _llama()
+    hf_model._original_forward = hf_model.forward
+    return hf_model
+
+
+def _spread() -> LlamaForCausalLM:
+    hf_model = _llama()
+    hf_model.lm_head.to("meta")  # as a device_map with offloading does
+    return hf_model
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: torch.nn.Sequential(_llama()), "Sequential: not a Transformers model .* before accelerator.prepare, "),
+        (_prepared, "LlamaForCausalLM: already prepared by accelerate, or sharded. .* arguments of .parallelize."),
+        (_spread, r"its parameters lie on several devices \(cpu, meta\); .* Load the model without device_map"),
+    ],
+)
+def test_an_altered_model_is_refused(build, message: str):
+    with pytest.raises(ValueError, match=message):
+        HFTransformerModel.wrap(build())
+
+
+def test_a_sharded_model_is_refused():
+    hf_model = _llama()
+    initialize(torch.device("cpu"), timeout_seconds=60)
+    try:
+        fully_shard(hf_model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="already prepared by accelerate, or sharded"):
+            HFTransformerModel.wrap(hf_model)
+    finally:
+        shutdown()

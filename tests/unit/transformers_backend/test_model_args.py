@@ -154,6 +154,46 @@ def test_a_value_that_the_config_class_refuses_is_a_clear_error():
         override_config(LlamaConfig(**TINY), {"num_hidden_layers": "two"})
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_size": "big"}, "LlamaConfig refuses it"),
+        ({"num_hidden_layers": 0}, 'config_overrides has "num_hidden_layers" = 0: must be at least 1.'),
+        ({"num_attention_heads": 0}, 'config_overrides has "num_attention_heads" = 0: must be at least 1.'),
+        ({"vocab_size": -5}, 'config_overrides has "vocab_size" = -5: must be at least 1.'),
+        ({"dtype": "float16"}, 'has "dtype", which is not changed there: set training.dtype (weights) and training.m'),
+        ({"model_type": "qwen3"}, 'has "model_type", which is not changed there: set hf_transformers.model_type'),
+        ({"attn_implementation": "eager"}, "set hf_transformers.attn_implementation and remove it."),
+        ({"hidden_act": "geluu"}, "LlamaForCausalLM cannot be built with it (KeyError: 'geluu'). Correct the value."),
+    ],
+    ids=str,
+)
+def test_a_bad_override_is_explained(overrides: dict, message: str):
+    model_args = HFTransformerModelArgs(model_type="llama", config_overrides={**TINY, **overrides})
+    with pytest.raises(ValueError, match="config_overrides") as caught:
+        build_on_meta(*model_args.resolve(), model_args)
+    assert message in str(caught.value)
+
+
+def test_more_layers_than_the_model_has_need_new_weights():
+    config = CONFIG_MAPPING["qwen3"](num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"More layers than the model's 2 need its lists") as caught:
+        override_config(config, {"num_hidden_layers": 3})
+    assert 'hf_transformers.init = "scratch", because the files hold no weights for them.' in str(caught.value)
+
+
+def test_an_unknown_attention_is_refused_with_the_choice():
+    model_args = HFTransformerModelArgs(model_type="llama", config_overrides=dict(TINY), attn_implementation="flashy")
+    with pytest.raises(ValueError, match='attn_implementation = "flashy": LlamaForCausalLM has no such attention') as e:
+        build_on_meta(*model_args.resolve(), model_args)
+    assert 'set "sdpa" or "eager"' in str(e.value)
+
+
+def test_a_model_that_cannot_be_fetched_is_named():
+    with pytest.raises(OSError, match=r'hf_transformers\.model = "no/thing": its config cannot be read'):
+        HFTransformerModelArgs(model="no/thing").resolve()
+
+
 def test_overrides_are_logged_with_old_and_new(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, logger="transformers_backend"):
         override_config(LlamaConfig(**TINY), {"hidden_size": 32})

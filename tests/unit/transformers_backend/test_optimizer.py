@@ -228,9 +228,9 @@ def test_schedule_resumes_from_its_state():
     assert resumed_optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.1464466)
 
 
-def test_phases_that_do_not_fit_warn(caplog):
+def test_phases_that_do_not_fit_are_said_to_be_cut(caplog):
     optimizers = build_optimizer(_model().named_parameters(), name="AdamW", **OPTIONS)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO, logger="transformers_backend"):
         build_schedulers(
             optimizers, warmup_steps=9, total_steps=4, decay_ratio=None, decay_type="linear", min_lr_factor=0.0
         )

@@ -220,13 +220,16 @@ def test_a_resumed_run_is_the_same_bit_by_bit(job, optimizer: str, dropout: floa
     assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
-def test_a_finished_run_does_nothing_more(job):
+def test_a_finished_run_does_nothing_more_and_says_so(job, caplog: pytest.LogCaptureFixture):
     config = job(training__steps=2, checkpoint__enable=True, checkpoint__interval=1, metrics__log_freq=1)
     _run(config)
     before = _curve(config)
-    trainer = _run(config)
+    assert "nothing to train" not in caplog.text
+    with caplog.at_level(logging.INFO, logger="transformers_backend"):
+        trainer = _run(config)
     assert trainer.step == 2
     assert _curve(config) == before
+    assert "nothing to train: step 2 is done, and training.steps = 2. Raise it to go on, or name ano" in caplog.text
 
 
 def test_load_step_takes_an_earlier_one_and_names_what_there_is(job):
@@ -239,6 +242,18 @@ def test_load_step_takes_an_earlier_one_and_names_what_there_is(job):
     config.checkpoint.load_step = 7
     with pytest.raises(ValueError, match=r"checkpoint\.load_step = 7: .* holds no such step; there are 1, 2, 3\."):
         _run(config)
+
+
+@pytest.mark.parametrize(("rank", "times"), [("0", 1), ("1", 0)])
+def test_the_first_rank_says_what_a_config_ignores(rank: str, times: int, tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.setenv("RANK", rank)
+    (tmp_path / "job.toml").write_text("[training]\ngc_debug = true\nsteps = 0\n")
+    reader = logging.getLogger("transformers_backend.job_config")
+    try:
+        assert main([str(tmp_path / "job.toml")]) == 2
+    finally:
+        reader.setLevel(logging.NOTSET)
+    assert caplog.text.count("training.gc_debug is a torchtitan key without meaning here; ignored.") == times
 
 
 def test_the_command_says_a_wrong_load_step_in_one_message(job, capsys: pytest.CaptureFixture):

@@ -308,6 +308,7 @@ def test_a_long_list_is_cut(tmp_path: Path):
     with pytest.raises(ValueError, match=r"18 missing in the files: .* \.\.\.") as caught:
         _load(tmp_path, num_hidden_layers=4)
     assert str(caught.value).count("model.layers.") == 10
+    assert 'or set hf_transformers.init = "scratch" to draw all weights anew' in str(caught.value)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 1000, -10])
