@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,40 @@ BUILT_IN_SOURCE = "python_stdlib"
 # loses its content on a resume; a window is simply read again.
 SHUFFLE_WINDOW = 1000
 NOT_EMPTY = "Point it to data that is not empty."
+
+
+@dataclass(frozen=True)
+class Document:
+    """What an encoder makes of a record."""
+
+    tokens: np.ndarray
+    """Token numbers, integers of any width, shape (tokens,)."""
+
+    labels: np.ndarray | None = None
+    """Same shape, -100 where there is no loss. None: every token is a target."""
+
+
+Encoder = Callable[[Any], Document]  # picklable: it runs in worker processes
+
+
+@dataclass
+class Collection:
+    """Documents that can be read by number."""
+
+    name: str
+    """For messages, e.g. 'dataset_path = "x.jsonl"'."""
+
+    read: Callable[[int], Any]
+    """Number to record: a string, a dict, or an array of tokens. Picklable; raises ValueError that names the file."""
+
+    count: int
+    """Number of documents."""
+
+    fingerprint: dict[str, Any]
+    """Plain values that tell whether a saved position still means the same."""
+
+    where: Callable[[int], str]
+    """Number to "file x.jsonl, row 17", for errors. Rows count from 0."""
 
 
 # (seed or None for the source's own order, data_rank, data_world_size)
