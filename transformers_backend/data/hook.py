@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -49,11 +49,6 @@ def open_hook(spec: str, name: str, split: str = "train") -> Collection | Iterab
             fingerprint["fingerprint"] = own
         reader = _Reader(spec, name, split, data)
         return Collection(name, reader, len(data), fingerprint, reader.where)
-    if isinstance(data, Iterator):
-        raise ValueError(
-            f"{name}: it returned a {type(data).__name__}, which can be read only once, and each epoch reads it again. "
-            "Return an object whose __iter__ starts over, or a list."
-        )
     if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
         return data
     raise ValueError(

@@ -69,8 +69,8 @@ def open_token_file(
     if tokenizer is not None and tokenizer_digest(tokenizer) != meta.tokenizer_digest:
         raise ValueError(
             f'{name}: was tokenized with "{meta.tokenizer}" ({meta.vocabulary_size} tokens), and the model\'s '
-            f"tokenizer ({len(tokenizer)} tokens) is another one: its numbers mean other tokens. {_AGAIN} and the model's "
-            f'tokenizer, or set model.hf_assets_path to "{meta.tokenizer}" if the model was trained with that.'
+            f"tokenizer ({len(tokenizer)} tokens) is another one: its numbers mean other tokens. {_AGAIN} and "
+            f'the model\'s tokenizer, or set model.hf_assets_path to "{meta.tokenizer}" if that is the right one.'
         )
     content = [meta.dtype, meta.documents, meta.tokens, meta.tokenizer_digest]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
