@@ -89,8 +89,12 @@ class Checkpointer:
                 f"checkpoint.load_step = {load_step}: {self.folder} holds no such step; there are "
                 f"{', '.join(map(str, steps)) or 'none'}. -1 means the latest."
             )
-        self._check_data_ranks(self.folder / f"step-{step}")
-        state = self._state(step)
+        saved = dcp.FileSystemReader(self.folder / f"step-{step}").read_metadata().state_dict_metadata
+        data_keys = [f"data_rank_{rank}" for rank in range(sum(key.startswith("data_rank_") for key in saved))]
+        state = self._state(step) | dict.fromkeys(data_keys, "")
+        state = {key: value for key, value in state.items() if not key.startswith("data_rank_") or key in data_keys}
+        if not any(key.startswith(f"{self._random_key}.") for key in saved):  # a rank that was not there
+            del state[self._random_key]
         self._read(state, self.folder / f"step-{step}")
         chosen = [_hyperparameters(optimizer) for optimizer in self._optimizers]
         set_optimizer_state_dict(
@@ -101,8 +105,9 @@ class Checkpointer:
                 group.update(values)  # this job's learning rate, weight decay ..., not those of the run that saved
         for scheduler, saved in zip(self._schedulers, json.loads(state["schedulers"]), strict=True):
             _move_to(scheduler, saved["last_epoch"])
-        self._data.load_state_dict(json.loads(state[self._data_key]))
-        _set_random_state(state[self._random_key])
+        self._data.load_state_dict([json.loads(state[key]) for key in data_keys])
+        if self._random_key in state:
+            _set_random_state(state[self._random_key])
         self._abandon(later := [other for other in steps if other > step])
         if later:
             logger.warning("later checkpoints are set aside as step-N.abandoned: %s", later)
@@ -115,19 +120,6 @@ class Checkpointer:
             for step in steps:
                 replace_folder(self.folder / f"step-{step}.abandoned", self.folder / f"step-{step}")
         dist.barrier()
-
-    def _check_data_ranks(self, folder: Path) -> None:
-        """A position in the data exists for every data rank that saved; it cannot be split over another number yet."""
-        saved = sum(
-            key.startswith("data_rank_") for key in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        )
-        now = self._model.dims.data_parallel_size
-        if saved != now:
-            raise ValueError(
-                f"{folder} was saved by {saved} data ranks and this run has {now}: the position in the data cannot be "
-                f"carried over. Resume on {saved} data ranks (data_parallel_replicate_degree x "
-                "data_parallel_shard_degree)."
-            )
 
     @staticmethod
     def _read(state: dict[str, Any], folder: Path) -> None:

@@ -11,7 +11,7 @@ import gc
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -29,11 +29,11 @@ from parallelize.distributed import (
     shutdown,
 )
 from transformers_backend.checkpoint import Checkpointer
-from transformers_backend.data import PackedBatches, build_batches, load_tokenizer
+from transformers_backend.data import PackedBatches, SourceKeys, Stage, build_batches, load_tokenizer
 from transformers_backend.decoder import learned_positions
 from transformers_backend.flops import model_flops_per_token
 from transformers_backend.generate import sample_text
-from transformers_backend.job_config import JobConfig, validate
+from transformers_backend.job_config import JobConfig, TextSource, stage_weights, validate
 from transformers_backend.metrics import MetricsLogger, setup_logging
 from transformers_backend.model import HFTransformerModel, HFTransformerModelArgs
 from transformers_backend.optimizer import build_optimizer, build_schedulers
@@ -93,11 +93,12 @@ class Trainer:
             revision=None if config.model.hf_assets_path else config.hf_transformers.revision,
             trust_remote_code=config.hf_transformers.trust_remote_code,
         )
-        self.data = self._build_data(config.training, repeat=True)
-        self.validation_data = self._build_data(config.validation, repeat=False) if config.validation.enable else None
+        self.accumulation_steps = self._count_accumulation_steps()
+        self.data = self._build_data(opened, validation=False)
+        self.validation_data = self._build_data(opened, validation=True) if config.validation.enable else None
+        self.data_wait_seconds = 0.0  # time that training steps have waited for their batches
         self._build_optimizers()
         self.step = 0  # optimizer steps done
-        self.accumulation_steps = self._count_accumulation_steps()
         self.flops_per_token = model_flops_per_token(self.model.hf_model, self.model.decoder, config.training.seq_len)
         self.checkpointer = Checkpointer(
             self.dump_folder / config.checkpoint.folder,
@@ -144,10 +145,10 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         micro_batches = [self._next_batch(self.data) for _ in range(self.accumulation_steps)]
-        targets = sum(self.model.count_targets(labels) for _, labels in micro_batches)
+        targets = sum(self.model.count_targets(batch["labels"]) for batch in micro_batches)
         loss = torch.zeros((), device=self.device)
-        for input_ids, labels in micro_batches:
-            loss += self.model.forward_backward(input_ids, labels, num_items_in_batch=targets)
+        for batch in micro_batches:
+            loss += self.model.forward_backward(**batch, num_items_in_batch=targets)
         grad_norm = self.model.clip_grad_norm_(self.job_config.training.max_norm)
         if self._is_finite(loss, grad_norm):
             for optimizer in self.optimizers:
@@ -166,7 +167,7 @@ class Trainer:
         for index, batch in enumerate(self.validation_data):
             if index == self.job_config.validation.steps:
                 break
-            batch_loss, batch_targets = self.model.evaluate(*self._to_device(batch))
+            batch_loss, batch_targets = self.model.evaluate(**self._to_device(batch))
             loss += batch_loss
             targets += batch_targets
         mean = (loss / targets).item()
@@ -179,11 +180,17 @@ class Trainer:
 
     # -- one step's helpers ---------------------------------------------------------------------------------------
 
-    def _next_batch(self, data: PackedBatches) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._to_device(next(data))
+    def _next_batch(self, data: PackedBatches) -> dict[str, torch.Tensor]:
+        start = time.perf_counter()
+        batch = next(data)
+        self.data_wait_seconds += time.perf_counter() - start
+        return self._to_device(batch)
 
-    def _to_device(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        return batch["input_ids"].to(self.device), batch["labels"].to(self.device)
+    def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies run beside computation where the device allows it: from pinned memory."""
+        if self.device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _is_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> bool:
         """Whether the step may update weights; raises (or only warns) with step, rank and parameter if it may not."""
@@ -263,7 +270,7 @@ class Trainer:
         longest = learned_positions(self.model.hf_model, self.model.decoder)
         lengths = {"training.seq_len": self.job_config.training.seq_len}
         if self.job_config.validation.enable:
-            lengths["validation.seq_len"] = self.job_config.validation.seq_len
+            lengths["validation.seq_len"] = self.job_config.validation.seq_len or lengths["training.seq_len"]
         for key, length in lengths.items():
             if longest is not None and length > longest:
                 raise ValueError(
@@ -278,33 +285,43 @@ class Trainer:
             wanted = "bfloat16" if has_fast_bfloat16(self.device) else "float32"
         return None if wanted == self.job_config.training.dtype else getattr(torch, wanted)
 
-    def _build_data(self, section, *, repeat: bool) -> PackedBatches:
+    def _build_data(self, opened: contextlib.ExitStack, *, validation: bool) -> PackedBatches:
         """The data of this rank, or the first rank's error on every rank: only one may have too little text."""
         batches, message = None, None
         try:
-            batches = self._open_data(section, repeat=repeat)
+            batches = self._open_data(validation=validation)
+            opened.callback(batches.close)
         except ValueError as error:
             message = str(error)
         if (found := next(filter(None, gather_objects(message)), None)) is not None:
             raise ValueError(found)
         return batches
 
-    def _open_data(self, section, *, repeat: bool) -> PackedBatches:
+    def _open_data(self, *, validation: bool) -> PackedBatches:
+        training, section = self.job_config.training, self.job_config.training
+        sources, stages = {source.name: source for source in training.sources}, None
+        if validation:
+            sources, section = {"": self.job_config.validation}, self.job_config.validation
+        elif sources:
+            stages = [Stage(*stage) for stage in stage_weights(training.sources, training.stages)]
+        else:
+            sources = {"": training}
+        keys = [entry.name for entry in fields(TextSource)]
         return build_batches(
-            dataset=section.dataset,
-            dataset_path=section.dataset_path,
-            dataset_name=section.dataset_name,
-            dataset_split=section.dataset_split,
-            dataset_revision=section.dataset_revision,
-            text_column=section.text_column,
+            {name: SourceKeys(**{key: getattr(source, key) for key in keys}) for name, source in sources.items()},
+            stages,
             tokenizer=self.tokenizer,
             vocabulary_size=self.model.vocabulary_size,
-            seq_len=section.seq_len,
-            batch_size=section.local_batch_size,
+            seq_len=section.seq_len or training.seq_len,
+            batch_size=section.local_batch_size or training.local_batch_size,
+            batches_per_step=1 if validation else self.accumulation_steps,
             data_rank=self.model.data_rank,
             data_world_size=self.model.dims.data_parallel_size,
             seed=self.job_config.debug.seed,
-            repeat=repeat,
+            repeat=not validation,
+            packing=training.packing,
+            num_workers=training.num_workers,
+            prefetch_factor=training.prefetch_factor,
         )
 
     def _build_optimizers(self) -> None:

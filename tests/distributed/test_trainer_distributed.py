@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from parallelize.distributed import gather_objects
 from tests.distributed.workers import WorkerPool
 from tests.jobs import SEQUENCE, tiny_job
 from transformers_backend import JobConfig, Trainer
@@ -80,9 +81,9 @@ def _steps_beside_plain(config: JobConfig, start: str) -> list[tuple[float, floa
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     numbers = []
     for step in range(3):
-        position = trainer.data.state_dict()
+        positions = gather_objects(trainer.data.state_dict())
         mine = [next(trainer.data)["input_ids"] for _ in range(trainer.accumulation_steps)]
-        trainer.data.load_state_dict(position)
+        trainer.data.load_state_dict(positions)
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         batch = torch.cat([tokens for rank in everyone for tokens in rank])
@@ -120,10 +121,10 @@ def _poisoned_rank(config: JobConfig) -> str:
     original = trainer._next_batch
 
     def with_a_bad_token(data):
-        input_ids, labels = original(data)
+        batch = original(data)
         if trainer.rank == 1:
-            input_ids[:, 3] = only_there
-        return input_ids, labels
+            batch["input_ids"][:, 3] = only_there
+        return batch
 
     trainer._next_batch = with_a_bad_token
     with pytest.raises(FloatingPointError, match="step 2: loss nan") as caught:

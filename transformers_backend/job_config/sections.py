@@ -1,8 +1,9 @@
 """The sections of a job's TOML file: every key with its type, default, meaning and rules.
 
 First stop of a run: TOML and command line fill these dataclasses (`load.py`), everything below reads them. Names and
-meanings follow torchtitan v0.2.2 wherever a field means the same; `[metrics]`, `[profiling]`, `[comm]` and `[debug]`
-stand in `run_sections.py`; `[parallelism]`, `[activation_checkpoint]` and `[compile]` in `parallelize/config.py`.
+meanings follow torchtitan v0.2.2 wherever a field means the same. What names data sets stands in `data_sections.py`;
+`[metrics]`, `[profiling]`, `[comm]` and `[debug]` in `run_sections.py`; `[parallelism]`, `[activation_checkpoint]` and
+`[compile]` in `parallelize/config.py`.
 
 The string under a field is its help text. `problems()` returns every violated rule as a sentence; it is called on
 sections whose value types are right, and constructors check nothing.
@@ -11,9 +12,9 @@ sections whose value types are right, and constructors check nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from transformers_backend.job_config.data_sections import Source, Stage, TextSource, mixture_problems
 from transformers_backend.job_config.rules import (
     below_minimum,
     empty_strings,
@@ -106,40 +107,24 @@ class HFTransformers:
 
 
 @dataclass
-class TextSource:
-    """The keys that name a text data set, shared by `[training]` and `[validation]`."""
-
-    dataset: str = "python_stdlib"
-    """The text: "python_stdlib" (the Python standard library's own source, no download), a hub id, or "c4" for
-    "allenai/c4" in English."""
-
-    dataset_path: str | None = None
-    """Local text file, or folder of them, that is read in place of dataset. none means dataset is used."""
-
-    dataset_name: str | None = None
-    """Name of the data set's configuration on the hub, e.g. "wikitext-103-raw-v1". none means its only one."""
-
-    dataset_split: str = "train"
-    """Split of the data set."""
-
-    dataset_revision: str | None = None
-    """Branch, tag or commit of the data set's hub repository. none means its main branch."""
-
-    text_column: str = "text"
-    """Column of the data set that holds the text."""
-
-    def text_problems(self, section: str) -> list[str]:
-        found = empty_strings(section, self, "dataset", "dataset_split", "text_column")
-        if self.dataset_path is not None and not Path(self.dataset_path).expanduser().exists():
-            found.append(
-                f'{section}.dataset_path = "{self.dataset_path}": no such file or folder from {Path.cwd()}; correct '
-                f"the path, or leave it out to read {section}.dataset."
-            )
-        return found
-
-
-@dataclass
 class Training(TextSource):
+    sources: list[Source] = field(default_factory=list)
+    """Weighted sources of text, in place of the keys of a single data set."""
+
+    stages: list[Stage] = field(default_factory=list)
+    """From which step which of the sources are read. An empty list means all of them in every step."""
+
+    packing: Literal["concat", "documents"] = "concat"
+    """How documents are packed into sequences: "concat", one after the other, so that tokens attend to the documents
+    before their own, or "documents": positions restart with every document, and attention stays inside where it can."""
+
+    num_workers: int | None = None
+    """Processes on each data-parallel rank that read and tokenize. 0 means the training process itself. none means 1,
+    or 0 where tokens cost next to nothing (byt5)."""
+
+    prefetch_factor: int = 2
+    """Chunks, of about 65,000 tokens, that each worker reads ahead."""
+
     local_batch_size: int = 8
     """Sequences per data-parallel rank in one forward and backward."""
 
@@ -174,7 +159,13 @@ class Training(TextSource):
 
     def problems(self) -> list[str]:
         found = self.text_problems("training")
-        found += below_minimum("training", self, local_batch_size=1, seq_len=2, steps=1, gc_freq=1)
+        has_dataset = "dataset_path" if self.dataset_path is not None else None
+        if self.dataset != Training.dataset:
+            has_dataset = "dataset"
+        found += mixture_problems("training", self.sources, self.stages, has_dataset)
+        found += below_minimum("training", self, local_batch_size=1, seq_len=2, steps=1, gc_freq=1, prefetch_factor=1)
+        if self.num_workers is not None:
+            found += below_minimum("training", self, num_workers=0)
         if not self.max_norm > 0:
             found.append(f"training.max_norm = {self.max_norm}: must be above 0; inf turns clipping off.")
         if self.global_batch_size < 1 and self.global_batch_size != -1:
@@ -316,11 +307,11 @@ class Validation(TextSource):
     dataset_split: str = "validation"
     """Split of the data set."""
 
-    local_batch_size: int = 8
-    """Sequences per data-parallel rank in one forward."""
+    local_batch_size: int | None = None
+    """Sequences per data-parallel rank in one forward. none means training.local_batch_size."""
 
-    seq_len: int = 2048
-    """Tokens per sequence."""
+    seq_len: int | None = None
+    """Tokens per sequence. none means training.seq_len."""
 
     freq: int = 10
     """Training steps between two validations."""
@@ -330,7 +321,10 @@ class Validation(TextSource):
 
     def problems(self) -> list[str]:
         found = self.text_problems("validation") if self.enable else []
-        found += below_minimum("validation", self, local_batch_size=1, seq_len=1, freq=1)
+        found += below_minimum("validation", self, freq=1)
+        for name in ("local_batch_size", "seq_len"):
+            if getattr(self, name) is not None:
+                found += below_minimum("validation", self, **{name: 1})
         if self.steps < 1 and self.steps != -1:
             found.append(f"validation.steps = {self.steps}: must be at least 1, or -1 for all of the data.")
         return found

@@ -9,7 +9,7 @@ IGNORED_KEYS: dict[str, frozenset[str]] = {
     for section, keys in {
         "job": "config_file save_config_file custom_config_module",
         "model": "name flavor converters print_after_conversion",
-        "training": "dataloader gc_debug",
+        "training": "gc_debug",
         "parallelism": """
             context_parallel_load_balancer context_parallel_rotate_method disable_loss_parallel
             enable_async_tensor_parallel expert_parallel_comm_backend expert_parallel_degree
@@ -33,6 +33,9 @@ IGNORED_KEYS: dict[str, frozenset[str]] = {
 
 # Another name for one of our keys.
 ALIASES = {("model", "tokenizer_path"): "hf_assets_path"}
+
+# Tables inside a section with keys that stand in the section itself here; their other keys have no meaning here.
+TABLE_ALIASES = {("training", "dataloader"): ("num_workers", "prefetch_factor")}
 
 
 def is_ignored(section: str, key: str) -> bool:

@@ -267,6 +267,7 @@ def test_torchtitan_file_loads_unchanged(tmp_path: Path, caplog: pytest.LogCaptu
     config = load_job_config([write(tmp_path, TORCHTITAN), "--metrics.no_enable_wandb", "--comm.mode", "default"])
     assert config.model.hf_assets_path == "Qwen/Qwen3-0.6B"  # from tokenizer_path
     assert config.training.max_norm == 1.0
+    assert config.training.num_workers == 4  # from the table training.dataloader
     assert (config.compile.components, config.activation_checkpoint.selective_ac_option) == (["model"], "op")
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "model.tokenizer_path is deprecated in torchtitan; read as model.hf_assets_path." in warnings
@@ -274,7 +275,7 @@ def test_torchtitan_file_loads_unchanged(tmp_path: Path, caplog: pytest.LogCaptu
     assert ignored == {
         "job.custom_config_module", "metrics.enable_wandb", "comm.mode", "model.name",
         "model.flavor", "model.converters",
-        "optimizer.early_step_in_backward", "training.dataloader.num_workers", "training.dataloader.pin_memory",
+        "optimizer.early_step_in_backward", "training.dataloader.pin_memory",
         "parallelism.pipeline_parallel_schedule", "parallelism.expert_parallel_degree",
         "quantize.linear.float8.enable_fsdp_float8_all_gather", "experimental.custom_import",
     }  # fmt: skip
