@@ -23,7 +23,7 @@ from transformers_backend.loss import IGNORE_INDEX
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-_REMEDY = "Give a template of your own, a file, in training.chat_template"
+_REMEDY = "Give a template of your own, a file, in chat_template"
 
 
 def chat_encoder(tokenizer: PreTrainedTokenizerBase, column: str, template_file: str | None = None) -> Encoder:
@@ -34,7 +34,7 @@ def chat_encoder(tokenizer: PreTrainedTokenizerBase, column: str, template_file:
     ValueError for a template that is missing or cannot mark the assistant's turns.
     """
     template = _template(tokenizer, template_file)
-    name = "the tokenizer's chat template" if template_file is None else f'training.chat_template = "{template_file}"'
+    name = "the tokenizer's chat template" if template_file is None else f'chat_template = "{template_file}"'
     if not tokenizer.is_fast:
         raise ValueError(
             f"{type(tokenizer).__name__}: it does not tell which text a token stands for, so the loss cannot be kept "
@@ -60,7 +60,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, template_file: str | None) -> 
             return Path(template_file).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(
-                f'training.chat_template = "{template_file}": must be a text file with a jinja template, and could not '
+                f'chat_template = "{template_file}": must be a text file with a jinja template, and could not '
                 f"be read ({error}). Correct the path."
             ) from error
     if tokenizer.chat_template is None:

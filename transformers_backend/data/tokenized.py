@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from transformers_backend.data.sources import Document, Encoder
 from transformers_backend.loss import IGNORE_INDEX
-
-COLUMNS = ("input_ids", "labels", "attention_mask")
 
 
 def tokenized_encoder(vocabulary_size: int) -> Encoder:
@@ -20,11 +18,14 @@ def tokenized_encoder(vocabulary_size: int) -> Encoder:
     `labels` follow Transformers: aligned with the tokens, -100 where there is no loss. Tokens with `attention_mask` 0
     are padding and are left out. Nothing is added: a document ends as it does in the record.
     """
-    return _TokenizedEncoder(vocabulary_size)
+    return TokenizedEncoder(vocabulary_size)
 
 
 @dataclass(frozen=True)
-class _TokenizedEncoder:
+class TokenizedEncoder:
+    columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels", "attention_mask")
+    """What it reads."""
+
     vocabulary_size: int
 
     def __call__(self, record: Any) -> Document:

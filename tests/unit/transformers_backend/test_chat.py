@@ -114,7 +114,7 @@ def test_a_template_without_marks_is_refused_with_the_remedy():
         chat_encoder(make_tokenizer(UNMARKED), "messages")
     assert "Put {% generation %} before what the assistant writes" in str(caught.value)
     assert "{% endgeneration %} after it" in str(caught.value)
-    assert "training.chat_template" in str(caught.value)
+    assert "chat_template" in str(caught.value)
 
 
 def test_marks_around_the_wrong_turns_are_refused():
@@ -124,7 +124,7 @@ def test_marks_around_the_wrong_turns_are_refused():
 
 
 def test_no_template_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"has no chat template.*in training.chat_template, or name a chat model's"):
+    with pytest.raises(ValueError, match=r"has no chat template.*in chat_template, or name a chat model's"):
         chat_encoder(make_tokenizer(None), "messages")
 
 
@@ -134,7 +134,7 @@ def test_a_broken_template_is_told():
 
 
 def test_a_template_file_that_is_not_there(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
-    with pytest.raises(ValueError, match=r'training.chat_template = ".*none.jinja": must be a text file'):
+    with pytest.raises(ValueError, match=r'chat_template = ".*none.jinja": must be a text file'):
         chat_encoder(tokenizer, "messages", str(tmp_path / "none.jinja"))
 
 
