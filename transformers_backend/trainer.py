@@ -87,6 +87,7 @@ class Trainer:
             self.model = self._build_model()
         set_timeout(config.comm.init_timeout_seconds, self.model.mesh)
         self._check_sequence_lengths()
+        self._say_what_attention_sees()
         torch.manual_seed(config.debug.seed + 1 + self.model.data_rank)  # dropout: different on different data
         self.tokenizer = load_tokenizer(
             config.model.hf_assets_path or config.hf_transformers.model,
@@ -277,6 +278,23 @@ class Trainer:
                     f"{key} = {length}: {self.model.model_class.__name__} learns a table of {longest} positions, so it "
                     f"must be at most {longest}."
                 )
+
+    def _say_what_attention_sees(self) -> None:
+        if self.job_config.training.packing == "concat":
+            logger.info('training.packing = "concat": tokens attend to the documents before their own in a sequence')
+            return
+        isolation = self.model.isolate_documents()
+        if isolation.way is not None:
+            logger.info(
+                'training.packing = "documents": attention stays within each document, by %s (tried on the twin)',
+                isolation.way,
+            )
+        else:
+            logger.warning(
+                'training.packing = "documents": attention crosses documents, for %s. Another '
+                "hf_transformers.attn_implementation may do better; the rest of the packing is as asked for.",
+                isolation.reason,
+            )
 
     def _computation_dtype(self) -> torch.dtype | None:
         """training.mixed_precision_param, resolved; None where it is the parameters' own dtype."""

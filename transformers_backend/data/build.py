@@ -12,8 +12,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from transformers_backend.data.batches import PackedBatches, Stage
+from transformers_backend.data.chat import chat_encoder
 from transformers_backend.data.feeds import Feeds
 from transformers_backend.data.files import open_path, open_standard_library
+from transformers_backend.data.hook import hook_encoder, is_hook, open_hook
 from transformers_backend.data.hub import open_stream
 from transformers_backend.data.sources import (
     BUILT_IN_SOURCE,
@@ -25,7 +27,9 @@ from transformers_backend.data.sources import (
     TextEncoder,
     require_column,
 )
-from transformers_backend.data.streams import Stream
+from transformers_backend.data.streams import RepeatedIterable, Stream
+from transformers_backend.data.token_file import as_document, is_token_file, open_token_file
+from transformers_backend.data.tokenized import TokenizedEncoder, tokenized_encoder
 from transformers_backend.data.tokens import DocumentEncoder
 
 _ALIASES = {"c4": ("allenai/c4", "en")}  # as torchtitan's files name it
@@ -36,10 +40,11 @@ class SourceKeys:
     """What a job says about one source; names and meanings are those of the job config."""
 
     dataset: str = BUILT_IN_SOURCE
-    """"python_stdlib", a path (the same as dataset_path), or the hub id of a dataset that is streamed."""
+    """"python_stdlib", a path (the same as dataset_path), "module:function" or "file.py:function" (`hook.py`), or the
+    hub id of a dataset that is streamed."""
     dataset_path: str | None = None
     """A .txt, .jsonl, .json, .parquet, .csv or .arrow file, or a folder with files of one such kind. A .txt file is one
-    document (a long one several, of about 64 KiB), else each record is one."""
+    document (a long one several, of about 64 KiB), else each record is one. Or a folder of tokens (`token_file.py`)."""
     dataset_name: str | None = None
     """Configuration of a hub dataset."""
     dataset_split: str = "train"
@@ -48,7 +53,11 @@ class SourceKeys:
     dataset_revision: str | None = None
     """Git revision of a hub dataset."""
     text_column: str = "text"
-    """The field of a record that holds its text."""
+    """The field of a record that holds its text. Where there is none of the name, but input_ids, those are taken."""
+    messages_column: str | None = None
+    """The field that holds a conversation; None: records are no conversations."""
+    chat_template: str | None = None
+    """File with a chat template in place of the tokenizer's."""
 
 
 def build_batches(
@@ -131,12 +140,15 @@ def open_source(
     choose_format = _choose_format(keys, tokenizer, vocabulary_size)
     dataset, configuration = _ALIASES.get(keys.dataset, (keys.dataset, keys.dataset_name))
     source: Collection | Stream
-    if keys.dataset_path is not None:
-        source, encode = open_path(keys.dataset_path, keys.dataset_split, choose_format)
+    path = keys.dataset_path or (dataset if Path(dataset).expanduser().exists() else None)
+    if path is not None and is_token_file(path):
+        source, encode = open_token_file(path, f'dataset_path = "{path}"', tokenizer)
+    elif path is not None:
+        source, encode = open_path(path, keys.dataset_split, choose_format)
     elif dataset == BUILT_IN_SOURCE:
         source, encode = open_standard_library(keys.dataset_split, choose_format)
-    elif Path(dataset).expanduser().exists():
-        source, encode = open_path(dataset, keys.dataset_split, choose_format)
+    elif is_hook(dataset):
+        source, encode = _open_hook(keys, tokenizer, vocabulary_size)
     else:
         source, encode = open_stream(dataset, configuration, keys.dataset_split, keys.dataset_revision, choose_format)
     if isinstance(source, Collection) and source.count == 0:
@@ -148,6 +160,14 @@ def _choose_format(keys: SourceKeys, tokenizer: PreTrainedTokenizerBase, vocabul
     text_encoder = TextEncoder(DocumentEncoder(tokenizer), keys.text_column)
 
     def choose(columns: Sequence[str] | None, name: str) -> Format:
+        if keys.messages_column is not None:
+            if columns is not None:
+                require_column(keys.messages_column, columns, name, "messages_column")
+            with_tools = [column for column in ("tools",) if column in (columns or ())]
+            return Format([keys.messages_column, *with_tools], _chat_encoder(keys, tokenizer))
+        if columns is not None and "input_ids" in columns and keys.text_column not in columns:
+            used = [column for column in TokenizedEncoder.columns if column in columns]
+            return Format(used, tokenized_encoder(vocabulary_size))
         if columns is not None:
             require_column(keys.text_column, columns, name)
         return Format([keys.text_column], text_encoder)
@@ -155,9 +175,33 @@ def _choose_format(keys: SourceKeys, tokenizer: PreTrainedTokenizerBase, vocabul
     return choose
 
 
+def _chat_encoder(keys: SourceKeys, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    return chat_encoder(tokenizer, keys.messages_column, keys.chat_template)
+
+
+def _open_hook(
+    keys: SourceKeys, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int
+) -> tuple[Collection | Stream, Encoder]:
+    name = f'dataset = "{keys.dataset}"'
+    data = open_hook(keys.dataset, name, keys.dataset_split)
+    encode = hook_encoder(
+        text=TextEncoder(DocumentEncoder(tokenizer), keys.text_column),
+        tokenized=tokenized_encoder(vocabulary_size),
+        chat=None if keys.messages_column is None else _chat_encoder(keys, tokenizer),
+        text_column=keys.text_column,
+        messages_column=keys.messages_column,
+    )
+    if isinstance(data, Collection):
+        return data, encode
+    fingerprint = {"dataset": keys.dataset, "split": keys.dataset_split}
+    return Stream(name, RepeatedIterable(name, data), fingerprint), encode
+
+
 def _is_slow(encode: Encoder) -> bool:
     """Whether making tokens of a record costs so much that it belongs into a worker."""
-    return isinstance(encode, TextEncoder) and not encode.encode_text.is_byt5
+    if isinstance(encode, TextEncoder):
+        return not encode.encode_text.is_byt5
+    return encode is not as_document and not isinstance(encode, TokenizedEncoder)
 
 
 def _fingerprint(source: Collection | Stream) -> dict[str, object]:

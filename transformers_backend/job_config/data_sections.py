@@ -18,10 +18,12 @@ class TextSource:
 
     dataset: str = "python_stdlib"
     """The text: "python_stdlib" (the Python standard library's own source, no download), a hub id, "c4" for
-    "allenai/c4" in English, or a path (the same as dataset_path)."""
+    "allenai/c4" in English, a path (the same as dataset_path), or a function of yours that returns the data,
+    "my_module:function" or "file.py:function" (docs/data_formats.md)."""
 
     dataset_path: str | None = None
-    """Local text file, or folder of them, that is read in place of dataset. none means dataset is used."""
+    """Local text file, folder of them, or folder of tokens that scripts/tokenize_corpus.py wrote, read in place of
+    dataset. none means dataset is used."""
 
     dataset_name: str | None = None
     """Name of the data set's configuration on the hub, e.g. "wikitext-103-raw-v1". none means its only one."""
@@ -33,7 +35,13 @@ class TextSource:
     """Branch, tag or commit of the data set's hub repository. none means its main branch."""
 
     text_column: str = "text"
-    """Column of the data set that holds the text."""
+    """Column of the data set that holds the text. A data set without it that has input_ids is taken as tokenized."""
+
+    messages_column: str | None = None
+    """Column with conversations, e.g. "messages": the loss is on the assistant's turns only. none means text."""
+
+    chat_template: str | None = None
+    """File with a jinja chat template that is used in place of the tokenizer's. none means the tokenizer's own."""
 
     def text_problems(self, section: str) -> list[str]:
         found = empty_strings(section, self, "dataset", "dataset_split", "text_column")
@@ -41,6 +49,15 @@ class TextSource:
             found.append(
                 f'{section}.dataset_path = "{self.dataset_path}": no such file or folder from {Path.cwd()}; correct '
                 f"the path, or leave it out to read {section}.dataset."
+            )
+        if self.chat_template is not None and self.messages_column is None:
+            found.append(
+                f'{section}.chat_template = "{self.chat_template}": has a meaning only for conversations; set '
+                f'{section}.messages_column to their column, e.g. "messages", or leave it out.'
+            )
+        if self.chat_template is not None and not Path(self.chat_template).expanduser().is_file():
+            found.append(
+                f'{section}.chat_template = "{self.chat_template}": no such file from {Path.cwd()}; correct it.'
             )
         return found
 
