@@ -270,7 +270,9 @@ def test_standard_library_skips_site_packages_and_undecodable_files(tmp_path, bu
     monkeypatch.setattr(files.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     batches = build(repeat=False)
     assert documents_of(tokens_of(batches)) == ["zz", "bbb"]
-    assert batches.state_dict()["fingerprint"]["sources"][""]["documents"] == 3  # c.py is known as a file, and read as nothing
+    assert (
+        batches.state_dict()["fingerprint"]["sources"][""]["documents"] == 3
+    )  # c.py is known as a file, and read as nothing
 
 
 def test_standard_library_holds_out_files_for_validation(tmp_path, build, monkeypatch):
