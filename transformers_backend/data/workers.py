@@ -6,6 +6,7 @@ so that results are the same for any number of workers. Between `sources.py` and
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import multiprocessing
@@ -108,7 +109,7 @@ class WorkerIterator:
         fork = num_workers > 0 and sys.platform == "linux"
         from_main_thread = threading.current_thread() is threading.main_thread()
         before = set(multiprocessing.active_children())
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _blocked_signals() if fork else contextlib.nullcontext():
             # Workers never touch what other threads of this process may hold: they read files and tokenize.
             warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # more than there are cores
@@ -120,7 +121,7 @@ class WorkerIterator:
                     num_workers=num_workers,
                     prefetch_factor=prefetch_factor if num_workers else None,
                     collate_fn=_as_it_is,
-                    worker_init_fn=functools.partial(_start_worker, dies_with_parent=fork and from_main_thread),
+                    worker_init_fn=functools.partial(_start_worker, forked_by_main_thread=fork and from_main_thread),
                     multiprocessing_context="fork" if fork else None,
                     generator=torch.Generator(),  # its seeds must not be drawn from the run's random numbers
                 )
@@ -148,15 +149,36 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _start_worker(worker_id: int, *, dies_with_parent: bool) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group. The trainer finishes its step, for which it may
-    # still need data, saves, and ends its workers itself.
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back from this thread; processes that it forks inherit that for good.
+
+    Ctrl-C and a scheduler's SIGTERM reach the whole process group. The trainer finishes its step, for which it may
+    still need data, saves, and ends its workers itself.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(worker_id: int, *, forked_by_main_thread: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        threading.Thread(target=_end_when_the_parent_says, args=(os.getppid(),), daemon=True).start()
     # A killed trainer takes its workers along at once: they hold copies of its sockets, by which its peers and the next
-    # run on this machine would think that it lives.
-    if dies_with_parent:
+    # run on this machine would think that it lives. (The signal comes when the thread ends that has forked.)
+    if forked_by_main_thread:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Each worker is one process of many; threads of the tokenizer in each would only get into each other's way. This
     # variable is the only switch that `tokenizers` has.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _end_when_the_parent_says(parent: int) -> None:
+    """Leave on a SIGTERM of the parent's own (so ends an interpreter its children), and let others' pass."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
