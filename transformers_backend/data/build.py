@@ -142,7 +142,7 @@ def open_source(
     source: Collection | Stream
     path = keys.dataset_path or (dataset if Path(dataset).expanduser().exists() else None)
     if path is not None and is_token_file(path):
-        source, encode = open_token_file(path, f'dataset_path = "{path}"', tokenizer)
+        source, encode = open_token_file(path, f'dataset_path = "{path}"', tokenizer, keys.dataset_split)
     elif path is not None:
         source, encode = open_path(path, keys.dataset_split, choose_format)
     elif dataset == BUILT_IN_SOURCE:
