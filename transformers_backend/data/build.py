@@ -140,7 +140,8 @@ def open_source(
     choose_format = _choose_format(keys, tokenizer, vocabulary_size)
     dataset, configuration = _ALIASES.get(keys.dataset, (keys.dataset, keys.dataset_name))
     source: Collection | Stream
-    path = keys.dataset_path or (dataset if Path(dataset).expanduser().exists() else None)
+    is_path = not is_hook(dataset) and dataset != BUILT_IN_SOURCE and Path(dataset).expanduser().exists()
+    path = keys.dataset_path or (dataset if is_path else None)
     if path is not None and is_token_file(path):
         source, encode = open_token_file(path, f'dataset_path = "{path}"', tokenizer, keys.dataset_split)
     elif path is not None:

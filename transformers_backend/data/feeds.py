@@ -244,7 +244,7 @@ class Feeds:
         if isinstance(answer, Failure):
             raise ValueError(answer.message)
         self._feeds[request.source].receive(answer)
-        return bool(len(request.numbers)) or request.source != source or bool(feed.ready)
+        return bool(len(request.numbers)) or request.source != source
 
     def next_request(self) -> Request:
         """What a worker that has room shall read: of the source whose documents would run out first."""

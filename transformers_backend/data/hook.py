@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from transformers_backend.data.registry import registered
 from transformers_backend.data.sources import Collection, Document, Encoder
 
 _SPEC = re.compile(r"(?P<module>[^:]+):(?P<function>[A-Za-z_]\w*)")
@@ -27,8 +28,8 @@ _KINDS = "a string, a dict or an array of token numbers"
 
 
 def is_hook(dataset: str) -> bool:
-    """Whether `training.dataset` names a function rather than a data set."""
-    return _SPEC.fullmatch(dataset) is not None
+    """Whether `training.dataset` names a function, or what `register_dataset` was told, rather than a data set."""
+    return registered(dataset) is not None or _SPEC.fullmatch(dataset) is not None
 
 
 def open_hook(spec: str, name: str, split: str = "train") -> Collection | Iterable[Any]:
@@ -126,6 +127,8 @@ def _make(spec: str, name: str, split: str) -> Any:
 
 
 def _function(spec: str, name: str) -> Callable[[str], Any]:
+    if (factory := registered(spec)) is not None:
+        return factory
     match = _SPEC.fullmatch(spec)
     if match is None:
         raise ValueError(f'{name}: must be "module:function" or "path/to/file.py:function".')
