@@ -11,7 +11,7 @@ import gc
 import logging
 import math
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,11 +29,11 @@ from parallelize.distributed import (
     shutdown,
 )
 from transformers_backend.checkpoint import Checkpointer
-from transformers_backend.data import PackedBatches, SourceKeys, Stage, build_batches, load_tokenizer
+from transformers_backend.data import PackedBatches, build_batches, configured_sources, load_tokenizer
 from transformers_backend.decoder import learned_positions
 from transformers_backend.flops import model_flops_per_token
 from transformers_backend.generate import sample_text
-from transformers_backend.job_config import JobConfig, TextSource, stage_weights, validate
+from transformers_backend.job_config import JobConfig, validate
 from transformers_backend.metrics import MetricsLogger, setup_logging
 from transformers_backend.model import HFTransformerModel, HFTransformerModelArgs
 from transformers_backend.optimizer import build_optimizer, build_schedulers
@@ -316,18 +316,10 @@ class Trainer:
         return batches
 
     def _open_data(self, *, validation: bool) -> PackedBatches:
-        training, section = self.job_config.training, self.job_config.training
-        sources, stages = {source.name: source for source in training.sources}, None
-        if validation:
-            sources, section = {"": self.job_config.validation}, self.job_config.validation
-        elif sources:
-            stages = [Stage(*stage) for stage in stage_weights(training.sources, training.stages)]
-        else:
-            sources = {"": training}
-        keys = [entry.name for entry in fields(TextSource)]
+        training = self.job_config.training
+        section = self.job_config.validation if validation else training
         return build_batches(
-            {name: SourceKeys(**{key: getattr(source, key) for key in keys}) for name, source in sources.items()},
-            stages,
+            *configured_sources(section),
             tokenizer=self.tokenizer,
             vocabulary_size=self.model.vocabulary_size,
             seq_len=section.seq_len or training.seq_len,

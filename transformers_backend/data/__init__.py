@@ -17,7 +17,7 @@ Errors name the keys of a source without the section that they stand in.
 """
 
 from transformers_backend.data.batches import PackedBatches, Stage
-from transformers_backend.data.build import SourceKeys, build_batches
+from transformers_backend.data.build import SourceKeys, build_batches, configured_sources
 from transformers_backend.data.registry import register_dataset
 from transformers_backend.data.sources import BUILT_IN_SOURCE
 from transformers_backend.data.tokens import load_tokenizer
@@ -28,6 +28,7 @@ __all__ = [
     "SourceKeys",
     "Stage",
     "build_batches",
+    "configured_sources",
     "load_tokenizer",
     "register_dataset",
 ]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +31,7 @@ from transformers_backend.data.streams import RepeatedIterable, Stream
 from transformers_backend.data.token_file import as_document, is_token_file, open_token_file
 from transformers_backend.data.tokenized import TokenizedEncoder, tokenized_encoder
 from transformers_backend.data.tokens import DocumentEncoder
+from transformers_backend.job_config import TextSource, Training, stage_weights
 
 _ALIASES = {"c4": ("allenai/c4", "en")}  # as torchtitan's files name it
 
@@ -58,6 +59,17 @@ class SourceKeys:
     """The field that holds a conversation; None: records are no conversations."""
     chat_template: str | None = None
     """File with a chat template in place of the tokenizer's."""
+
+
+def configured_sources(section: TextSource) -> tuple[dict[str, SourceKeys], list[Stage] | None]:
+    """What a section of the job config says about sources and stages, as `build_batches` takes them."""
+    keys = [entry.name for entry in fields(SourceKeys)]
+    sources: dict[str, TextSource] = {"": section}
+    stages = None
+    if isinstance(section, Training) and section.sources:
+        sources = {source.name: source for source in section.sources}
+        stages = [Stage(*stage) for stage in stage_weights(section.sources, section.stages)]
+    return {name: SourceKeys(**{key: getattr(s, key) for key in keys}) for name, s in sources.items()}, stages
 
 
 def build_batches(

@@ -168,6 +168,7 @@ class Feeds:
         num_workers: int,
         prefetch_factor: int,
     ) -> None:
+        self.num_workers = num_workers
         self._prefetch = {"num_workers": num_workers, "prefetch_factor": prefetch_factor}
         self._sources, self._order, self._repeat = sources, order, repeat
         self._feeds = [

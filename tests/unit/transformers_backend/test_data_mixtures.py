@@ -53,7 +53,7 @@ def test_weights_are_shares_of_tokens(sources, num_workers, rank):
         assert here.state_dict() == batches.state_dict()
 
 
-STAGES = (Stage(1, (1.0, 0.0, 0.0)), Stage(4, (0.0, 1.0, 1.0)), Stage(6, (1.0, 0.0, 3.0)))
+STAGES = (Stage(1, (1.0, 0.0, 0.0)), Stage(4, (0.0, 1.0, 1.0)), Stage(6, (1.0, 0.0, 1.0)))
 
 
 def letters_of(batch) -> set[str]:
@@ -71,7 +71,7 @@ def test_a_stage_begins_exactly_with_its_step(tmp_path, per_step):
 
 
 def test_the_rest_of_a_document_is_finished_in_the_next_stage(sources):
-    batches = build_batches(sources=sources, stages=STAGES)
+    batches = build_batches(sources=sources, stages=STAGES[:2])
     text = "".join(chr(token - OFFSET) for token in tokens_of(islice(batches, 12)) if token != EOS)
     assert text.startswith("a" * 80 + "b" * 3 + "c"), "3 steps are 48 tokens: the second document had been begun"
 
