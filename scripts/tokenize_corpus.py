@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs straight from a check
 import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
-from transformers_backend.data.streams import Stream, StreamReader, first_position
-from transformers_backend.data.workers import Chunk, CollectionReader, Failure, Request, WorkerIterator
 
 from transformers_backend.data.build import SourceKeys, open_source
 from transformers_backend.data.sources import Collection, Encoder
+from transformers_backend.data.streams import Stream, StreamReader, first_position
 from transformers_backend.data.token_file import TokenFileMeta, write_token_file
 from transformers_backend.data.tokens import load_tokenizer
+from transformers_backend.data.workers import Chunk, CollectionReader, Failure, Request, WorkerIterator
 
 _DOCUMENTS_A_REQUEST = 64
 _PREFETCH = 4  # requests that each worker is ahead
@@ -42,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
     print(
         f"{options.output}: {meta.documents:,} documents, {meta.tokens:,} tokens as {meta.dtype}, "
         f"{meta.tokens / seconds:,.0f} tokens/s in {seconds:.1f} s"

@@ -34,20 +34,27 @@ def segment_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of query (batch, heads, seq, head_dim) on fewer or as many key and value heads.
 
-    cu_seq_lens_q: starts of the segments of a single row and its length, (segments + 1,); None means that each row is
-    one segment. sliding_window: tokens that one sees, itself included. s_aux: a sink's score for each head. Returns
-    (batch, seq, heads, head_dim), as attention functions of Transformers do.
+    cu_seq_lens_q: starts of the segments of a single row and its length, (segments + 1,). Without it, position_ids
+    (1, seq) of a single row begin a segment wherever they are lowest. Without either each row is one. sliding_window:
+    tokens that one sees, itself included. s_aux: a sink's score for each head. Returns (batch, seq, heads, head_dim),
+    as attention functions of Transformers do.
     """
     if attention_mask is not None:
         raise ValueError(f"{type(module).__name__} makes a mask of its own, which flash kernels do not take")
     assert dropout == 0.0, "a twin has none"
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    if cu_seq_lens_q is not None:
+        bounds = cu_seq_lens_q.tolist()
+    elif position_ids is not None and len(query) == 1:
+        bounds = [*(position_ids[0] == position_ids.min()).nonzero().flatten().tolist(), query.shape[2]]
+    else:
+        bounds = [0, query.shape[2]]
     outputs = []
     for start, end in itertools.pairwise(bounds):
         q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))

@@ -291,8 +291,8 @@ class Trainer:
             )
         else:
             logger.warning(
-                'training.packing = "documents": attention crosses documents, for %s. Another '
-                "hf_transformers.attn_implementation may do better; the rest of the packing is as asked for.",
+                'training.packing = "documents": attention crosses documents, or may: %s. Another '
+                "hf_transformers.attn_implementation may keep them apart (docs/PACKING.md).",
                 isolation.reason,
             )
 

@@ -155,7 +155,7 @@ def open_source(
     is_path = not is_hook(dataset) and dataset != BUILT_IN_SOURCE and Path(dataset).expanduser().exists()
     path = keys.dataset_path or (dataset if is_path else None)
     if path is not None and is_token_file(path):
-        source, encode = open_token_file(path, f'dataset_path = "{path}"', tokenizer)
+        source, encode = open_token_file(path, f'dataset_path = "{path}"', tokenizer, keys.dataset_split)
     elif path is not None:
         source, encode = open_path(path, keys.dataset_split, choose_format)
     elif dataset == BUILT_IN_SOURCE:

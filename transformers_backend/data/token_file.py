@@ -50,18 +50,22 @@ class TokenFileMeta:
 
 def is_token_file(path: str | Path) -> bool:
     """Whether `path` is such a folder, be it whole or not."""
-    folder = Path(path).expanduser()
-    return (folder / META).is_file() or (folder / TOKENS).is_file()
+    return any((Path(path).expanduser() / file).is_file() for file in (TOKENS, OFFSETS))
 
 
 def open_token_file(
-    path: str | Path, name: str, tokenizer: PreTrainedTokenizerBase | None = None
+    path: str | Path, name: str, tokenizer: PreTrainedTokenizerBase | None = None, split: str = "train"
 ) -> tuple[Collection, Encoder]:
     """The documents of the folder at `path`; records are arrays of tokens, views of the file.
 
-    name: for messages. tokenizer: the model's; another one than the file's is refused. Raises ValueError for a folder
-    that is unfinished, truncated or empty.
+    name: for messages. tokenizer: the model's; another one than the file's is refused. split: any name, of which no
+    slice can be taken. Raises ValueError for a folder that is unfinished, truncated or empty.
     """
+    if "[" in split:
+        raise ValueError(
+            f'dataset_split = "{split}": {name} holds tokens, of which no slice can be taken. Tokenize each split into '
+            "a folder of its own (scripts/tokenize_corpus.py --dataset_split)."
+        )
     folder = Path(path).expanduser()
     meta = read_meta(folder, name)
     reader = TokenReader(folder, meta)

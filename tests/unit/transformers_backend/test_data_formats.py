@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tests.jobs import tiny_job
 from transformers_backend import JobConfig, Trainer
 from transformers_backend.data import SourceKeys, load_tokenizer
 from transformers_backend.data.build import open_source
+from transformers_backend.data.chat import chat_encoder
 from transformers_backend.data.token_file import write_token_file
 
 TEMPLATE = (
@@ -136,7 +138,7 @@ def test_a_run_that_cannot_keep_documents_apart_says_so(tmp_path: Path, job: Cal
     with caplog.at_level(logging.WARNING):
         assert run(config).step == 2
     assert (
-        'training.packing = "documents": attention crosses documents, for BloomForCausalLM takes no position_ids'
+        'training.packing = "documents": attention crosses documents, or may: BloomForCausalLM takes no position_ids'
         in caplog.text
     )
 
@@ -206,6 +208,28 @@ def test_a_run_on_a_function_of_ones_own(tmp_path: Path, job: Callable[..., JobC
     )
     config = job(training__dataset=f"{tmp_path}/mine.py:{function}", training__num_workers=workers)
     assert run(config).step == 2
+
+
+def test_the_documents_example_of_a_function_trains(tmp_path: Path, job: Callable[..., JobConfig]):
+    page = (Path(__file__).parents[3] / "docs" / "data_formats.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def make_dataset" in block)
+    (tmp_path / "my_data.py").write_text(code)
+    spec = f"{tmp_path}/my_data.py:make_dataset"
+    source, _ = open_source(SourceKeys(dataset=spec, dataset_split="validation"), load_tokenizer("byt5"), 384)
+    assert (source.count, source.read(7)) == (1_000_000, "1000 + 7 = 1007")
+    assert run(job(training__dataset=spec)).step == 2
+
+
+def test_the_documents_example_of_a_template_marks_the_assistant(tmp_path: Path):
+    page = (Path(__file__).parents[3] / "docs" / "data_formats.md").read_text()
+    (template,) = re.findall(r"```jinja\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "own.jinja").write_text(template)
+    tokenizer = load_tokenizer(write_words_tokenizer(tmp_path / "words", None))
+    talk = [{"role": "user", "content": "how many"}, {"role": "assistant", "content": "three"}]
+    document = chat_encoder(tokenizer, "messages", str(tmp_path / "own.jinja"))({"messages": talk})
+    marked = tokenizer.convert_ids_to_tokens(document.labels[document.labels != -100])
+    assert marked[0] == "three"
+    assert not {"user", "how", "many", "assistant"} & set(marked)
 
 
 def test_a_function_that_returns_nothing_is_told(tmp_path: Path, job: Callable[..., JobConfig]):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -74,13 +77,35 @@ def _assert_packed_equals_alone(model: HFTransformerModel, reference: PreTrained
 # --- on every architecture
 
 
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", DENSE_MODEL_TYPES)
-def test_how_each_dense_type_keeps_documents_apart(model_type: str):
+def test_how_each_dense_type_keeps_documents_apart(model_type: str, attn_implementation: str):
     """What docs/PACKING.md says. Where a new Transformers knows more ways, write it again by its command."""
     config = CONFIG_MAPPING[model_type]()
-    found = find_isolation(config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "eager")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    found = find_isolation(config, model_class, attn_implementation)
+    if attn_implementation == "sdpa" and not model_class._supports_sdpa:
+        assert f"{model_class.__name__} does not run on packed documents (ValueError: " in found.reason
+        return
     assert found.way == OTHER_WAYS.get(model_type, "positions"), found.reason
     assert (found.reason is None) == (found.way is not None)
+
+
+def test_the_written_table_says_the_same():
+    table = (Path(__file__).parents[3] / "docs" / "PACKING.md").read_text()
+    cells = {
+        model: [cell.strip(" *") for cell in rest.split("|")[:3]]
+        for model, rest in re.findall(r"^\| ([\w-]+) \|(.*)\|$", table, re.MULTILINE)
+        if model != "model"
+    }
+    assert {model: eager for model, (_, eager, _) in cells.items() if model != "---"} == {
+        model: OTHER_WAYS.get(model, "positions") or "crosses" for model in DENSE_MODEL_TYPES
+    }
+    for attention, column in (("sdpa", 0), ("flash_attention_2", 2)):
+        for model in ("llama", "opt", "doge"):
+            config = CONFIG_MAPPING[model]()
+            found = find_isolation(config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], attention)
+            assert cells[model][column] in (found.way or "crosses", "-"), (model, attention)
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
@@ -252,6 +277,19 @@ def test_the_stand_in_is_attention_inside_segments(window: int | None):
         query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
     )
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
+def test_the_stand_in_takes_positions_of_a_single_row_for_bounds():
+    """As the kernels' caller in Transformers does, for models that hand on positions only."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 6, 8, generator=generator) for _ in range(3))
+    position_ids = torch.tensor([[0, 1, 0, 1, 2, 0]])
+    one = [tensor[:1] for tensor in (query, key, value)]
+    expected, _ = segment_attention(torch.nn.Module(), *one, None, cu_seq_lens_q=torch.tensor([0, 2, 5, 6]))
+    found, _ = segment_attention(torch.nn.Module(), *one, None, position_ids=position_ids)
+    assert torch.equal(found, expected)
+    several, _ = segment_attention(torch.nn.Module(), query, key, value, None, position_ids=position_ids.expand(2, -1))
+    assert not torch.allclose(several[:1], expected), "in several rows positions are ignored, silently"
 
 
 def test_the_stand_in_has_soft_caps_and_sinks():
