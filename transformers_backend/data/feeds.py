@@ -6,6 +6,7 @@ that were taken; what workers have read ahead is no part of it and is simply rea
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -261,7 +262,8 @@ class _Requests:
     """Endless requests, made when the DataLoader asks for one. An empty one where the source has ended."""
 
     def __init__(self, feeds: Feeds) -> None:
-        self._feeds = feeds
+        # No cycle of references: in one the garbage collector takes the queues away before the workers hear of the end.
+        self._feeds = weakref.proxy(feeds)
 
     def __iter__(self) -> Iterator[Request]:
         while True:

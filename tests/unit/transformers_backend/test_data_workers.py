@@ -123,3 +123,13 @@ def _is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except OSError:
         return False
+
+
+def test_batches_that_are_dropped_end_their_workers_at_once(text: Path):
+    batches = build_batches(text, num_workers=1)
+    (process,) = batches.feeds._workers._workers
+    next(batches)
+    start = time.monotonic()
+    del batches
+    process.join(timeout=60)
+    assert time.monotonic() - start < 4, "workers look for a parent that forgot to tell them every 5 seconds"
