@@ -73,8 +73,10 @@ class PackedBatches:
             "fingerprint": dict(self.fingerprint),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state` was taken. Raises ValueError for one of other data or of another data rank."""
+    def load_state_dict(self, states: list[dict[str, Any]] | dict[str, Any]) -> None:
+        """Go on exactly where the states of all data ranks were taken, in rank order. Raises ValueError for those of
+        other data or of another number of data ranks."""
+        state = states if isinstance(states, dict) else states[min(self.data_rank, len(states) - 1)]
         saved, here = ((s["data_rank"], s["data_world_size"]) for s in (state, self.state_dict()))
         if saved != here:
             raise ValueError(
