@@ -92,8 +92,9 @@ class Checkpointer:
         """Have `step` on the storage when this returns, or raise SaveError: nothing is left to go on with."""
         self.wait()
         if self._saved_step != step:
-            self.save(step)
+            self._write(f"step-{step}", self._state(step))
             self._writer.wait()
+            self._saved_step = step
 
     def save_model(self, step: int) -> None:
         """Write the weights alone, to `step-N-model`, which no run resumes from."""
@@ -168,10 +169,7 @@ class Checkpointer:
         that does not fit this run.
         """
         found = self._find()
-        if load_step != -1:
-            step = self._load_step(load_step, found, exclude)
-        else:
-            step = self._load_newest(found, exclude)
+        step = self._load_newest(found, exclude) if load_step == -1 else self._load_step(load_step, found, exclude)
         if step is not None:
             self._abandon([other for other in (*found.whole, *found.damaged) if other > step])
             self._saved_step = step
@@ -230,7 +228,12 @@ class Checkpointer:
                 logger.warning("%s was saved with another setting: %s.", storage.locate(name), change)
         state = self._wanted(metadata, parts)
         read_state(state, storage, name, metadata, group)
-        self._put_back(state, storage.locate(name))
+        self._put_back(state)
+        if "step" in state and (saved := count_ranks(metadata, RANDOM_KEY)) != dist.get_world_size():
+            logger.info(
+                "%s holds the random states of %d ranks, and this run has %d: those without one are seeded anew.",
+                storage.locate(name), saved, dist.get_world_size(),
+            )  # fmt: skip
         logger.info("resumed from %s", storage.locate(name))
         return state.get("step", 0)
 
@@ -252,7 +255,7 @@ class Checkpointer:
             state[key] = {kind: value for kind, value in get_random_state().items() if f"{key}.{kind}" in saved}
         return state
 
-    def _put_back(self, state: dict[str, Any], location: str) -> None:
+    def _put_back(self, state: dict[str, Any]) -> None:
         """Hand on what is not filled in place."""
         if "optimizer" in state:
             set_optimizer_state(self._model, self._optimizers, state["optimizer"])
@@ -265,7 +268,6 @@ class Checkpointer:
             set_random_state(random)
             if not random:
                 torch.manual_seed(torch.initial_seed() + state["step"])  # not the numbers of the first steps again
-                logger.info("%s holds no random state of rank %d: seeded anew.", location, dist.get_rank())
 
     def _set_position(self, positions: list[dict[str, Any]]) -> None:
         """Move the data; what one rank refuses is an error on all, or the others would wait for it."""

@@ -1,4 +1,4 @@
-"""Is a checkpoint whole, does it fit this run, and what has changed since: asked before anything is read into a model."""
+"""Is a checkpoint whole, does it fit this run, what has changed since: asked before anything is read into a model."""
 
 from __future__ import annotations
 

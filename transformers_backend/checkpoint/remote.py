@@ -1,4 +1,4 @@
-"""Checkpoints under a URL (`s3://`, `gs://`, `memory://` ...), through fsspec. See `storage.py` for what is promised."""
+"""Checkpoints under a URL (`s3://`, `gs://`, `memory://` ...), through fsspec. `storage.py` says what is promised."""
 
 from __future__ import annotations
 

@@ -122,10 +122,31 @@ class NamesTheFile:
         try:
             with super().create_stream(path, mode) as stream:
                 yield stream
-        except OSError as error:
-            raise StorageError(f"{path}: {error.strerror or error}") from error
-        except (RuntimeError, ValueError, LookupError, AttributeError, ImportError, EOFError, UnpicklingError) as error:
-            raise StorageError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+        except _ERRORS_IN_FILES as error:
+            raise StorageError(f"{path}: {_reason(error)}") from error
+
+
+# Of the file system, of torch's archives and of pickles that are none.
+_ERRORS_IN_FILES = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    EOFError,
+    UnpicklingError,
+)
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says; torch's archive writer hides that of the file system behind one of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    if cause is not None:
+        return cause.strerror or str(cause)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class _LocalFileSystem(NamesTheFile, FileSystem):

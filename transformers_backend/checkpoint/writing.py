@@ -5,7 +5,7 @@
     commit  rank 0 makes the checkpoint appear, then deletes old ones
 
 Beside training all three run in one thread a rank and speak over a gloo process group of their own: two threads must
-not share one. The thread is not a process because that would outlive a killed run, and write into the next one's folder.
+not share one. It is no process because that would outlive a killed run, and write into the next one's folder.
 
 Whatever fails on one rank is told to all before the next collective, so that none waits for it.
 """

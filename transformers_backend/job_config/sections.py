@@ -353,7 +353,7 @@ class Checkpoint:
             if getattr(self, name) and not self.enable:
                 found.append(f"checkpoint.{name} needs checkpoint.enable = true; set that, or leave {name} out.")
         if self.create_seed_checkpoint and self.load_only:
-            found.append("checkpoint.create_seed_checkpoint and load_only are both true: one saves, the other must not.")
+            found.append("checkpoint.create_seed_checkpoint and load_only: one saves, the other does not; choose one.")
         return found
 
 

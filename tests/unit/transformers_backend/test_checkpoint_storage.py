@@ -140,7 +140,9 @@ def test_a_path_is_local_and_a_url_is_not(tmp_path: Path):
 
 
 def test_an_unknown_protocol_and_a_missing_package_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    with pytest.raises(ValueError, match=r'checkpoint\.folder = "s4://bucket/run": Protocol not known: s4.*s3://bucket'):
+    with pytest.raises(
+        ValueError, match=r'checkpoint\.folder = "s4://bucket/run": Protocol not known: s4.*s3://bucket'
+    ):
         open_storage("s4://bucket/run", tmp_path)
 
     def not_installed(url: str):

@@ -162,8 +162,8 @@ def test_command_line_reaches_into_tables() -> None:
         ("[checkpoint]\non_save_error = 'x'", 'checkpoint.on_save_error = "x": must be one of "stop", "continue"'),
         ("[checkpoint]\ninitial_load_path = 'x'", "checkpoint.initial_load_path needs checkpoint.enable = true"),
         ("[checkpoint]\ncreate_seed_checkpoint = true", "checkpoint.create_seed_checkpoint needs checkpoint.enable"),
-        ("[checkpoint]\nload_only = true\ncreate_seed_checkpoint = true", "one saves, the other must not"),
-        ("[checkpoint]\ninitial_load_in_hf = true", "checkpoint.initial_load_in_hf = true: set checkpoint.initial_load_path"),
+        ("[checkpoint]\nload_only = true\ncreate_seed_checkpoint = true", "one saves, the other does not"),
+        ("[checkpoint]\ninitial_load_in_hf = true", "initial_load_in_hf = true: set checkpoint.initial_load_path"),
         (
             "[checkpoint]\nenable = true\ninitial_load_in_hf = true\ninitial_load_path = 'x'\n"
             "initial_load_model_only = false",
