@@ -71,9 +71,7 @@ def measure(config: JobConfig, saves: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden_size", type=int, default=896)
-    parser.add_argument(
-        "--folder", default=tempfile.gettempdir(), help="where the checkpoints go, and are removed from"
-    )
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where checkpoints go for the time being")
     parser.add_argument("--saves", type=int, default=3)
     options = parser.parse_args()
     results = {}

@@ -111,6 +111,20 @@ def test_other_numbers_of_ranks_and_other_meshes_go_on_with_the_curve(two: Worke
     assert resumed == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.skip(reason="the position in the data cannot be carried over to another number of data ranks yet")
+def test_other_numbers_of_ranks_go_on_in_the_data(two: WorkerPool, one: WorkerPool, tmp_path: Path):
+    """2 -> 1 -> 4 data ranks. One document is one block, so that the global batches are those of the whole run."""
+    (tmp_path / "text").mkdir()
+    for number in range(64):
+        (tmp_path / "text" / f"{number:02}.txt").write_text(f"{number:02} is a text of 31 bytes only."[:31].ljust(31))
+    folder = str(tmp_path)
+    with WorkerPool(4) as four:
+        one.run(_train, _job(folder, "whole"))
+        for pool, steps in ((two, 2), (one, 4), (four, 6)):
+            pool.run(_train, _job(folder, "parts", training__steps=steps))
+    assert _losses(_job(folder, "parts")) == pytest.approx(_losses(_job(folder, "whole")), rel=1e-5)
+
+
 def _random_after_resume(config: JobConfig) -> tuple[list[str], torch.Tensor]:
     with Messages("transformers_backend") as messages:
         trainer = Trainer(config)

@@ -107,7 +107,8 @@ def kill_again_and_again(root: Path, *, ranks: int, kills: int, seed: int) -> di
     def job(name: str, mode: str) -> JobConfig:
         return tiny_job(
             root, name, training__steps=steps, training__local_batch_size=16, checkpoint__enable=True,
-            checkpoint__interval=2, checkpoint__keep_latest_k=2, checkpoint__async_mode=mode, checkpoint__last_save_in_hf=True,
+            checkpoint__interval=2, checkpoint__keep_latest_k=2, checkpoint__async_mode=mode,
+            checkpoint__last_save_in_hf=True,
         )  # fmt: skip
 
     undisturbed, killed = job("undisturbed", "disabled"), job("killed", "async")

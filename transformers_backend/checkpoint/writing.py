@@ -12,6 +12,7 @@ Whatever fails on one rank is told to all before the next collective, so that no
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -116,12 +117,16 @@ class Writer:
     def _write(self, name: str, state: dict[str, Any], files: dict[str, str], then: Callable[[], None]) -> None:
         try:
             state = self._stage(state)
+        except StorageError as error:
+            raise self._save_error(name, error) from None
+        try:
             self._on_first_rank(lambda: self._storage.begin(name))
             dcp.save(state, storage_writer=self._storage.writer(name), process_group=self.group)
             self._on_first_rank(lambda: self._storage.commit(name, files))
         except (CheckpointException, StorageError) as error:
             if dist.get_rank() == 0:
-                self._storage.discard(name)
+                with contextlib.suppress(OSError):  # what stays is not whole, and the next save removes it
+                    self._storage.discard(name)
             raise self._save_error(name, error) from None
         logger.info("checkpoint saved: %s", self._storage.locate(name))
         if dist.get_rank() == 0:
