@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from parallelize.costs import peak_flops
 from parallelize.distributed import (
+    from_first_rank,
     gather_objects,
     has_fast_bfloat16,
     initialize,
@@ -28,16 +29,18 @@ from parallelize.distributed import (
     set_timeout,
     shutdown,
 )
-from transformers_backend.checkpoint import Checkpointer
+from transformers_backend.checkpoint import Checkpointer, is_remote, open_storage
 from transformers_backend.data import PackedBatches, build_batches, configured_sources, load_tokenizer
 from transformers_backend.decoder import learned_positions
 from transformers_backend.flops import model_flops_per_token
+from transformers_backend.folders import lock_folder
 from transformers_backend.generate import sample_text
 from transformers_backend.job_config import JobConfig, validate
 from transformers_backend.metrics import MetricsLogger, setup_logging
 from transformers_backend.model import HFTransformerModel, HFTransformerModelArgs
 from transformers_backend.optimizer import build_optimizer, build_schedulers
 from transformers_backend.profiling import maybe_profile, maybe_record_memory
+from transformers_backend.weights import load_hf_weights
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +85,7 @@ class Trainer:
             raise ValueError(
                 f'job.dump_folder = "{config.job.dump_folder}": cannot be made ({error.strerror}). Name another folder.'
             ) from error
+        self._lock_dump_folder(opened)
         torch.use_deterministic_algorithms(config.debug.deterministic, warn_only=config.debug.deterministic_warn_only)
         with patience(None, then_seconds=config.comm.init_timeout_seconds):  # rank 0 may download
             self.model = self._build_model()
@@ -99,20 +103,10 @@ class Trainer:
         self.validation_data = self._build_data(opened, validation=True) if config.validation.enable else None
         self.data_wait_seconds = 0.0  # time that training steps have waited for their batches
         self._build_optimizers()
-        self.step = 0  # optimizer steps done
         self.flops_per_token = model_flops_per_token(self.model.hf_model, self.model.decoder, config.training.seq_len)
-        self.checkpointer = Checkpointer(
-            self.dump_folder / config.checkpoint.folder,
-            model=self.model,
-            optimizers=self.optimizers,
-            schedulers=self.schedulers,
-            data=self.data,
-            data_rank=self.model.data_rank,
-            keep_latest_k=config.checkpoint.keep_latest_k,
-        )
         self._describe()
-        if config.checkpoint.enable:
-            self.step = self.checkpointer.load(config.checkpoint.load_step)
+        self.checkpointer = self._build_checkpointer(opened) if config.checkpoint.enable else None
+        self.step = self._resume()
         self._first_step = self.step + 1
         if self.rank == 0:
             config.save(self.dump_folder / "config.toml")
@@ -123,6 +117,9 @@ class Trainer:
     def train(self) -> None:
         """Run the job to its last step, with checkpoints, validation, export and the closing sample."""
         config = self.job_config
+        if config.checkpoint.create_seed_checkpoint:
+            self.checkpointer.save_seed()
+            return
         tokens_since_log = 0
         with _no_automatic_garbage_collection(), self._profilers() as (profiler, memory_recorder):
             while self.step < config.training.steps:
@@ -151,6 +148,8 @@ class Trainer:
         for batch in micro_batches:
             loss += self.model.forward_backward(**batch, num_items_in_batch=targets)
         grad_norm = self.model.clip_grad_norm_(self.job_config.training.max_norm)
+        if self.checkpointer is not None:
+            self.checkpointer.wait_until_staged()
         if self._is_finite(loss, grad_norm):
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -214,7 +213,8 @@ class Trainer:
             set_timeout(config.comm.train_timeout_seconds, self.model.mesh)
         if self.validation_data is not None and self.step % config.validation.freq == 0:
             self.evaluate()
-        if config.checkpoint.enable and self.step % config.checkpoint.interval == 0:
+        is_first = config.checkpoint.enable_first_step_checkpoint and self.step == 1
+        if self.checkpointer is not None and (is_first or self.step % config.checkpoint.interval == 0):
             with self._patience():
                 self.checkpointer.save(self.step)
         if self.step % config.training.gc_freq == 0:
@@ -234,15 +234,16 @@ class Trainer:
 
     def _finish(self) -> None:
         config = self.job_config
-        last = self.dump_folder / config.checkpoint.folder / f"step-{self.step}"
-        if config.checkpoint.enable and config.checkpoint.last_save_model_only:
+        if self.checkpointer is not None and config.checkpoint.last_save_model_only:
             self.checkpointer.save_model(self.step)
-        elif config.checkpoint.enable and not last.exists():
-            self.checkpointer.save(self.step)
+        elif self.checkpointer is not None:
+            self.checkpointer.save_last(self.step)
         if config.checkpoint.last_save_in_hf:
+            inside = "checkpoint" if is_remote(config.checkpoint.folder) else config.checkpoint.folder
+            exported = self.dump_folder / inside / f"step-{self.step}-hf"
             dtype = getattr(torch, config.checkpoint.export_dtype)
-            self.model.save_pretrained(f"{last}-hf", tokenizer=self.tokenizer, dtype=dtype)
-            logger.info("exported for from_pretrained: %s-hf", last)
+            self.model.save_pretrained(exported, tokenizer=self.tokenizer, dtype=dtype)
+            logger.info("exported for from_pretrained: %s", exported)
         if config.job.sample_prompt:
             text = sample_text(
                 self.model,
@@ -356,6 +357,57 @@ class Trainer:
             decay_type=schedule.decay_type,
             min_lr_factor=schedule.min_lr_factor,
         )
+
+    def _lock_dump_folder(self, opened: contextlib.ExitStack) -> None:
+        problem = None
+        if self.rank == 0:
+            try:
+                opened.enter_context(lock_folder(self.dump_folder))
+            except ValueError as error:
+                problem = str(error)
+        if (problem := from_first_rank(problem)) is not None:
+            raise ValueError(problem)
+
+    def _build_checkpointer(self, opened: contextlib.ExitStack) -> Checkpointer:
+        config = self.job_config
+        checkpointer = Checkpointer(
+            open_storage(config.checkpoint.folder, self.dump_folder),
+            model=self.model,
+            optimizers=self.optimizers,
+            schedulers=self.schedulers,
+            data=self.data,
+            data_rank=self.model.data_rank,
+            config_text=config.to_toml(),
+            keep_latest_k=config.checkpoint.keep_latest_k,
+            async_mode=config.checkpoint.async_mode,
+            on_save_error=config.checkpoint.on_save_error,
+            load_only=config.checkpoint.load_only,
+        )
+        opened.callback(checkpointer.close, config.comm.train_timeout_seconds)
+        return checkpointer
+
+    def _resume(self) -> int:
+        """The steps done: of this run's own checkpoint, else of the one that it starts from, else 0."""
+        options = self.job_config.checkpoint
+        if self.checkpointer is None:
+            return 0
+        step = self.checkpointer.load(options.load_step, exclude=options.exclude_from_loading)
+        if step is not None:
+            if options.initial_load_path:
+                logger.info("checkpoint.initial_load_path is not read: this run has checkpoints of its own.")
+            return step
+        if options.initial_load_in_hf:
+            load_hf_weights(self.model.hf_model, self.model.blueprint, options.initial_load_path)
+            logger.info("started from %s", options.initial_load_path)
+        elif options.initial_load_path:
+            folder, _, name = options.initial_load_path.rstrip("/").rpartition("/")
+            return self.checkpointer.load_initial(
+                open_storage(folder or ".", Path.cwd()),
+                name,
+                model_only=options.initial_load_model_only,
+                exclude=options.exclude_from_loading,
+            )
+        return 0
 
     def _count_accumulation_steps(self) -> int:
         training = self.job_config.training

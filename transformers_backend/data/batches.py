@@ -110,9 +110,7 @@ class PackedBatches:
         comes twice. Raises ValueError for a state of other data.
         """
         for rank, state in enumerate(states):
-            assert (state["data_rank"], state["data_world_size"]) == (rank, len(states)), (
-                "states of all ranks, in order"
-            )
+            assert (state["data_rank"], state["data_world_size"]) == (rank, len(states)), "all ranks, in order"
         require_same_data(states[0]["fingerprint"], self.fingerprint)
         for index, name in enumerate(self.names):
             if name in states[0]["sources"]:  # else it is new, and starts at its first document
@@ -121,9 +119,8 @@ class PackedBatches:
             state = states[self.data_rank if self.repeat else 0]
             leftover, taken = state["leftover"], state["tokens_taken"]
         else:
-            leftover = [piece for state in states for piece in state["leftover"]][
-                self.data_rank :: self.data_world_size
-            ]
+            pieces = [piece for state in states for piece in state["leftover"]]
+            leftover = pieces[self.data_rank :: self.data_world_size]
             taken = {
                 name: sum(state["tokens_taken"][name] for state in states) // self.data_world_size
                 for name in states[0]["tokens_taken"]

@@ -10,6 +10,7 @@ from transformers_backend.job_config.data_sections import Source, Stage, TextSou
 from transformers_backend.job_config.load import load_job_config
 from transformers_backend.job_config.run_sections import Comm, Debug, Metrics, Profiling
 from transformers_backend.job_config.sections import (
+    CHECKPOINT_PARTS,
     Checkpoint,
     HFTransformers,
     Job,
@@ -21,6 +22,7 @@ from transformers_backend.job_config.sections import (
 )
 
 __all__ = [
+    "CHECKPOINT_PARTS",
     "Checkpoint",
     "Comm",
     "Debug",

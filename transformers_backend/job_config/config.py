@@ -95,6 +95,11 @@ def find_problems(config: JobConfig, world_size: int | None = None) -> list[str]
         found += _tokenizer_problems(config)
     if world_size is not None and {"parallelism", "training"} <= sound:
         found += _mesh_problems(config.parallelism, world_size) or _batch_problems(config, world_size)
+    if world_size not in (None, 1) and "checkpoint" in sound and config.checkpoint.create_seed_checkpoint:
+        found.append(
+            f"checkpoint.create_seed_checkpoint = true: needs one process, and there are {world_size} ranks; start "
+            "with NPROC=1."
+        )
     return found
 
 

@@ -251,13 +251,16 @@ class LRScheduler:
         return found
 
 
+CHECKPOINT_PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")
+
+
 @dataclass
 class Checkpoint:
     enable: bool = False
     """Save checkpoints, and resume from the folder where it already holds some."""
 
     folder: str = "checkpoint"
-    """Folder of the checkpoints, inside job.dump_folder."""
+    """Folder of the checkpoints, inside job.dump_folder, or a URL that fsspec opens, e.g. "s3://bucket/run"."""
 
     interval: int = 500
     """Steps between checkpoints."""
@@ -266,7 +269,30 @@ class Checkpoint:
     """Number of checkpoints that are kept, at least 2; older ones are deleted. 0 means all."""
 
     load_step: int = -1
-    """Step of the checkpoint to resume from. -1 means the latest."""
+    """Step of the checkpoint to resume from. -1 means the latest whole one."""
+
+    load_only: bool = False
+    """Resume, but save nothing."""
+
+    exclude_from_loading: list[str] = field(default_factory=list)
+    """Parts of a checkpoint that a resume leaves as the job sets them up: "model", "optimizer", "lr_scheduler",
+    "dataloader" (the position in the data), "train_state" (the step and random numbers)."""
+
+    initial_load_path: str | None = None
+    """A checkpoint of another run, <folder>/step-N, local or a URL, that a run starts from whose own folder holds none.
+    With initial_load_in_hf a Hugging Face folder or hub id."""
+
+    initial_load_model_only: bool = True
+    """Of initial_load_path take the weights only, and start at step 0."""
+
+    initial_load_in_hf: bool = False
+    """Read initial_load_path as safetensors in the Hugging Face format."""
+
+    create_seed_checkpoint: bool = False
+    """Save the initial weights as step 0 and end. Needs one process; a job on any mesh that finds it starts from it."""
+
+    enable_first_step_checkpoint: bool = False
+    """Save after the first step too, to learn early whether saving works."""
 
     last_save_model_only: bool = False
     """Save the weights alone at the end of the run, in <folder>/step-N-model, without the optimizer state that a
@@ -280,7 +306,12 @@ class Checkpoint:
     """Type of the weights in the folder of last_save_in_hf."""
 
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """"disabled" holds the run until a checkpoint is written. Saving beside training is not available yet."""
+    """"disabled" holds the run until a checkpoint is written, "async" writes it beside training from a copy in host
+    memory, "async_with_pinned_mem" keeps that copy in page-locked memory, which CUDA fills faster."""
+
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What follows when a checkpoint cannot be written, e.g. to a full disk: "stop" ends the run with an error,
+    "continue" warns and trains on. The last checkpoint of a run must be written either way."""
 
     def problems(self) -> list[str]:
         found = [*empty_strings("checkpoint", self, "folder"), *below_minimum("checkpoint", self, interval=1)]
@@ -289,13 +320,31 @@ class Checkpoint:
                 f"checkpoint.keep_latest_k = {self.keep_latest_k}: must be 0 (all) or at least 2, because the newest "
                 "one may still be incomplete."
             )
-        if self.async_mode != "disabled":
-            found.append(
-                f'checkpoint.async_mode = "{self.async_mode}": saving beside training is not available yet; set it to '
-                '"disabled".'
-            )
         if self.load_step < -1:
             found.append(f"checkpoint.load_step = {self.load_step}: must be at least 0, or -1 for the latest.")
+        if unknown := set(self.exclude_from_loading) - set(CHECKPOINT_PARTS):
+            found.append(
+                f"checkpoint.exclude_from_loading = {sorted(unknown)}: no parts of a checkpoint; those are "
+                f"{', '.join(CHECKPOINT_PARTS)}."
+            )
+        return [*found, *self._start_problems()]
+
+    def _start_problems(self) -> list[str]:
+        found = []
+        if self.initial_load_in_hf and not self.initial_load_path:
+            found.append(
+                "checkpoint.initial_load_in_hf = true: set checkpoint.initial_load_path to the Hugging Face folder or "
+                "hub id to start from."
+            )
+        if self.initial_load_in_hf and not self.initial_load_model_only:
+            found.append(
+                "checkpoint.initial_load_model_only = false: a Hugging Face folder has weights only; set it to true."
+            )
+        for name in ("initial_load_path", "create_seed_checkpoint", "load_only"):
+            if getattr(self, name) and not self.enable:
+                found.append(f"checkpoint.{name} needs checkpoint.enable = true; set that, or leave {name} out.")
+        if self.create_seed_checkpoint and self.load_only:
+            found.append("checkpoint.create_seed_checkpoint and load_only: one saves, the other does not; choose one.")
         return found
 
 
