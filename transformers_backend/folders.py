@@ -1,9 +1,24 @@
-"""Folders that appear whole: written under a temporary name, then renamed. A leaf of checkpoints and exports."""
+"""Folders that appear whole, and belong to one run at a time. A leaf of checkpoints, exports and the trainer."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
+import os
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+_HELD_BY_ANOTHER = {errno.EACCES, errno.EAGAIN}
 
 
 def replace_folder(folder: Path, temporary: Path) -> None:
@@ -14,3 +29,30 @@ def replace_folder(folder: Path, temporary: Path) -> None:
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; ValueError, naming the holder, where another process does.
+
+    The lock is one of the kernel on `folder`/.lock: it ends with the process, however that dies, and a process that
+    this one forks does not carry it on. Where a file system has no locks, there is a warning and no protection.
+    """
+    if fcntl is None:
+        yield
+        return
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD_BY_ANOTHER:
+                file.seek(0)
+                raise ValueError(
+                    f'job.dump_folder = "{folder}" is in use by {file.read().strip() or "another run"}: two runs would '
+                    "overwrite each other's files. Wait for that one to end, or name another folder."
+                ) from error
+            logger.warning("%s cannot be locked (%s): start no second run in it.", folder, error.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

@@ -31,6 +31,7 @@ from parallelize.mixed_precision import parameters_cast_to
 from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
 from transformers_backend.decoder import check_is_plain, describe_decoder
+from transformers_backend.isolation import Isolation, find_isolation, packed_inputs, usual_way
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
 from transformers_backend.proof import check_recomputation, prove, why_not_compile
@@ -90,6 +91,7 @@ class HFTransformerModel:
         self.loss_is_chunked = True
         """Whether the head runs chunk by chunk and full logits never exist; known once the loss is installed."""
         self._ready = False
+        self._isolation: Isolation | None = None  # None: batches hold no packed documents, see `isolate_documents`
         self._local_losses_are_finite = torch.tensor(True)  # of the micro-batches since the last clipping
         self._step_was_finite = torch.tensor(True)  # and of those before it
 
@@ -244,9 +246,10 @@ class HFTransformerModel:
         """Add the gradients of one (micro-)batch of this data-parallel rank and return the global mean loss.
 
         input_ids, labels, position_ids: (batch, seq) int64; labels follow Transformers (aligned with the tokens, -100
-        ignored, shifted inside). num_items_in_batch: number of target tokens of the global batch, over all data ranks
-        and accumulation steps; None counts those of this call. Returns an fp32 scalar, the same on every rank; under
-        accumulation the losses of the micro-batches add up to the loss of the batch.
+        ignored, shifted inside); for packed documents see `isolate_documents`. num_items_in_batch: number of target
+        tokens of the global batch, over all data ranks and accumulation steps; None counts those of this call.
+        Returns an fp32 scalar, the same on every rank; under accumulation the losses of the micro-batches add up to
+        the loss of the batch.
         """
         self._make_ready()
         self._check_shapes(input_ids, labels, position_ids)
@@ -294,16 +297,34 @@ class HFTransformerModel:
     def _sum_loss(
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None
     ) -> torch.Tensor:
-        inputs = {"input_ids": input_ids}
-        if position_ids is not None:
-            if not self.decoder.accepts_position_ids:
-                raise ValueError(
-                    f"position_ids: {self.model_class.__name__} has no notion of them (it derives positions from the "
-                    "order of the tokens). Leave them out."
-                )
-            inputs["position_ids"] = position_ids
-        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        return self.hf_model(**inputs, targets=shift_labels(labels.to(self.device)))
+        input_ids, targets = input_ids.to(self.device), shift_labels(labels.to(self.device))
+        if position_ids is None:
+            return self.hf_model(input_ids=input_ids, targets=targets)
+        if self._isolation is None and not self.decoder.accepts_position_ids:
+            raise ValueError(
+                f"position_ids: {self.model_class.__name__} has no notion of them (it derives positions from the "
+                "order of the tokens). Leave them out, or call isolate_documents() first for packed documents."
+            )
+        inputs = packed_inputs(
+            usual_way(self._attention) if self._isolation is None else self._isolation.way,
+            input_ids, position_ids.to(self.device), dtype=self._cast_to or self.hf_model.dtype,
+            accepts_position_ids=self.decoder.accepts_position_ids,
+        )  # fmt: skip
+        return self.hf_model(**inputs, targets=targets.view_as(inputs["input_ids"]))
+
+    def isolate_documents(self) -> Isolation:
+        """Say that `position_ids` which restart mark packed documents, and find how attention stays within each.
+
+        From then on every `position_ids` is read so. Returns the way that was found, or the reason why documents of
+        one row see each other here; such a model trains all the same.
+        """
+        if self._isolation is None:
+            self._isolation = find_isolation(self.hf_model.config, self.model_class, self._attention)
+        return self._isolation
+
+    @property
+    def _attention(self) -> str | None:
+        return self.hf_model.config._attn_implementation
 
     @property
     def data_rank(self) -> int:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from parallelize.distributed import (
+    from_first_rank,
     gather_objects,
     has_fast_bfloat16,
     initialize,
@@ -27,10 +28,11 @@ from parallelize.distributed import (
     set_timeout,
     shutdown,
 )
-from transformers_backend.checkpoint import Checkpointer
-from transformers_backend.data import PackedBatches, build_batches, load_tokenizer
+from transformers_backend.checkpoint import Checkpointer, is_remote, open_storage
+from transformers_backend.data import PackedBatches, build_batches, configured_sources, load_tokenizer
 from transformers_backend.decoder import learned_positions
 from transformers_backend.flops import model_flops_per_token
+from transformers_backend.folders import lock_folder
 from transformers_backend.generate import sample_text
 from transformers_backend.job_config import JobConfig, validate
 from transformers_backend.metrics import check_trackers_installed, setup_logging
@@ -38,6 +40,7 @@ from transformers_backend.model import HFTransformerModel, HFTransformerModelArg
 from transformers_backend.optimizer import build_optimizer, build_schedulers
 from transformers_backend.reporting import build_metrics, profilers
 from transformers_backend.run_summary import describe_run
+from transformers_backend.weights import load_hf_weights
 
 logger = logging.getLogger(__name__)
 
@@ -83,36 +86,28 @@ class Trainer:
             raise ValueError(
                 f'job.dump_folder = "{config.job.dump_folder}": cannot be made ({error.strerror}). Name another folder.'
             ) from error
+        self._lock_dump_folder(opened)
         torch.use_deterministic_algorithms(config.debug.deterministic, warn_only=config.debug.deterministic_warn_only)
         with patience(None, then_seconds=config.comm.init_timeout_seconds):  # rank 0 may download
             self.model = self._build_model()
         set_timeout(config.comm.init_timeout_seconds, self.model.mesh)
         self._check_sequence_lengths()
+        self._say_what_attention_sees()
         torch.manual_seed(config.debug.seed + 1 + self.model.data_rank)  # dropout: different on different data
         self.tokenizer = load_tokenizer(
             config.model.hf_assets_path or config.hf_transformers.model,
             revision=None if config.model.hf_assets_path else config.hf_transformers.revision,
             trust_remote_code=config.hf_transformers.trust_remote_code,
         )
-        self.data = self._build_data(config.training, repeat=True)
-        self.validation_data = self._build_data(config.validation, repeat=False) if config.validation.enable else None
-        self._build_optimizers()
-        self.step = 0  # optimizer steps done
-        self.data_wait_seconds = 0.0  # spent waiting for the next batch, since the start
         self.accumulation_steps = self._count_accumulation_steps()
+        self.data = self._build_data(opened, validation=False)
+        self.validation_data = self._build_data(opened, validation=True) if config.validation.enable else None
+        self.data_wait_seconds = 0.0  # time that training steps have waited for their batches
+        self._build_optimizers()
         self.flops_per_token = model_flops_per_token(self.model.hf_model, self.model.decoder, config.training.seq_len)
-        self.checkpointer = Checkpointer(
-            self.dump_folder / config.checkpoint.folder,
-            model=self.model,
-            optimizers=self.optimizers,
-            schedulers=self.schedulers,
-            data=self.data,
-            data_rank=self.model.data_rank,
-            keep_latest_k=config.checkpoint.keep_latest_k,
-        )
         self._describe()
-        if config.checkpoint.enable:
-            self.step = self.checkpointer.load(config.checkpoint.load_step)
+        self.checkpointer = self._build_checkpointer(opened) if config.checkpoint.enable else None
+        self.step = self._resume()
         self._first_step = self.step + 1
         if self.rank == 0:
             config.save(self.dump_folder / "config.toml")
@@ -128,6 +123,9 @@ class Trainer:
     def train(self) -> None:
         """Run the job to its last step, with checkpoints, validation, export and the closing sample."""
         config = self.job_config
+        if config.checkpoint.create_seed_checkpoint:
+            self.checkpointer.save_seed()
+            return
         tokens_since_log, waited_until_log = 0, self.data_wait_seconds
         if self.step >= config.training.steps:
             logger.info(
@@ -161,11 +159,13 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         micro_batches = [self._next_batch(self.data) for _ in range(self.accumulation_steps)]
-        targets = sum(self.model.count_targets(labels) for _, labels in micro_batches)
+        targets = sum(self.model.count_targets(batch["labels"]) for batch in micro_batches)
         loss = torch.zeros((), device=self.device)
-        for input_ids, labels in micro_batches:
-            loss += self.model.forward_backward(input_ids, labels, num_items_in_batch=targets)
+        for batch in micro_batches:
+            loss += self.model.forward_backward(**batch, num_items_in_batch=targets)
         grad_norm = self.model.clip_grad_norm_(self.job_config.training.max_norm)
+        if self.checkpointer is not None:
+            self.checkpointer.wait_until_staged()
         if self._is_finite(loss, grad_norm):
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -183,7 +183,7 @@ class Trainer:
         for index, batch in enumerate(self.validation_data):
             if index == self.job_config.validation.steps:
                 break
-            batch_loss, batch_targets = self.model.evaluate(*self._to_device(batch))
+            batch_loss, batch_targets = self.model.evaluate(**self._to_device(batch))
             loss += batch_loss
             targets += batch_targets
         mean = (loss / targets).item()
@@ -196,14 +196,17 @@ class Trainer:
 
     # -- one step's helpers ---------------------------------------------------------------------------------------
 
-    def _next_batch(self, data: PackedBatches) -> tuple[torch.Tensor, torch.Tensor]:
+    def _next_batch(self, data: PackedBatches) -> dict[str, torch.Tensor]:
         start = time.perf_counter()
         batch = next(data)
         self.data_wait_seconds += time.perf_counter() - start
         return self._to_device(batch)
 
-    def _to_device(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        return batch["input_ids"].to(self.device), batch["labels"].to(self.device)
+    def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies run beside computation where the device allows it: from pinned memory."""
+        if self.device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _is_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> bool:
         """Whether the step may update weights; raises (or only warns) with step, rank and parameter if it may not."""
@@ -226,7 +229,8 @@ class Trainer:
             set_timeout(config.comm.train_timeout_seconds, self.model.mesh)
         if self.validation_data is not None and self.step % config.validation.freq == 0:
             self.evaluate()
-        if config.checkpoint.enable and self.step % config.checkpoint.interval == 0:
+        is_first = config.checkpoint.enable_first_step_checkpoint and self.step == 1
+        if self.checkpointer is not None and (is_first or self.step % config.checkpoint.interval == 0):
             with self._patience():
                 self.checkpointer.save(self.step)
         if self.step % config.training.gc_freq == 0:
@@ -247,15 +251,16 @@ class Trainer:
 
     def _finish(self) -> None:
         config = self.job_config
-        last = self.dump_folder / config.checkpoint.folder / f"step-{self.step}"
-        if config.checkpoint.enable and config.checkpoint.last_save_model_only:
+        if self.checkpointer is not None and config.checkpoint.last_save_model_only:
             self.checkpointer.save_model(self.step)
-        elif config.checkpoint.enable and not last.exists():
-            self.checkpointer.save(self.step)
+        elif self.checkpointer is not None:
+            self.checkpointer.save_last(self.step)
         if config.checkpoint.last_save_in_hf:
+            inside = "checkpoint" if is_remote(config.checkpoint.folder) else config.checkpoint.folder
+            exported = self.dump_folder / inside / f"step-{self.step}-hf"
             dtype = getattr(torch, config.checkpoint.export_dtype)
-            self.model.save_pretrained(f"{last}-hf", tokenizer=self.tokenizer, dtype=dtype)
-            logger.info("exported for from_pretrained: %s-hf", last)
+            self.model.save_pretrained(exported, tokenizer=self.tokenizer, dtype=dtype)
+            logger.info("exported for from_pretrained: %s", exported)
         if config.job.sample_prompt:
             text = sample_text(
                 self.model,
@@ -285,7 +290,7 @@ class Trainer:
         made_for = self.model.hf_model.config.to_dict().get("max_position_embeddings")
         lengths = {"training.seq_len": self.job_config.training.seq_len}
         if self.job_config.validation.enable:
-            lengths["validation.seq_len"] = self.job_config.validation.seq_len
+            lengths["validation.seq_len"] = self.job_config.validation.seq_len or lengths["training.seq_len"]
         for key, length in lengths.items():
             if longest is not None and length > longest:
                 raise ValueError(
@@ -299,6 +304,23 @@ class Trainer:
                     "hf_transformers.config_overrides.", key, length, made_for,
                 )  # fmt: skip
 
+    def _say_what_attention_sees(self) -> None:
+        if self.job_config.training.packing == "concat":
+            logger.info('training.packing = "concat": tokens attend to the documents before their own in a sequence')
+            return
+        isolation = self.model.isolate_documents()
+        if isolation.way is not None:
+            logger.info(
+                'training.packing = "documents": attention stays within each document, by %s (tried on the twin)',
+                isolation.way,
+            )
+        else:
+            logger.warning(
+                'training.packing = "documents": attention crosses documents, or may: %s. Another '
+                "hf_transformers.attn_implementation may keep them apart (docs/PACKING.md).",
+                isolation.reason,
+            )
+
     def _computation_dtype(self) -> torch.dtype | None:
         """training.mixed_precision_param, resolved; None where it is the parameters' own dtype."""
         wanted = self.job_config.training.mixed_precision_param
@@ -310,33 +332,35 @@ class Trainer:
     def _computes_in(self) -> torch.dtype:
         return self._computation_dtype() or getattr(torch, self.job_config.training.dtype)
 
-    def _build_data(self, section, *, repeat: bool) -> PackedBatches:
+    def _build_data(self, opened: contextlib.ExitStack, *, validation: bool) -> PackedBatches:
         """The data of this rank, or the first rank's error on every rank: only one may have too little text."""
         batches, message = None, None
         try:
-            batches = self._open_data(section, repeat=repeat)
+            batches = self._open_data(validation=validation)
+            opened.callback(batches.close)
         except ValueError as error:
             message = str(error)
         if (found := next(filter(None, gather_objects(message)), None)) is not None:
             raise ValueError(found)
         return batches
 
-    def _open_data(self, section, *, repeat: bool) -> PackedBatches:
+    def _open_data(self, *, validation: bool) -> PackedBatches:
+        training = self.job_config.training
+        section = self.job_config.validation if validation else training
         return build_batches(
-            dataset=section.dataset,
-            dataset_path=section.dataset_path,
-            dataset_name=section.dataset_name,
-            dataset_split=section.dataset_split,
-            dataset_revision=section.dataset_revision,
-            text_column=section.text_column,
+            *configured_sources(section),
             tokenizer=self.tokenizer,
             vocabulary_size=self.model.vocabulary_size,
-            seq_len=section.seq_len,
-            batch_size=section.local_batch_size,
+            seq_len=section.seq_len or training.seq_len,
+            batch_size=section.local_batch_size or training.local_batch_size,
+            batches_per_step=1 if validation else self.accumulation_steps,
             data_rank=self.model.data_rank,
             data_world_size=self.model.dims.data_parallel_size,
             seed=self.job_config.debug.seed,
-            repeat=repeat,
+            repeat=not validation,
+            packing=training.packing,
+            num_workers=training.num_workers,
+            prefetch_factor=training.prefetch_factor,
         )
 
     def _build_optimizers(self) -> None:
@@ -362,6 +386,57 @@ class Trainer:
             min_lr_factor=schedule.min_lr_factor,
         )
 
+    def _lock_dump_folder(self, opened: contextlib.ExitStack) -> None:
+        problem = None
+        if self.rank == 0:
+            try:
+                opened.enter_context(lock_folder(self.dump_folder))
+            except ValueError as error:
+                problem = str(error)
+        if (problem := from_first_rank(problem)) is not None:
+            raise ValueError(problem)
+
+    def _build_checkpointer(self, opened: contextlib.ExitStack) -> Checkpointer:
+        config = self.job_config
+        checkpointer = Checkpointer(
+            open_storage(config.checkpoint.folder, self.dump_folder),
+            model=self.model,
+            optimizers=self.optimizers,
+            schedulers=self.schedulers,
+            data=self.data,
+            data_rank=self.model.data_rank,
+            config_text=config.to_toml(),
+            keep_latest_k=config.checkpoint.keep_latest_k,
+            async_mode=config.checkpoint.async_mode,
+            on_save_error=config.checkpoint.on_save_error,
+            load_only=config.checkpoint.load_only,
+        )
+        opened.callback(checkpointer.close, config.comm.train_timeout_seconds)
+        return checkpointer
+
+    def _resume(self) -> int:
+        """The steps done: of this run's own checkpoint, else of the one that it starts from, else 0."""
+        options = self.job_config.checkpoint
+        if self.checkpointer is None:
+            return 0
+        step = self.checkpointer.load(options.load_step, exclude=options.exclude_from_loading)
+        if step is not None:
+            if options.initial_load_path:
+                logger.info("checkpoint.initial_load_path is not read: this run has checkpoints of its own.")
+            return step
+        if options.initial_load_in_hf:
+            load_hf_weights(self.model.hf_model, self.model.blueprint, options.initial_load_path)
+            logger.info("started from %s", options.initial_load_path)
+        elif options.initial_load_path:
+            folder, _, name = options.initial_load_path.rstrip("/").rpartition("/")
+            return self.checkpointer.load_initial(
+                open_storage(folder or ".", Path.cwd()),
+                name,
+                model_only=options.initial_load_model_only,
+                exclude=options.exclude_from_loading,
+            )
+        return 0
+
     def _count_accumulation_steps(self) -> int:
         training = self.job_config.training
         per_forward = training.local_batch_size * self.model.dims.data_parallel_size
@@ -386,7 +461,7 @@ class Trainer:
             accumulation_steps=self.accumulation_steps,
             tokens_per_step=self.tokens_per_step,
             flops_per_token=self.flops_per_token,
-            data_name=self.data.source.name,
+            data_name=self.data.description,
         )
         logger.info("the run:\n%s", summary)
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import os
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from transformers_backend.data.sources import (
     BUILT_IN_SOURCE,
     NOT_EMPTY,
-    IndexedSource,
-    Order,
+    ChooseFormat,
+    Collection,
+    Encoder,
     import_datasets,
-    require_column,
-    require_text,
 )
 
 FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json"} | {
@@ -29,8 +31,8 @@ TEXT_PIECE = 2**16
 _HOLD_OUT_EVERY = 20
 
 
-def open_standard_library(split: str, order: Order) -> IndexedSource:
-    """The .py files of the running Python's standard library; those that are not UTF-8 (test data) are skipped."""
+def open_standard_library(split: str, choose_format: ChooseFormat) -> tuple[Collection, Encoder]:
+    """The .py files of the running Python's standard library; those that are not UTF-8 (test data) are empty."""
     name = f'dataset = "{BUILT_IN_SOURCE}"'
     if split not in ("train", "validation"):
         raise ValueError(
@@ -41,53 +43,127 @@ def open_standard_library(split: str, order: Order) -> IndexedSource:
     files = [path for path in paths if path.suffix == ".py"]
     held_out = split == "validation"
     files = [path for index, path in enumerate(files) if (index % _HOLD_OUT_EVERY == _HOLD_OUT_EVERY - 1) == held_out]
-
-    def read(number: int) -> str:
-        try:
-            return files[number].read_bytes().decode("utf-8")
-        except UnicodeDecodeError:
-            return ""
-
-    return IndexedSource(name, read, len(files), order, _fingerprint_of_files(BUILT_IN_SOURCE, root, files))
+    fingerprint = _fingerprint_of_files(BUILT_IN_SOURCE, root, files)
+    pieces = _TextPieces(name, files, [file.stat().st_size for file in files], whole=True)
+    return pieces.collection(fingerprint), choose_format(None, name).encode
 
 
-def open_path(dataset_path: str, split: str, text_column: str, order: Order) -> IndexedSource:
+def open_path(dataset_path: str, split: str, choose_format: ChooseFormat) -> tuple[Collection, Encoder]:
     """Local files: .txt ones are read directly, records through `datasets`, which keeps an Arrow copy in its cache."""
     root = Path(dataset_path).expanduser()
     kind, files = _data_files(root, name := f'dataset_path = "{dataset_path}"')
-    files = [file for file in files if file.stat().st_size > 0]
+    sizes = [file.stat().st_size for file in files]
+    files, sizes = [file for file, size in zip(files, sizes, strict=True) if size], [size for size in sizes if size]
     fingerprint = _fingerprint_of_files(root.resolve().name, root, files)
     if not files:
         raise ValueError(f"{name}: all its files are empty. {NOT_EMPTY}")
-    split_name, bracket, bounds = split.partition("[")
     if kind == "text":
-        if bracket:
+        if "[" in split:
             raise ValueError(
                 f'dataset_split = "{split}": {name} is plain text, of which no slice can be taken. Put the files of '
                 "each split into a folder of its own."
             )
-        pieces = [(file, piece) for file in files for piece in range(-(-file.stat().st_size // TEXT_PIECE))]
-        return IndexedSource(
-            name, lambda number: _read_text_piece(*pieces[number], name), len(pieces), order, fingerprint
-        )
+        return _TextPieces(name, files, sizes).collection(fingerprint), choose_format(None, name).encode
+    return _open_records(kind, files, split, name, fingerprint, choose_format)
 
+
+def _open_records(
+    kind: str, files: list[Path], split: str, name: str, fingerprint: dict[str, Any], choose_format: ChooseFormat
+) -> tuple[Collection, Encoder]:
+    split_name, bracket, bounds = split.partition("[")
     datasets = import_datasets(name)
     try:
         records = datasets.load_dataset(kind, data_files={split_name: [str(file) for file in files]}, split=split)
-    except (ValueError, datasets.exceptions.DatasetsError) as error:  # no record; a bad slice; not what it is named
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:  # none; a bad slice; a broken file
         raise ValueError(
             f'{name} (dataset_split = "{split}"): must hold at least one record in valid {kind} form, and could not '
             f"be read. Correct the files or the split. ({type(error).__name__}: {error.__cause__ or error})"
         ) from error
-    require_column(text_column, records.column_names, name)
-    records = records.select_columns([text_column])
+    record_format = choose_format(records.column_names, name)
+    fingerprint |= {"columns": ", ".join(record_format.columns), "slice": bracket + bounds}
+    records = records.select_columns(list(record_format.columns))
+    places = _RecordPlaces(kind, tuple(files), split if bracket else None)
+    collection = Collection(name, records.__getitem__, len(records), fingerprint, places)
+    return collection, record_format.encode
 
-    def read_record(number: int) -> str:
-        where = f"{name}: record {number} (from 0, over {len(files)} files sorted by name, from {files[0].name})"
-        return require_text(records[number][text_column], text_column, where)
 
-    fingerprint |= {"text_column": text_column, "slice": bracket + bounds}
-    return IndexedSource(name, read_record, len(records), order, fingerprint)
+@dataclass(frozen=True)
+class _RecordPlaces:
+    """The file and row of a record, which `datasets` does not keep: files are read again, one by one, for an error."""
+
+    kind: str
+    files: tuple[Path, ...]
+    slice: str | None
+
+    def __call__(self, number: int) -> str:
+        if self.slice is not None:  # where it begins is known to `datasets` alone
+            return f'row {number} of dataset_split = "{self.slice}", over {len(self.files)} files from {self.files[0]}'
+        datasets = import_datasets("dataset_path")
+        for file in self.files[:-1]:
+            rows = len(datasets.load_dataset(self.kind, data_files={"train": [str(file)]}, split="train"))
+            if number < rows:
+                return f"file {file}, row {number}"
+            number -= rows
+        return f"file {self.files[-1]}, row {number}"
+
+
+class _TextPieces:
+    """Text files as documents: a short file is one, a longer one is cut into pieces (unless `whole`).
+
+    Every read compares the file's size with the one it had when the run began, because the pieces follow from it.
+    """
+
+    def __init__(self, name: str, files: list[Path], sizes: list[int], *, whole: bool = False) -> None:
+        self._name, self._files, self._sizes, self._whole = name, files, sizes, whole
+        self._piece = TEXT_PIECE
+        counts = [1 if whole else -(-size // self._piece) for size in sizes]
+        self._ends = list(itertools.accumulate(counts))  # of each file, the number of pieces up to its end
+
+    def collection(self, fingerprint: dict[str, Any]) -> Collection:
+        return Collection(self._name, self.read, self._ends[-1] if self._ends else 0, fingerprint, self.where)
+
+    def read(self, number: int) -> str:
+        index, piece = self._place(number)
+        try:
+            with self._files[index].open("rb") as file:
+                self._require_size(index, os.fstat(file.fileno()).st_size)
+                content = file.read() if self._whole else self._read_piece(file, piece)
+        except OSError as error:
+            raise ValueError(
+                f"{self._name}: {self._files[index]} was there when the run began, with {self._sizes[index]:,} bytes, "
+                f"and cannot be read now ({error.strerror}). Put it back and resume from the last checkpoint."
+            ) from error
+        try:
+            return content.decode("utf-8" if piece else "utf-8-sig")  # without a byte order mark at the file's start
+        except UnicodeDecodeError as error:
+            if self._whole:
+                return ""
+            raise ValueError(
+                f"{self._name}: {self._files[index]} is not UTF-8 text ({error}). Convert or remove the file."
+            ) from error
+
+    def where(self, number: int) -> str:
+        index, piece = self._place(number)
+        return f"file {self._files[index]}" + f", from byte {piece * self._piece} on" * bool(piece)
+
+    def _place(self, number: int) -> tuple[int, int]:
+        index = bisect.bisect_right(self._ends, number)
+        return index, number - (self._ends[index - 1] if index else 0)
+
+    def _require_size(self, index: int, size: int) -> None:
+        if size != self._sizes[index]:
+            raise ValueError(
+                f"{self._name}: {self._files[index]} had {self._sizes[index]:,} bytes when the run began and has "
+                f"{size:,} now: data must not change during a run. Restore the file and resume from the last "
+                "checkpoint, or start a new run."
+            )
+
+    def _read_piece(self, file: BinaryIO, piece: int) -> bytes:
+        """From the first line that begins at or after the piece's start to the one that ends it."""
+        start = _line_start(file, piece * self._piece)
+        end = _line_start(file, (piece + 1) * self._piece)
+        file.seek(start)
+        return file.read(end - start)
 
 
 def _data_files(root: Path, name: str) -> tuple[str, list[Path]]:
@@ -130,22 +206,6 @@ def _fingerprint_of_files(name: str, root: Path, files: list[Path]) -> dict[str,
     """The name, and a digest of relative paths and sizes: data may move, and content would have to be read."""
     listing = "\n".join(f"{file.relative_to(root).as_posix()} {file.stat().st_size}" for file in files)
     return {"dataset": name, "files": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()[:16]}
-
-
-def _read_text_piece(path: Path, piece: int, name: str) -> str:
-    """Piece `piece` of a text file: from the first line that begins at or after its start to the one that ends it.
-
-    Short files are one piece. Long ones are cut, so that data ranks can share a single file.
-    """
-    with path.open("rb") as file:
-        start = _line_start(file, piece * TEXT_PIECE)
-        end = _line_start(file, (piece + 1) * TEXT_PIECE)
-        file.seek(start)
-        content = file.read(end - start)
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: {path} is not UTF-8 text ({error}). Convert or remove the file.") from error
 
 
 def _line_start(file: BinaryIO, position: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 
 import numpy as np
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
@@ -39,8 +38,8 @@ def load_tokenizer(
     return tokenizer
 
 
-def document_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], np.ndarray]:
-    """Return the function from a document's text to its tokens (int64): those of the tokenizer, and one end token.
+class DocumentEncoder:
+    """From a document's text to its tokens (int32): those of the tokenizer, and one end token.
 
     Where the tokenizer has an end-of-sequence token, exactly one stands at the end, whether or not the tokenizer
     (or the text) puts one there; a beginning token stands there once if the tokenizer puts one. Special tokens that
@@ -49,24 +48,29 @@ def document_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], np.n
     ByT5's tokenizer works character by character in Python. A token is a byte's value plus its offset of 3, which
     is computed directly (some hundred times as fast); only texts that spell out an added token go through it.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    end = [] if eos is None else [eos]
 
-    def encode(text: str) -> np.ndarray:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.is_byt5 = type(tokenizer) is ByT5Tokenizer
+        self._added_tokens = re.compile("|".join(map(re.escape, tokenizer.added_tokens_encoder)))
+
+    def __call__(self, text: str) -> np.ndarray:
+        return self._encode(text) if not self.is_byt5 or self._added_tokens.search(text) else self._encode_bytes(text)
+
+    def _encode(self, text: str) -> np.ndarray:
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         # ByT5 warns about a text that ends in "</s>" when it adds special tokens, of which it has none but that.
-        tokens = tokenizer(text, add_special_tokens=not is_byt5, return_attention_mask=False, verbose=False).input_ids
+        encoded = self._tokenizer(text, add_special_tokens=not self.is_byt5, return_attention_mask=False, verbose=False)
+        tokens = encoded.input_ids
         if bos is not None and tokens[:2] == [bos, bos]:
             tokens = tokens[1:]
-        while end and tokens and tokens[-1] == eos:
+        while eos is not None and tokens and tokens[-1] == eos:
             tokens.pop()
-        return np.asarray(tokens + end, dtype=np.int64)
+        return np.asarray(tokens if eos is None else [*tokens, eos], dtype=np.int32)
 
-    def encode_bytes(text: str) -> np.ndarray:
-        if added_tokens.search(text):
-            return encode(text)
+    def _encode_bytes(self, text: str) -> np.ndarray:
         values = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
-        return np.concatenate([values.astype(np.int64) + tokenizer.offset, np.asarray(end, dtype=np.int64)])
-
-    is_byt5 = type(tokenizer) is ByT5Tokenizer
-    added_tokens = re.compile("|".join(map(re.escape, tokenizer.added_tokens_encoder)))
-    return encode_bytes if is_byt5 else encode
+        tokens = np.empty(len(values) + 1, dtype=np.int32)
+        np.add(values, self._tokenizer.offset, out=tokens[:-1], dtype=np.int32)
+        tokens[-1] = self._tokenizer.eos_token_id
+        return tokens

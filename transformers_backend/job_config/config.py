@@ -22,7 +22,7 @@ from transformers_backend.job_config.sections import (
     Training,
     Validation,
 )
-from transformers_backend.job_config.values import field_types, to_toml, type_problems
+from transformers_backend.job_config.values import field_types, table_type, to_toml, type_problems
 
 
 @dataclass
@@ -51,15 +51,25 @@ class JobConfig:
     def to_toml(self) -> str:
         """Return the config as the text of a TOML file that loads to an equal config; keys that are None are left
         out, because None is always the default."""
-        return "\n".join(
-            f"[{name}]\n" + "".join(f"{key} = {to_toml(value)}\n" for key, value in keys.items() if value is not None)
-            for name, keys in self.to_dict().items()
-        )
+        lines = []
+        for name, keys in self.to_dict().items():
+            tables = {
+                key: keys.pop(key) for key, kind in field_types(type(getattr(self, name))).items() if table_type(kind)
+            }
+            lines += ["", f"[{name}]", *_assignments(keys)]
+            for key, items in tables.items():
+                for item in items:
+                    lines += ["", f"[[{name}.{key}]]", *_assignments(item)]
+        return "\n".join(lines[1:]) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write `to_toml()` to a file, whose folder is created."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(self.to_toml(), encoding="utf-8")
+
+
+def _assignments(keys: dict[str, Any]) -> list[str]:
+    return [f"{key} = {to_toml(value)}" for key, value in keys.items() if value is not None]
 
 
 def validate(config: JobConfig, *, world_size: int | None) -> None:
@@ -85,6 +95,11 @@ def find_problems(config: JobConfig, world_size: int | None = None) -> list[str]
         found += _tokenizer_problems(config)
     if world_size is not None and {"parallelism", "training"} <= sound:
         found += _mesh_problems(config.parallelism, world_size) or _batch_problems(config, world_size)
+    if world_size not in (None, 1) and "checkpoint" in sound and config.checkpoint.create_seed_checkpoint:
+        found.append(
+            f"checkpoint.create_seed_checkpoint = true: needs one process, and there are {world_size} ranks; start "
+            "with NPROC=1."
+        )
     return found
 
 

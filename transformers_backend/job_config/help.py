@@ -8,7 +8,8 @@ import itertools
 import textwrap
 
 from transformers_backend.job_config.config import JobConfig
-from transformers_backend.job_config.values import describe_type, field_types, to_toml
+from transformers_backend.job_config.data_sections import TextSource
+from transformers_backend.job_config.values import describe_type, field_types, table_type, to_toml
 
 USAGE = """\
 usage: scripts/train.sh [CONFIG.toml] [--section.key value ...]
@@ -28,8 +29,27 @@ def help_text() -> str:
             default = getattr(getattr(defaults, section), key)
             shown = "none" if default is None else to_toml(default)
             lines.append(f"  --{section}.{key}  ({describe_type(key_type)}; default {shown})")
-            lines.append(textwrap.indent(textwrap.fill(meanings[key], width=112, break_on_hyphens=False), " " * 6))
+            lines.append(_meaning(meanings[key], 6))
+            if (item := table_type(key_type)) is not None:
+                lines += _table_keys(f"{section}.{key}", item)
     return "\n".join(lines)
+
+
+def _meaning(text: str, indent: int) -> str:
+    return textwrap.indent(textwrap.fill(text, width=118 - indent, break_on_hyphens=False), " " * indent)
+
+
+def _table_keys(name: str, kind: type) -> list[str]:
+    """The keys of a list of tables; those of a data set are explained where they first stand."""
+    lines, meanings = [f"      Each [[{name}]] of the TOML file has:"], field_meanings(kind)
+    inherited = set(field_types(TextSource)) if issubclass(kind, TextSource) else set()
+    for key, key_type in field_types(kind).items():
+        if key not in inherited:
+            shown = to_toml(getattr(kind(), key))
+            lines += [f"        {key}  ({describe_type(key_type)}; default {shown})", _meaning(meanings[key], 10)]
+    if inherited:
+        lines.append(_meaning(f"and {', '.join(field_types(TextSource))}, as above.", 8))
+    return lines
 
 
 def field_meanings(dataclass_type: type) -> dict[str, str]:

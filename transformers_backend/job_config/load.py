@@ -18,13 +18,14 @@ from parallelize.config import check
 from transformers_backend.job_config.config import JobConfig, find_problems
 from transformers_backend.job_config.help import help_text
 from transformers_backend.job_config.sections import Training
-from transformers_backend.job_config.torchtitan import ALIASES, is_ignored, refusal
+from transformers_backend.job_config.torchtitan import ALIASES, TABLE_ALIASES, is_ignored, refusal
 from transformers_backend.job_config.values import (
     convert,
     describe_type,
     field_types,
     has_type,
     parse_text,
+    table_type,
     toml_reader,
     type_problems,
 )
@@ -186,15 +187,47 @@ def _fill(config: JobConfig, table: dict[str, Any]) -> list[str]:
 def _set(config: JobConfig, section: str, key: str, value: Any) -> list[str]:
     target = getattr(config, section)
     kinds = field_types(type(target))
+    if key in kinds and table_type(kinds[key]) is not None and isinstance(value, list):
+        items, problems = _read_tables(f"{section}.{key}", value, table_type(kinds[key]))
+        setattr(target, key, items)
+        return problems
     if key in kinds:
         setattr(target, key, convert(value, kinds[key]))
         return []
+    if (section, key) in TABLE_ALIASES and isinstance(value, dict):
+        return [problem for inner, item in value.items() for problem in _set_inner(config, section, key, inner, item)]
     alias = ALIASES.get((section, key))
     if alias is None:
         return _set_foreign(section, key, value)
     logger.warning("%s.%s is deprecated in torchtitan; read as %s.%s.", section, key, section, alias)
     if getattr(target, alias) is None:
         setattr(target, alias, value)
+    return []
+
+
+def _read_tables(name: str, tables: list[Any], kind: type) -> tuple[list[Any], list[str]]:
+    """Make a dataclass of every table of a list; returns them and the problems of their names."""
+    items, problems = [], []
+    for index, table in enumerate(tables):
+        if not isinstance(table, dict):
+            items.append(table)  # the type check names it
+            continue
+        item = kind()
+        for key, value in table.items():
+            if key in field_types(kind):
+                setattr(item, key, convert(value, field_types(kind)[key]))
+            else:
+                (nearest,) = difflib.get_close_matches(key, field_types(kind), n=1, cutoff=0.0)
+                problems.append(f"{name}[{index}].{key}: unknown key; the nearest is {nearest}. Correct or remove it.")
+        items.append(item)
+    return items, problems
+
+
+def _set_inner(config: JobConfig, section: str, table: str, key: str, value: Any) -> list[str]:
+    """A key of a torchtitan table that is flat here, or one of it without meaning here."""
+    if key in TABLE_ALIASES[section, table]:
+        return _set(config, section, key, value)
+    logger.warning("%s.%s.%s is a torchtitan key without meaning here; ignored.", section, table, key)
     return []
 
 

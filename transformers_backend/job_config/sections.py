@@ -1,8 +1,9 @@
 """The sections of a job's TOML file: every key with its type, default, meaning and rules.
 
 First stop of a run: TOML and command line fill these dataclasses (`load.py`), everything below reads them. Names and
-meanings follow torchtitan v0.2.2 wherever a field means the same; `[metrics]`, `[profiling]`, `[comm]` and `[debug]`
-stand in `run_sections.py`; `[parallelism]`, `[activation_checkpoint]` and `[compile]` in `parallelize/config.py`.
+meanings follow torchtitan v0.2.2 wherever a field means the same. What names data sets stands in `data_sections.py`;
+`[metrics]`, `[profiling]`, `[comm]` and `[debug]` in `run_sections.py`; `[parallelism]`, `[activation_checkpoint]` and
+`[compile]` in `parallelize/config.py`.
 
 The string under a field is its help text. `problems()` returns every violated rule as a sentence; it is called on
 sections whose value types are right, and constructors check nothing.
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers_backend.job_config.data_sections import Source, Stage, TextSource, mixture_problems
 from transformers_backend.job_config.rules import (
     below_minimum,
     empty_strings,
@@ -112,40 +114,24 @@ class HFTransformers:
 
 
 @dataclass
-class TextSource:
-    """The keys that name a text data set, shared by `[training]` and `[validation]`."""
-
-    dataset: str = "python_stdlib"
-    """The text: "python_stdlib" (the Python standard library's own source, no download), a hub id, or "c4" for
-    "allenai/c4" in English."""
-
-    dataset_path: str | None = None
-    """Local text file, or folder of them, that is read in place of dataset. none means dataset is used."""
-
-    dataset_name: str | None = None
-    """Name of the data set's configuration on the hub, e.g. "wikitext-103-raw-v1". none means its only one."""
-
-    dataset_split: str = "train"
-    """Split of the data set."""
-
-    dataset_revision: str | None = None
-    """Branch, tag or commit of the data set's hub repository. none means its main branch."""
-
-    text_column: str = "text"
-    """Column of the data set that holds the text."""
-
-    def text_problems(self, section: str) -> list[str]:
-        found = empty_strings(section, self, "dataset", "dataset_split", "text_column")
-        if self.dataset_path is not None and not Path(self.dataset_path).expanduser().exists():
-            found.append(
-                f'{section}.dataset_path = "{self.dataset_path}": no such file or folder from {Path.cwd()}; correct '
-                f"the path, or leave it out to read {section}.dataset."
-            )
-        return found
-
-
-@dataclass
 class Training(TextSource):
+    sources: list[Source] = field(default_factory=list)
+    """Weighted sources of text, in place of the keys of a single data set."""
+
+    stages: list[Stage] = field(default_factory=list)
+    """From which step which of the sources are read. An empty list means all of them in every step."""
+
+    packing: Literal["concat", "documents"] = "concat"
+    """How documents are packed into sequences: "concat", one after the other, so that tokens attend to the documents
+    before their own, or "documents": positions restart with every document, and attention stays inside where it can."""
+
+    num_workers: int | None = None
+    """Processes on each data-parallel rank that read and tokenize. 0 means the training process itself. none means 1,
+    or 0 where tokens cost next to nothing (byt5)."""
+
+    prefetch_factor: int = 2
+    """Chunks, of about 65,000 tokens, that each worker reads ahead."""
+
     local_batch_size: int = 8
     """Sequences per data-parallel rank in one forward and backward."""
 
@@ -180,7 +166,13 @@ class Training(TextSource):
 
     def problems(self) -> list[str]:
         found = self.text_problems("training")
-        found += below_minimum("training", self, local_batch_size=1, seq_len=2, steps=1, gc_freq=1)
+        has_dataset = "dataset_path" if self.dataset_path is not None else None
+        if self.dataset != Training.dataset:
+            has_dataset = "dataset"
+        found += mixture_problems("training", self.sources, self.stages, has_dataset)
+        found += below_minimum("training", self, local_batch_size=1, seq_len=2, steps=1, gc_freq=1, prefetch_factor=1)
+        if self.num_workers is not None:
+            found += below_minimum("training", self, num_workers=0)
         if not self.max_norm > 0:
             found.append(f"training.max_norm = {self.max_norm}: must be above 0; inf turns clipping off.")
         if self.global_batch_size < 1 and self.global_batch_size != -1:
@@ -266,13 +258,16 @@ class LRScheduler:
         return found
 
 
+CHECKPOINT_PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")
+
+
 @dataclass
 class Checkpoint:
     enable: bool = False
     """Save checkpoints, and resume from the folder where it already holds some."""
 
     folder: str = "checkpoint"
-    """Folder of the checkpoints, inside job.dump_folder."""
+    """Folder of the checkpoints, inside job.dump_folder, or a URL that fsspec opens, e.g. "s3://bucket/run"."""
 
     interval: int = 500
     """Steps between checkpoints."""
@@ -281,7 +276,30 @@ class Checkpoint:
     """Number of checkpoints that are kept, at least 2; older ones are deleted. 0 means all."""
 
     load_step: int = -1
-    """Step of the checkpoint to resume from. -1 means the latest."""
+    """Step of the checkpoint to resume from. -1 means the latest whole one."""
+
+    load_only: bool = False
+    """Resume, but save nothing."""
+
+    exclude_from_loading: list[str] = field(default_factory=list)
+    """Parts of a checkpoint that a resume leaves as the job sets them up: "model", "optimizer", "lr_scheduler",
+    "dataloader" (the position in the data), "train_state" (the step and random numbers)."""
+
+    initial_load_path: str | None = None
+    """A checkpoint of another run, <folder>/step-N, local or a URL, that a run starts from whose own folder holds none.
+    With initial_load_in_hf a Hugging Face folder or hub id."""
+
+    initial_load_model_only: bool = True
+    """Of initial_load_path take the weights only, and start at step 0."""
+
+    initial_load_in_hf: bool = False
+    """Read initial_load_path as safetensors in the Hugging Face format."""
+
+    create_seed_checkpoint: bool = False
+    """Save the initial weights as step 0 and end. Needs one process; a job on any mesh that finds it starts from it."""
+
+    enable_first_step_checkpoint: bool = False
+    """Save after the first step too, to learn early whether saving works."""
 
     last_save_model_only: bool = False
     """Save the weights alone at the end of the run, in <folder>/step-N-model, without the optimizer state that a
@@ -295,7 +313,12 @@ class Checkpoint:
     """Type of the weights in the folder of last_save_in_hf."""
 
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """"disabled" holds the run until a checkpoint is written. Saving beside training is not available yet."""
+    """"disabled" holds the run until a checkpoint is written, "async" writes it beside training from a copy in host
+    memory, "async_with_pinned_mem" keeps that copy in page-locked memory, which CUDA fills faster."""
+
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What follows when a checkpoint cannot be written, e.g. to a full disk: "stop" ends the run with an error,
+    "continue" warns and trains on. The last checkpoint of a run must be written either way."""
 
     def problems(self) -> list[str]:
         found = [*empty_strings("checkpoint", self, "folder"), *below_minimum("checkpoint", self, interval=1)]
@@ -304,13 +327,31 @@ class Checkpoint:
                 f"checkpoint.keep_latest_k = {self.keep_latest_k}: must be 0 (all) or at least 2, because the newest "
                 "one may still be incomplete."
             )
-        if self.async_mode != "disabled":
-            found.append(
-                f'checkpoint.async_mode = "{self.async_mode}": saving beside training is not available yet; set it to '
-                '"disabled".'
-            )
         if self.load_step < -1:
             found.append(f"checkpoint.load_step = {self.load_step}: must be at least 0, or -1 for the latest.")
+        if unknown := set(self.exclude_from_loading) - set(CHECKPOINT_PARTS):
+            found.append(
+                f"checkpoint.exclude_from_loading = {sorted(unknown)}: no parts of a checkpoint; those are "
+                f"{', '.join(CHECKPOINT_PARTS)}."
+            )
+        return [*found, *self._start_problems()]
+
+    def _start_problems(self) -> list[str]:
+        found = []
+        if self.initial_load_in_hf and not self.initial_load_path:
+            found.append(
+                "checkpoint.initial_load_in_hf = true: set checkpoint.initial_load_path to the Hugging Face folder or "
+                "hub id to start from."
+            )
+        if self.initial_load_in_hf and not self.initial_load_model_only:
+            found.append(
+                "checkpoint.initial_load_model_only = false: a Hugging Face folder has weights only; set it to true."
+            )
+        for name in ("initial_load_path", "create_seed_checkpoint", "load_only"):
+            if getattr(self, name) and not self.enable:
+                found.append(f"checkpoint.{name} needs checkpoint.enable = true; set that, or leave {name} out.")
+        if self.create_seed_checkpoint and self.load_only:
+            found.append("checkpoint.create_seed_checkpoint and load_only: one saves, the other does not; choose one.")
         return found
 
 
@@ -322,11 +363,11 @@ class Validation(TextSource):
     dataset_split: str = "validation"
     """Split of the data set."""
 
-    local_batch_size: int = 8
-    """Sequences per data-parallel rank in one forward."""
+    local_batch_size: int | None = None
+    """Sequences per data-parallel rank in one forward. none means training.local_batch_size."""
 
-    seq_len: int = 2048
-    """Tokens per sequence."""
+    seq_len: int | None = None
+    """Tokens per sequence. none means training.seq_len."""
 
     freq: int = 10
     """Training steps between two validations."""
@@ -336,7 +377,10 @@ class Validation(TextSource):
 
     def problems(self) -> list[str]:
         found = self.text_problems("validation") if self.enable else []
-        found += below_minimum("validation", self, local_batch_size=1, seq_len=1, freq=1)
+        found += below_minimum("validation", self, freq=1)
+        for name in ("local_batch_size", "seq_len"):
+            if getattr(self, name) is not None:
+                found += below_minimum("validation", self, **{name: 1})
         if self.steps < 1 and self.steps != -1:
             found.append(f"validation.steps = {self.steps}: must be at least 1, or -1 for all of the data.")
         return found

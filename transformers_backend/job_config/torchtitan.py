@@ -9,7 +9,7 @@ IGNORED_KEYS: dict[str, frozenset[str]] = {
     for section, keys in {
         "job": "config_file save_config_file custom_config_module",
         "model": "name flavor converters print_after_conversion",
-        "training": "dataloader gc_debug",
+        "training": "gc_debug",
         "parallelism": """
             context_parallel_load_balancer context_parallel_rotate_method disable_loss_parallel
             enable_async_tensor_parallel expert_parallel_comm_backend expert_parallel_degree
@@ -21,9 +21,7 @@ IGNORED_KEYS: dict[str, frozenset[str]] = {
             debug determinism_check early_stop memory_budget per_op_sac_force_recompute_mm_shapes_by_fqns
             visualize_memory_budget_pareto""",
         "optimizer": "early_step_in_backward",
-        "checkpoint": """
-            create_seed_checkpoint enable_first_step_checkpoint enable_ft_dataloader_checkpoints exclude_from_loading
-            initial_load_in_hf initial_load_in_hf_quantized initial_load_model_only initial_load_path load_only""",
+        "checkpoint": "enable_ft_dataloader_checkpoints initial_load_in_hf_quantized",
         "validation": "dataloader",
         "metrics": "disable_color_printing save_for_all_ranks",
         "comm": "mode save_traces_file_prefix save_traces_folder trace_buf_size",
@@ -34,6 +32,9 @@ IGNORED_KEYS: dict[str, frozenset[str]] = {
 # Another name for one of our keys.
 ALIASES = {("model", "tokenizer_path"): "hf_assets_path"}
 
+# Tables inside a section with keys that stand in the section itself here; their other keys have no meaning here.
+TABLE_ALIASES = {("training", "dataloader"): ("num_workers", "prefetch_factor")}
+
 
 def is_ignored(section: str, key: str) -> bool:
     return section in IGNORED_SECTIONS or key in IGNORED_KEYS.get(section, ())
@@ -43,11 +44,8 @@ def refusal(section: str, key: str, value: object) -> str | None:
     """Return why an ignored key's value cannot be ignored, or None: a mesh that we do not build, or weights that we
     do not load."""
     name = f"{section}.{key}"
-    if (section, key) == ("checkpoint", "initial_load_path") and value not in (None, ""):
-        return (
-            f'{name} = "{value}": starting from another run\'s checkpoint is not available yet; for a Hugging Face '
-            "folder set hf_transformers.model to it, else remove the key."
-        )
+    if (section, key, value) == ("checkpoint", "initial_load_in_hf_quantized", True):
+        return f"{name} = true: quantized weights are not loaded; remove the key and name a folder of plain weights."
     if section == "parallelism" and key.startswith("expert_") and key.endswith("_degree") and value not in (1, -1):
         return f"{name} = {value}: expert parallelism is not available; set it to 1 or remove the key."
     return None

@@ -1,7 +1,8 @@
 """Values of configuration keys: type checks, text from the command line, and TOML text in and out.
 
 A leaf below the sections. The types that keys have: bool, int, float, str, a Literal of strings, list[str],
-dict[str, Any], each of them perhaps `| None`.
+list[float], dict[str, Any], each of them perhaps `| None`, and list[D] of a dataclass D of such fields, which is
+written as tables, [[section.key]].
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+_LISTS = {str: "a list of strings", float: "a list of numbers"}
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
@@ -33,12 +35,24 @@ def without_none(kind: Any) -> tuple[Any, bool]:
     return kind, False
 
 
+def item_type(kind: Any) -> Any:
+    """The type of a list's items; None for what is no list."""
+    inner, _ = without_none(kind)
+    return get_args(inner)[0] if get_origin(inner) is list else None
+
+
+def table_type(kind: Any) -> type | None:
+    """The dataclass of a list of tables; None for every other type."""
+    item = item_type(kind)
+    return item if dataclasses.is_dataclass(item) else None
+
+
 def describe_type(kind: Any) -> str:
     inner, optional = without_none(kind)
     if get_origin(inner) is Literal:
         text = "one of " + ", ".join(f'"{choice}"' for choice in get_args(inner))
-    elif get_origin(inner) is list:
-        text = "a list of strings"
+    elif item_type(inner) is not None:
+        text = _LISTS.get(item_type(inner), "a list of tables")
     else:
         text = "a table" if get_origin(inner) is dict else _NAMES[inner]
     return f"{text} or none" if optional else text
@@ -51,7 +65,7 @@ def has_type(value: Any, kind: Any) -> bool:
     if get_origin(inner) is Literal:
         return isinstance(value, str) and value in get_args(inner)
     if get_origin(inner) is list:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return isinstance(value, list) and all(has_type(item, item_type(inner)) for item in value)
     if get_origin(inner) is dict:
         return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     if isinstance(value, bool):
@@ -69,6 +83,9 @@ def type_problems(section: str, config: object) -> list[str]:
             found.append(f"{section}.{entry.name} = {_shown(value)}: must be {describe_type(kind)}.")
         elif isinstance(value, float) and not math.isfinite(value) and not entry.metadata.get("may_be_infinite"):
             found.append(f"{section}.{entry.name} = {value}: must be a finite number; correct it.")
+        elif table_type(kind) is not None:
+            for index, item in enumerate(value):
+                found += type_problems(f"{section}.{entry.name}[{index}]", item)
     return found
 
 
@@ -78,6 +95,8 @@ def convert(value: Any, kind: Any) -> Any:
     inner, _ = without_none(kind)
     if inner is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if item_type(inner) is float and isinstance(value, list):
+        return [convert(item, float) for item in value]
     return _with_none(value) if get_origin(inner) is dict else value
 
 
@@ -110,7 +129,7 @@ def parse_text(text: str, kind: Any) -> Any:
         except ValueError:
             return text
     if get_origin(inner) is list and not text.startswith("["):
-        return [item.strip() for item in text.split(",") if item.strip()]
+        return [parse_text(item.strip(), item_type(inner)) for item in text.split(",") if item.strip()]
     if inner is None or get_origin(inner) in (list, dict):
         return parse_toml_value(text)
     return text

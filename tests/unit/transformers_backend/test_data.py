@@ -1,95 +1,47 @@
-"""Tokenizers, documents, packing, splitting over data ranks, resuming, and what is said about unusable data."""
+"""Tokenizers, documents, packing, splitting over data ranks, and what is said about unusable data."""
 
 from __future__ import annotations
 
 import csv
 import json
-import pickle
 import sys
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, Qwen3Config
 
+from tests.texts import (
+    EOS,
+    IGNORED,
+    OFFSET,
+    assert_resumes,
+    build_batches,
+    documents_of,
+    load_byt5,
+    same,
+    tokens_of,
+    write_json_lines,
+    write_text_files,
+)
 from transformers_backend import data
-from transformers_backend.data import files, sources
-from transformers_backend.data.tokens import document_encoder
-
-EOS, OFFSET, IGNORED = 1, 3, -100
+from transformers_backend.data import files
+from transformers_backend.data.packing import Packer
+from transformers_backend.data.sources import Document
+from transformers_backend.data.tokens import DocumentEncoder
 
 
 @pytest.fixture(scope="module")
 def byt5() -> ByT5Tokenizer:
-    return data.load_tokenizer("byt5")
+    return load_byt5()
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """Keep the copies that `datasets` makes of local files inside the test's own folder."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.disable_progress_bars()
-
-
-@pytest.fixture
-def build(byt5):
-    def build_batches(path=None, **changes) -> data.PackedBatches:
-        arguments = {
-            "dataset": "python_stdlib",
-            "dataset_path": None if path is None else str(path),
-            "dataset_name": None,
-            "dataset_split": "train",
-            "dataset_revision": None,
-            "text_column": "text",
-            "tokenizer": byt5,
-            "vocabulary_size": 384,
-            "seq_len": 8,
-            "batch_size": 2,
-            "data_rank": 0,
-            "data_world_size": 1,
-            "seed": 7,
-        }
-        return data.build_batches(**(arguments | changes))
-
+def build():
     return build_batches
-
-
-def write_text_files(folder: Path, texts: list[str]) -> Path:
-    folder.mkdir()
-    for number, text in enumerate(texts):
-        (folder / f"{number:03d}.txt").write_bytes(text.encode("utf-8"))
-    return folder
-
-
-def write_json_lines(path: Path, records: list[dict]) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def write_stream(folder: Path, records: tuple[int, ...] = (6, 6, 6, 6)) -> str:
-    """A folder that is given as `dataset`, so that it is streamed as one on the hub; `records` of each file."""
-    for file, count in enumerate(records):
-        write_json_lines(folder / f"{file}.jsonl", [{"text": f"{file}-{number}."} for number in range(count)])
-    return str(folder)
-
-
-def tokens_of(batches) -> list[int]:
-    """All tokens with a label, in order."""
-    return [token for batch in batches for token in batch["labels"].flatten().tolist() if token != IGNORED]
-
-
-def documents_of(tokens: list[int]) -> list[str]:
-    """The texts of complete documents (ByT5 tokens); a first and a last incomplete one stay as they are."""
-    text = "".join("\n" if token == EOS else chr(token - OFFSET) for token in tokens)
-    return text.strip("\n").split("\n")
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 # --- tokenizers ---------------------------------------------------------------------------------------------------
@@ -112,22 +64,22 @@ def word_tokenizer(*, template: str | None = None, **special: str) -> PreTrained
      "<extra_id_0> <extra_id_124> <extra_id_125>"],
 )  # fmt: skip
 def test_bytes_are_encoded_as_byt5_does(byt5, text):
-    assert document_encoder(byt5)(text).tolist() == byt5(text).input_ids
+    assert DocumentEncoder(byt5)(text).tolist() == byt5(text).input_ids
 
 
 def test_every_character_is_encoded_as_byt5_does(byt5):
     text = "".join(map(chr, [*range(0x800), *range(0x2000, 0x2100), 0xFFFF, 0x10000, 0x10FFFF]))
-    assert document_encoder(byt5)(text).tolist() == byt5(text).input_ids
+    assert DocumentEncoder(byt5)(text).tolist() == byt5(text).input_ids
 
 
 def test_byt5_text_that_spells_the_end_token_has_one_end(byt5):
-    assert document_encoder(byt5)("x</s>").tolist() == [ord("x") + OFFSET, EOS]
+    assert DocumentEncoder(byt5)("x</s>").tolist() == [ord("x") + OFFSET, EOS]
 
 
 def test_byt5_with_a_token_of_the_users(byt5):
     tokenizer = ByT5Tokenizer()
     tokenizer.add_tokens(["foo"])
-    assert document_encoder(tokenizer)("xfoo").tolist() == [ord("x") + OFFSET, 384, EOS]
+    assert DocumentEncoder(tokenizer)("xfoo").tolist() == [ord("x") + OFFSET, 384, EOS]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +94,7 @@ def test_byt5_with_a_token_of_the_users(byt5):
     ],
 )
 def test_beginning_and_end_tokens_stand_once(template, special, text, expected):
-    assert document_encoder(word_tokenizer(template=template, **special))(text).tolist() == expected
+    assert DocumentEncoder(word_tokenizer(template=template, **special))(text).tolist() == expected
 
 
 def test_load_tokenizer_reads_a_folder(tmp_path, byt5):
@@ -187,6 +139,47 @@ def test_labels_are_the_inputs_and_ignored_where_filled(tmp_path, build):
     assert inputs[21:].eq(0).all()  # 0 is ByT5's padding token
     labels.zero_()
     assert inputs[0] == ord("x") + OFFSET  # a copy, not a view
+
+
+def test_documents_have_positions_of_their_own(tmp_path, build):
+    path = write_text_files(tmp_path / "texts", ["abcd", "", "ef", "g" * 9])
+    (batch,) = build(path, repeat=False, seq_len=6, batch_size=4, packing="documents")
+    assert batch["position_ids"].tolist() == [
+        [0, 1, 2, 3, 4, 0],
+        [0, 1, 0, 1, 2, 3],  # a document that the block's end cuts goes on as one of its own
+        [0, 1, 2, 3, 4, 5],  # (five letters, an end token; what fills the block would begin anew)
+        [0, 1, 2, 3, 4, 5],
+    ]
+    assert batch["labels"].eq(IGNORED).tolist() == [
+        [True, False, False, False, False, True],
+        [True, False, True, False, False, False],
+        [True] + [False] * 5,
+        [True] * 6,
+    ]
+    targets = batch["labels"] != IGNORED
+    assert torch.equal(batch["labels"][targets], batch["input_ids"][targets])
+    plain = next(build(path, repeat=False, seq_len=6, batch_size=4))
+    assert torch.equal(plain["input_ids"], batch["input_ids"])
+    assert plain.keys() == {"input_ids", "labels"}
+
+
+def test_labels_of_documents_are_kept():
+    """Documents with labels (a chat) beside documents without, cut by a block's end, saved and loaded."""
+    packer = Packer()
+    packer.add(Document(np.arange(10, 15, dtype=np.uint16), np.array([IGNORED, IGNORED, 12, 13, IGNORED])))
+    packer.add(Document(np.arange(20, 27, dtype=np.uint16)))
+    packer.add(Document(np.arange(30, 36, dtype=np.int32), np.array([IGNORED, 31, 32, IGNORED, 34, 35])))
+    first = packer.take(2, 7, slice(None), fill_token=0, positions=False)
+    assert first["input_ids"].tolist() == [[10, 11, 12, 13, 14, 20, 21], [22, 23, 24, 25, 26, 30, 31]]
+    assert first["labels"].tolist() == [[-100, -100, 12, 13, -100, 20, 21], [22, 23, 24, 25, 26, -100, 31]]
+    other = Packer()
+    other.load(json.loads(json.dumps(packer.state())))
+    assert other.tokens == packer.tokens == 4
+    for kept in (packer, other):
+        rest = kept.take(1, 7, slice(None), fill_token=9, positions=True)
+        assert rest["input_ids"].tolist() == [[32, 33, 34, 35, 9, 9, 9]]
+        assert rest["labels"].tolist() == [[-100, -100, 34, 35, -100, -100, -100]]
+        assert rest["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
 
 
 def test_filling_uses_the_end_token_where_there_is_no_padding_token(tmp_path, build):
@@ -249,77 +242,6 @@ def test_without_repeat_ranks_end_together_and_lose_nothing(tmp_path, build, len
     assert len(ranks[0]) == -(-(length + 1) // (2 * seq_len * world_size))
 
 
-# --- resuming -----------------------------------------------------------------------------------------------------
-
-
-def assert_resumes(make, steps: int) -> None:
-    """From after every batch, a new loader with the saved state gives exactly the batches that follow."""
-    straight = make()
-    states, batches = [straight.state_dict()], []
-    for batch in islice(straight, steps):
-        batches.append(batch)
-        states.append(pickle.loads(pickle.dumps(straight.state_dict())))
-    for done, state in enumerate(states):
-        resumed = make()
-        resumed.load_state_dict(state)
-        rest = list(islice(resumed, len(batches) - done))
-        assert len(rest) == len(batches) - done
-        assert all(map(same, batches[done:], rest)), f"after {done} batches"
-
-
-@pytest.mark.parametrize("repeat", [True, False])
-def test_resume_is_exact(tmp_path, build, repeat):
-    path = write_text_files(tmp_path / "texts", ["x" * number + str(number) for number in range(1, 20)])
-    assert_resumes(lambda: build(path, repeat=repeat, data_rank=1, data_world_size=2), steps=12)
-
-
-def test_state_is_plain(tmp_path, build):
-    batches = build(write_text_files(tmp_path / "texts", ["abcdefghij", "klmnopq"]))
-    next(batches)
-    assert json.loads(json.dumps(batches.state_dict())) == batches.state_dict()
-
-
-def test_resume_after_the_end_stays_at_the_end(tmp_path, build):
-    path = write_text_files(tmp_path / "texts", ["abc"])
-    ended = build(path, repeat=False)
-    assert len(list(ended)) == 1
-    resumed = build(path, repeat=False)
-    resumed.load_state_dict(ended.state_dict())
-    assert list(resumed) == []
-
-
-def test_resume_in_moved_data(tmp_path, build):
-    path = write_text_files(tmp_path / "texts", ["abcdefghij", "klmnopq"])
-    before = build(path)
-    next(before)
-    (tmp_path / "elsewhere").mkdir()
-    after = build(path.rename(tmp_path / "elsewhere" / "texts"))
-    after.load_state_dict(before.state_dict())
-    assert after.state_dict() == before.state_dict()
-
-
-@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (0, 2)])
-def test_resume_on_other_ranks_is_refused(tmp_path, build, rank, world_size):
-    path = write_text_files(tmp_path / "texts", ["abcdefghij"] * 4)
-    state = build(path, data_rank=1, data_world_size=2).state_dict()
-    message = rf"of data rank 1 of 2, and this is data rank {rank} of {world_size}.*data_parallel_shard_degree"
-    with pytest.raises(ValueError, match=message):
-        build(path, data_rank=rank, data_world_size=world_size).load_state_dict(state)
-
-
-def test_resume_in_other_data_is_refused(tmp_path, build):
-    state = build(write_text_files(tmp_path / "texts", ["abcdefghij"] * 4)).state_dict()
-    with pytest.raises(
-        ValueError, match=r"other data: dataset = 'texts' there and 'more' here; documents = 4 .* and 5"
-    ):
-        build(write_text_files(tmp_path / "more", ["abcdefghij"] * 5)).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"other data: seed = 7 there and 8 here"):
-        build(tmp_path / "texts", seed=8).load_state_dict(state)
-    (tmp_path / "texts" / "000.txt").write_text("another length")
-    with pytest.raises(ValueError, match=r"other data: files = "):
-        build(tmp_path / "texts").load_state_dict(state)
-
-
 # --- sources ------------------------------------------------------------------------------------------------------
 
 
@@ -348,7 +270,9 @@ def test_standard_library_skips_site_packages_and_undecodable_files(tmp_path, bu
     monkeypatch.setattr(files.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     batches = build(repeat=False)
     assert documents_of(tokens_of(batches)) == ["zz", "bbb"]
-    assert batches.state_dict()["fingerprint"]["documents"] == 3  # c.py is known as a file, and read as nothing
+    assert (
+        batches.state_dict()["fingerprint"]["sources"][""]["documents"] == 3
+    )  # c.py is known as a file, and read as nothing
 
 
 def test_standard_library_holds_out_files_for_validation(tmp_path, build, monkeypatch):
@@ -425,66 +349,6 @@ def test_slice_of_record_files(tmp_path, build, cache):
     assert documents_of(kept) == ["t0", "t1"]
 
 
-# --- streams ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("world_size", "files_of_a_rank"), [(1, 4), (2, 2), (3, 4)])
-def test_stream_gives_each_record_to_one_rank(tmp_path, build, cache, world_size, files_of_a_rank):
-    path = write_stream(tmp_path / "stream", records=(3, 6, 6, 9))
-    parts = []
-    for rank in range(world_size):
-        source = build(dataset=path, data_rank=rank, data_world_size=world_size).source
-        parts.append([text for _, text in source.read_from(0, None)])
-    names = [f"{file}-{number}." for file, count in enumerate((3, 6, 6, 9)) for number in range(count)]
-    assert sorted(name for part in parts for name in part) == names
-    assert parts[0] != sorted(parts[0])
-    # Whole files where their number is a multiple of the ranks', else every rank reads some records of all files.
-    assert [len({name[0] for name in part}) for part in parts] == [files_of_a_rank] * world_size
-
-
-def test_stream_is_reshuffled_every_epoch(tmp_path, build, cache, monkeypatch):
-    monkeypatch.setattr(sources, "SHUFFLE_WINDOW", 6)  # a file
-    batches = build(dataset=write_stream(tmp_path / "stream"), seq_len=5, batch_size=24)
-    epochs = [documents_of(tokens_of([next(batches)])) for _ in range(3)]
-    file_orders = {"".join(name[0] for name in epoch[::6]) for epoch in epochs}
-    orders_in_first_file = {"".join(name[2] for name in epoch if name[0] == "0") for epoch in epochs}
-    assert len(set(map(tuple, map(sorted, epochs)))) == 1
-    assert len(file_orders) == len(orders_in_first_file) == 3
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("repeat", [True, False])
-def test_stream_resume_is_exact(tmp_path, build, cache, monkeypatch, caplog, world_size, repeat):
-    monkeypatch.setattr(sources, "SHUFFLE_WINDOW", 5)
-    path = write_stream(tmp_path / "stream")
-    rank = world_size - 1
-    assert_resumes(lambda: build(dataset=path, repeat=repeat, data_rank=rank, data_world_size=world_size), steps=11)
-    assert "shuffle buffer" not in caplog.text
-
-
-def test_stream_without_repeat_is_in_order(tmp_path, build, cache):
-    path = write_stream(tmp_path / "stream", records=(3, 3))
-    expected = ["0-0.", "0-1.", "0-2.", "1-0.", "1-1.", "1-2."]
-    assert documents_of(tokens_of(build(dataset=path, repeat=False))) == expected
-
-
-def test_stream_that_cannot_be_opened(build, cache, monkeypatch):
-    import datasets
-
-    def fail(*arguments, **keywords):
-        raise FileNotFoundError("Dataset 'no/such' doesn't exist")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(ValueError, match=r'dataset = "no/such" .*"python_stdlib" or a dataset of the.*dataset_path'):
-        build(dataset="no/such")
-
-
-def test_stream_needs_a_recent_datasets_package(build, cache, monkeypatch):
-    monkeypatch.setattr("datasets.__version__", "4.8.1")
-    with pytest.raises(ImportError, match=r"datasets >= 5, found 4.8.1"):
-        build(dataset="no/such")
-
-
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
@@ -497,23 +361,50 @@ def test_missing_text_column(tmp_path, build, cache):
     path = write_json_lines(tmp_path / "x.jsonl", [{"body": "a", "title": "b"}])
     with pytest.raises(ValueError, match=r'text_column = "text": must be a column of .*which has body, title'):
         build(path)
-    write_json_lines(tmp_path / "stream" / "x.jsonl", [{"body": "a", "title": "b"}])
     with pytest.raises(ValueError, match=r'text_column = "text": must be a column of .*which has body, title'):
-        build(dataset=str(tmp_path / "stream"))
+        build(dataset=str(path))
 
 
 @pytest.mark.parametrize(("value", "kind"), [(5, "int"), (None, "NoneType"), (["a"], "list")])
-def test_record_whose_text_is_no_string(tmp_path, build, cache, value, kind):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_record_that_cannot_be_tokenized(tmp_path, build, cache, value, kind, num_workers):
     filler = {int: 4, list: ["b"]}.get(type(value), "x" * 9)
-    path = write_json_lines(tmp_path / "stream" / "x.jsonl", [{"text": filler}, {"text": value}])
-    number = 1 if value is None else 0
-    message = (
-        rf'x.jsonl": record {number} .*from x.jsonl\) has text_column "text" = .* of type {kind}: must be a string'
-    )
-    with pytest.raises(ValueError, match=message):
+    write_json_lines(tmp_path / "data" / "a.jsonl", [{"text": filler}])
+    write_json_lines(tmp_path / "data" / "b.jsonl", [{"text": filler}, {"text": value}])
+    bad = r"b.jsonl, row 1" if value is None else r"a.jsonl, row 0"
+    message = rf'data": file .*{bad} cannot be tokenized: text_column "text" = .* of type {kind}: must be a string'
+    with pytest.raises(ValueError, match=message) as caught:
+        list(build(tmp_path / "data", repeat=False, num_workers=num_workers))
+    assert "Traceback" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"row \d of dataset_split"):
+        list(build(tmp_path / "data", repeat=False, dataset_split="train[:3]", num_workers=num_workers))
+
+
+def test_text_that_the_tokenizer_refuses(tmp_path, build, monkeypatch):
+    def refuse(self, text):
+        if "bad" in text:
+            raise TypeError("TextEncodeInput must be Union[...]")
+        return encode(self, text)
+
+    encode = DocumentEncoder.__call__
+    monkeypatch.setattr(DocumentEncoder, "__call__", refuse)
+    path = write_text_files(tmp_path / "texts", ["good", "bad"])
+    with pytest.raises(ValueError, match=r"texts\": file .*001.txt cannot be tokenized: TypeError: TextEncodeInput"):
         list(build(path, repeat=False))
-    with pytest.raises(ValueError, match=rf"stream\": record .*of type {kind}: must be a string"):
-        list(build(dataset=str(tmp_path / "stream"), repeat=False))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_that_vanishes_or_changes_during_the_run(tmp_path, build, num_workers):
+    path = write_text_files(tmp_path / "texts", ["x" * 9, "y" * 9])
+    batches = build(path, seq_len=9, batch_size=1, num_workers=num_workers)
+    (path / "001.txt").write_text("y")
+    with pytest.raises(ValueError, match=r"001.txt had 9 bytes when the run began and has 1 now: data must not change"):
+        list(islice(batches, 100_000))
+    batches = build(path, seq_len=2, batch_size=1, num_workers=num_workers)
+    (path / "000.txt").unlink()
+    with pytest.raises(ValueError, match=r"000.txt was there when the run began, with 9 bytes, and cannot be read now"):
+        list(islice(batches, 100_000))
+    batches.close()
 
 
 @pytest.mark.parametrize(
@@ -565,6 +456,19 @@ def test_unusable_paths(tmp_path, build):
     (tmp_path / "dataset_dict.json").write_text("{}")
     with pytest.raises(ValueError, match=r"several splits in folders. Give one of them"):
         build(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, build):
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfab")
+    assert tokens_of(build(tmp_path / "x.txt", repeat=False)) == [ord("a") + OFFSET, ord("b") + OFFSET, EOS]
+
+
+def test_a_dataset_that_is_a_path_and_a_path_from_home(tmp_path, build, monkeypatch):
+    expected = tokens_of(build(write_text_files(tmp_path / "texts", ["abc"]), repeat=False))
+    assert tokens_of(build(dataset=str(tmp_path / "texts"), repeat=False)) == expected
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tokens_of(build(dataset_path="~/texts", repeat=False)) == expected
+    assert tokens_of(build(dataset="~/texts", repeat=False)) == expected
 
 
 def test_text_file_that_is_not_utf8(tmp_path, build):

@@ -166,8 +166,19 @@ def test_command_line_reaches_into_tables() -> None:
         ("[lr_scheduler]\ndecay_ratio = 1.5", "lr_scheduler.decay_ratio = 1.5: must be in [0, 1]"),
         ("[lr_scheduler]\ntotal_steps = 5", "lr_scheduler.warmup_steps = 200: must be at most lr_scheduler.total_"),
         ("[checkpoint]\nkeep_latest_k = 1", "checkpoint.keep_latest_k = 1: must be 0 (all) or at least 2"),
-        ("[checkpoint]\nasync_mode = 'async'", 'checkpoint.async_mode = "async": saving beside training is not avail'),
-        ("[checkpoint]\ninitial_load_path = 'x'", 'checkpoint.initial_load_path = "x": starting from another run'),
+        ("[checkpoint]\nasync_mode = 'later'", 'checkpoint.async_mode = "later": must be one of "disabled", "async"'),
+        ("[checkpoint]\non_save_error = 'x'", 'checkpoint.on_save_error = "x": must be one of "stop", "continue"'),
+        ("[checkpoint]\ninitial_load_path = 'x'", "checkpoint.initial_load_path needs checkpoint.enable = true"),
+        ("[checkpoint]\ncreate_seed_checkpoint = true", "checkpoint.create_seed_checkpoint needs checkpoint.enable"),
+        ("[checkpoint]\nload_only = true\ncreate_seed_checkpoint = true", "one saves, the other does not"),
+        ("[checkpoint]\ninitial_load_in_hf = true", "initial_load_in_hf = true: set checkpoint.initial_load_path"),
+        (
+            "[checkpoint]\nenable = true\ninitial_load_in_hf = true\ninitial_load_path = 'x'\n"
+            "initial_load_model_only = false",
+            "checkpoint.initial_load_model_only = false: a Hugging Face folder has weights only",
+        ),
+        ("[checkpoint]\nexclude_from_loading = ['data']", "checkpoint.exclude_from_loading = ['data']: no parts of a"),
+        ("[checkpoint]\ninitial_load_in_hf_quantized = true", "quantized weights are not loaded"),
         ("[checkpoint]\nload_step = -2", "checkpoint.load_step = -2: must be at least 0, or -1 for the latest"),
         ("[profiling]\nmax_ranks = 0", "profiling.max_ranks = 0: must be at least 1, or -1 for all ranks."),
         ("[profiling]\nprofile_freq = 3", "profiling.profile_freq = 3: must be at least profiler_warmup + "),
@@ -336,6 +347,7 @@ def test_torchtitan_file_loads_unchanged(tmp_path: Path, caplog: pytest.LogCaptu
     config = load_job_config([write(tmp_path, TORCHTITAN), "--metrics.no_enable_wandb", "--comm.mode", "default"])
     assert config.model.hf_assets_path == "Qwen/Qwen3-0.6B"  # from tokenizer_path
     assert config.training.max_norm == 1.0
+    assert config.training.num_workers == 4  # from the table training.dataloader
     assert (config.compile.components, config.activation_checkpoint.selective_ac_option) == (["model"], "op")
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "model.tokenizer_path is deprecated in torchtitan; read as model.hf_assets_path." in warnings
@@ -343,7 +355,7 @@ def test_torchtitan_file_loads_unchanged(tmp_path: Path, caplog: pytest.LogCaptu
     assert ignored == {
         "job.custom_config_module", "comm.mode", "model.name",
         "model.flavor", "model.converters",
-        "optimizer.early_step_in_backward", "training.dataloader.num_workers", "training.dataloader.pin_memory",
+        "optimizer.early_step_in_backward", "training.dataloader.pin_memory",
         "parallelism.pipeline_parallel_schedule", "parallelism.expert_parallel_degree",
         "quantize.linear.float8.enable_fsdp_float8_all_gather", "experimental.custom_import",
     }  # fmt: skip

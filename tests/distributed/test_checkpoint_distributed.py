@@ -1,0 +1,226 @@
+"""Checkpoints of several ranks: beside training, on other meshes and numbers of ranks, and one rank that fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from tests.distributed.workers import Messages, WorkerPool
+from tests.jobs import tiny_job
+from transformers_backend import JobConfig, Trainer
+from transformers_backend.checkpoint import SaveError
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[WorkerPool]:
+    with WorkerPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[WorkerPool]:
+    with WorkerPool(1) as pool:
+        yield pool
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    (tmp_path / "text").mkdir()
+    for number in range(8):
+        text = "".join(f"{number}: line {line} of some text\n" for line in range(12))
+        (tmp_path / "text" / f"{number}.txt").write_text(text)
+    return str(tmp_path)
+
+
+def _job(folder: str, name: str, **changes) -> JobConfig:
+    """Four sequences a step, on any number of ranks up to four; the schedule of six steps."""
+    defaults = {"training__local_batch_size": 1, "training__global_batch_size": 4, "checkpoint__enable": True,
+                "checkpoint__interval": 2, "lr_scheduler__total_steps": 6}  # fmt: skip
+    return tiny_job(folder, name, **{**defaults, **changes})
+
+
+def _train(config: JobConfig) -> dict[str, torch.Tensor]:
+    trainer = Trainer(config)
+    trainer.train()
+    state = trainer.model.full_state_dict()
+    trainer.close()
+    return state
+
+
+def _names(config: JobConfig) -> set[str]:
+    return {path.name for path in (Path(config.job.dump_folder) / "checkpoint").iterdir()}
+
+
+def _losses(config: JobConfig) -> list[float]:
+    lines = (Path(config.job.dump_folder) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("replicate", [1, 2])
+def test_a_resume_beside_training_is_the_same_bit_by_bit(two: WorkerPool, folder: str, replicate: int):
+    mesh = {"parallelism__data_parallel_replicate_degree": replicate, "checkpoint__async_mode": "async"}
+    whole = _job(folder, "whole", checkpoint__enable=False, parallelism__data_parallel_replicate_degree=replicate)
+    expected = two.run(_train, whole)
+    two.run(_train, _job(folder, "parts", training__steps=4, **mesh))
+    resumed = two.run(_train, _job(folder, "parts", **mesh))
+    for state, wanted in zip(resumed, expected, strict=True):
+        assert all(torch.equal(state[name], value) for name, value in wanted.items())
+    assert _names(_job(folder, "parts")) == {"step-2", "step-4", "step-6"}
+    assert _losses(_job(folder, "parts")) == _losses(whole)
+
+
+def _train_on_fixed_batches(config: JobConfig) -> None:
+    """Steps whose global batch depends on the step only: what the documents of a rank are is another test's matter."""
+    trainer = Trainer(config)
+    ranks = dist.get_world_size()
+    position = [trainer.step * trainer.accumulation_steps]
+
+    def next_batch(data):
+        step, part = divmod(position[0], trainer.accumulation_steps)
+        position[0] += 1
+        tokens = torch.randint(384, (4, 32), generator=torch.Generator().manual_seed(step))
+        row = tokens[part * ranks + dist.get_rank()][None]
+        return row, row.clone()
+
+    trainer._next_batch = next_batch
+    trainer.train()
+    trainer.close()
+
+
+def test_other_numbers_of_ranks_and_other_meshes_go_on_with_the_curve(two: WorkerPool, one: WorkerPool, folder: str):
+    """2 ranks sharded -> 1 -> 2 ranks as replicas -> 4 as 2 x 2, against one run on one rank."""
+    options = {"optimizer__name": "Muon", "checkpoint__exclude_from_loading": ["dataloader"],
+               "lr_scheduler__total_steps": 8}  # fmt: skip
+    parts = [(2, 1, 2), (1, 1, 4), (2, 2, 6), (4, 2, 8)]  # ranks, replicas, last step
+    with WorkerPool(4) as four:
+        pools = {1: one, 2: two, 4: four}
+        one.run(_train_on_fixed_batches, _job(folder, "whole", training__steps=8, **options))
+        for ranks, replicas, steps in parts:
+            mesh = {"parallelism__data_parallel_replicate_degree": replicas}
+            pools[ranks].run(_train_on_fixed_batches, _job(folder, "parts", training__steps=steps, **mesh, **options))
+    whole, resumed = _losses(_job(folder, "whole")), _losses(_job(folder, "parts"))
+    assert len(resumed) == 8
+    assert resumed == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.skip(reason="the position in the data cannot be carried over to another number of data ranks yet")
+def test_other_numbers_of_ranks_go_on_in_the_data(two: WorkerPool, one: WorkerPool, tmp_path: Path):
+    """2 -> 1 -> 4 data ranks. One document is one block, so that the global batches are those of the whole run."""
+    (tmp_path / "text").mkdir()
+    for number in range(64):
+        (tmp_path / "text" / f"{number:02}.txt").write_text(f"{number:02} is a text of 31 bytes only."[:31].ljust(31))
+    folder = str(tmp_path)
+    with WorkerPool(4) as four:
+        one.run(_train, _job(folder, "whole"))
+        for pool, steps in ((two, 2), (one, 4), (four, 6)):
+            pool.run(_train, _job(folder, "parts", training__steps=steps))
+    assert _losses(_job(folder, "parts")) == pytest.approx(_losses(_job(folder, "whole")), rel=1e-5)
+
+
+def _random_after_resume(config: JobConfig) -> tuple[list[str], torch.Tensor]:
+    with Messages("transformers_backend") as messages:
+        trainer = Trainer(config)
+        numbers = torch.rand(3)
+        trainer.close()
+    return [text for text in messages.texts if "seeded anew" in text], numbers
+
+
+def test_a_rank_that_is_new_has_random_numbers_of_its_own(two: WorkerPool, one: WorkerPool, folder: str):
+    config = _job(folder, "random", training__steps=2)
+    one.run(_train, config)
+    config.checkpoint.exclude_from_loading = ["dataloader"]
+    (messages, first), (_, second) = two.run(_random_after_resume, config)
+    assert "step-2 holds the random states of 1 ranks, and this run has 2: those without one" in messages[0]
+    assert not torch.equal(first, second)
+    assert torch.equal(two.run(_random_after_resume, config)[1][1], second), "the same at every resume"
+
+
+def _save_twice(trainer: Trainer) -> None:
+    for step in (2, 3):
+        trainer.train_step()
+        trainer.checkpointer.save(step)
+
+
+def _fail_on_second_rank(config: JobConfig, where: str) -> str:
+    """The second rank's disk is full, or its memory, at the second save; then both train on."""
+    trainer = Trainer(config)
+    trainer.train_step()
+    trainer.checkpointer.save(1)
+    trainer.checkpointer.wait()
+    plain_stream = FileSystem.create_stream
+
+    @contextmanager
+    def full(self, path, mode):
+        if mode == "wb":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        with plain_stream(self, path, mode) as stream:
+            yield stream
+
+    def no_memory(state):
+        raise RuntimeError("cannot allocate")
+
+    if trainer.rank == 1 and where == "disk":
+        FileSystem.create_stream = full
+    if trainer.rank == 1 and where == "memory":
+        trainer.checkpointer._writer._stager.stage = no_memory
+    try:
+        with pytest.raises(SaveError) as caught:
+            _save_twice(trainer)
+    finally:
+        FileSystem.create_stream = plain_stream
+    trainer.train_step()  # both ranks are still in step
+    trainer.close()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("mode", "where"), [("disabled", "disk"), ("async", "disk"), ("async", "memory")])
+def test_one_rank_that_cannot_write_holds_up_nobody(two: WorkerPool, folder: str, mode: str, where: str):
+    config = _job(folder, "full", checkpoint__async_mode=mode)
+    messages = two.run(_fail_on_second_rank, config, where)
+    assert messages[0] == messages[1]
+    assert "checkpoint/step-2 could not be written (rank 1: " in messages[0]
+    assert {"disk": "__1_0.distcp: No space left on device", "memory": "cannot allocate"}[where] in messages[0]
+    assert _names(config) == {"step-1"}
+
+
+def _resume_and_say(config: JobConfig) -> tuple[int, list[str]]:
+    with Messages("transformers_backend") as messages:
+        trainer = Trainer(config)
+        trainer.close()
+    return trainer.step, [text for text in messages.texts if "damaged" in text]
+
+
+def test_all_ranks_leave_a_damaged_checkpoint_for_the_same_older_one(two: WorkerPool, folder: str):
+    """Only the second rank reads from the file that is zeros."""
+    config = _job(folder, "damaged", training__steps=4)
+    two.run(_train, config)
+    file = Path(config.job.dump_folder) / "checkpoint" / "step-4" / "__1_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))
+    config.parallelism.data_parallel_shard_degree = 2
+    for step, messages in two.run(_resume_and_say, config):
+        assert step == 2
+        assert "step-4/__1_0.distcp" in messages[0]
+
+
+def _refused(config: JobConfig) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        Trainer(config)
+    return str(caught.value)
+
+
+def test_all_ranks_say_the_same_of_what_does_not_fit(two: WorkerPool, folder: str):
+    config = _job(folder, "fit", training__steps=2)
+    two.run(_train, config)
+    config.hf_transformers.config_overrides["intermediate_size"] = 64
+    first, second = two.run(_refused, config)
+    assert first == second
+    assert "step-2 cannot be resumed from (" in first
+    assert "gate_proj.weight (here (64, 32), saved (48, 32))" in first

@@ -1,0 +1,147 @@
+"""Kill -9 at a random moment, again and again during one run that saves beside training: it ends as if undisturbed.
+
+Processes are forked from a server that has imported everything, or each life would cost seconds. For more ranks or
+another seed, as a program:
+
+    python -m tests.distributed.test_checkpoint_kills --ranks 2 --kills 20 --seed 7
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from tests.jobs import tiny_job
+from transformers_backend import JobConfig, Trainer
+
+_SECONDS_PER_LIFE = 120
+_STEPS_PER_LIFE = 6  # at most, to the kill; so many steps make room for all kills
+
+
+def _live(config: JobConfig, rank: int, ranks: int, store: str, silent: bool) -> None:
+    """One process of a run, from wherever the run is to its end."""
+    if silent:  # a rank whose peer was killed says so at length
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    torch.set_num_threads(1)
+    if ranks > 1:
+        dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+    trainer = Trainer(config)
+    trainer.train()
+    trainer.close()
+
+
+class _Life:
+    def __init__(self, config: JobConfig, ranks: int, *, silent: bool = True) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["transformers_backend", "tests.jobs"])
+        self._folder = tempfile.TemporaryDirectory()
+        store = f"{self._folder.name}/store"
+        self.processes = [
+            context.Process(target=_live, args=(config, rank, ranks, store, silent), daemon=True)
+            for rank in range(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def ended(self) -> bool:
+        return not any(process.is_alive() for process in self.processes)
+
+    def kill(self, first: int) -> None:
+        """Kill -9 one rank, then the rest, as torchrun does."""
+        self.processes[first].kill()
+        time.sleep(0.05 if len(self.processes) > 1 else 0)
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+    def exit_codes(self) -> list[int | None]:
+        for process in self.processes:
+            process.join(_SECONDS_PER_LIFE)
+        codes = [process.exitcode for process in self.processes]
+        self.kill(0)
+        return codes
+
+
+def _names(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+def _newest(names: list[str], pattern: str) -> int:
+    return max((int(match.group(1)) for name in names if (match := re.fullmatch(pattern, name))), default=0)
+
+
+def _kill_once(config: JobConfig, ranks: int, moments: random.Random) -> str:
+    """Start a life, let it come a few steps further, and kill it; says what was going on."""
+    folder = Path(config.job.dump_folder) / "checkpoint"
+    goal = _newest(_names(folder), r"step-(\d+)") + 2 * moments.randint(1, _STEPS_PER_LIFE // 2)
+    life, deadline = _Life(config, ranks), time.monotonic() + _SECONDS_PER_LIFE
+    while _newest(_names(folder), r"step-(\d+)(?:\.tmp)?") < goal:
+        assert not life.ended(), f"a life ended before step {goal} by itself: {life.exit_codes()}"
+        assert time.monotonic() < deadline, f"no step {goal} within {_SECONDS_PER_LIFE} s"
+        time.sleep(0.001)
+    time.sleep(moments.uniform(0, 0.05))
+    life.kill(moments.randrange(ranks))
+    return "saving" if any(name.endswith(".tmp") for name in _names(folder)) else "training"
+
+
+def kill_again_and_again(root: Path, *, ranks: int, kills: int, seed: int) -> dict[str, int]:
+    """Run a job undisturbed and the same with kills; asserts that they end alike. Returns {what was killed: times}."""
+    (root / "text").mkdir()
+    for number in range(6):
+        text = "".join(f"{number}: line {line} of some text\n" for line in range(40))
+        (root / "text" / f"{number}.txt").write_text(text)
+    steps = (kills + 1) * _STEPS_PER_LIFE
+
+    def job(name: str, mode: str) -> JobConfig:
+        return tiny_job(
+            root, name, training__steps=steps, training__local_batch_size=16, checkpoint__enable=True,
+            checkpoint__interval=2, checkpoint__keep_latest_k=2, checkpoint__async_mode=mode,
+            checkpoint__last_save_in_hf=True,
+        )  # fmt: skip
+
+    undisturbed, killed = job("undisturbed", "disabled"), job("killed", "async")
+    undisturbed.checkpoint.interval = steps
+    assert _Life(undisturbed, ranks, silent=False).exit_codes() == [0] * ranks
+    moments, count = random.Random(seed), {"saving": 0, "training": 0}
+    for _ in range(kills):
+        count[_kill_once(killed, ranks, moments)] += 1
+    assert _Life(killed, ranks, silent=False).exit_codes() == [0] * ranks
+    ends = []
+    for config in (undisturbed, killed):
+        folder = Path(config.job.dump_folder)
+        last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+        curve = re.findall(r'"(step|loss|grad_norm|lr)": ([^,}]+)', last)
+        ends.append((curve, load_file(folder / "checkpoint" / f"step-{steps}-hf" / "model.safetensors")))
+    assert ends[0][0] == ends[1][0]
+    assert ends[0][1].keys() == ends[1][1].keys()
+    assert all(torch.equal(ends[0][1][name], value) for name, value in ends[1][1].items())
+    left = {name for name in _names(Path(killed.job.dump_folder) / "checkpoint") if not name.endswith("-hf")}
+    assert left == {f"step-{steps - 2}", f"step-{steps}"}
+    return count
+
+
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 20), (2, 3)])
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path: Path, ranks: int, kills: int):
+    count = kill_again_and_again(tmp_path, ranks=ranks, kills=kills, seed=42)
+    assert sum(count.values()) == kills
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    for option, default in (("--ranks", 1), ("--kills", 20), ("--seed", 42)):
+        parser.add_argument(option, type=int, default=default)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        print(kill_again_and_again(Path(folder), **vars(arguments)))

@@ -1,0 +1,28 @@
+"""Fixtures of the data tests: where `datasets` keeps its copies, and a hub that is a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the copies that `datasets` makes of local files inside the test's own folder."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def hub(cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub id "hub/NAME" is the folder NAME of the test's own folder."""
+    import datasets
+
+    load_dataset = datasets.load_dataset
+
+    def from_folder(path: str, **keywords):
+        return load_dataset(str(tmp_path / path.removeprefix("hub/")), **keywords)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_folder)

@@ -1,0 +1,452 @@
+"""Checkpoints of a trainer in this process: beside training, where a run starts from, what is damaged, a full disk."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from tests.jobs import tiny_job
+from transformers_backend import JobConfig, Trainer, load_job_config
+from transformers_backend.checkpoint import SaveError
+from transformers_backend.checkpoint.storage import LocalStorage, NamesTheFile
+from transformers_backend.job_config import validate
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    """A trainer sets up logging and determinism for its process; the next test starts from neither."""
+    names = [None, "transformers_backend", "parallelize"]
+    levels = [logging.getLogger(name).level for name in names]
+    handlers = list(logging.getLogger().handlers)
+    yield
+    torch.use_deterministic_algorithms(False)
+    for name, level in zip(names, levels, strict=True):
+        logging.getLogger(name).setLevel(level)
+    logging.getLogger().handlers[:] = handlers
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Callable[..., JobConfig]:
+    (tmp_path / "text").mkdir()
+    for number in range(6):
+        text = "".join(f"{number}: line {line} of some text\n" for line in range(12))
+        (tmp_path / "text" / f"{number}.txt").write_text(text)
+
+    def make(folder: str = "run", **changes) -> JobConfig:
+        return tiny_job(tmp_path, folder, **{"checkpoint__enable": True, "checkpoint__interval": 2, **changes})
+
+    return make
+
+
+def _run(config: JobConfig) -> Trainer:
+    trainer = Trainer(config)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    return trainer
+
+
+def _folder(config: JobConfig) -> Path:
+    return Path(config.job.dump_folder) / "checkpoint"
+
+
+def _names(config: JobConfig) -> set[str]:
+    return {path.name for path in _folder(config).iterdir()}
+
+
+def _assert_equal(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+# -- beside training ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Files that take a second each to open for writing."""
+    create_stream = NamesTheFile.create_stream
+
+    def slowly(self, path, mode):
+        if mode == "wb":
+            time.sleep(0.5)
+        return create_stream(self, path, mode)
+
+    monkeypatch.setattr(NamesTheFile, "create_stream", slowly)
+    return 1.0  # a data file and the index
+
+
+@pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
+def test_a_save_beside_training_is_of_its_step(job, slow_disk, mode: str):
+    """It is still being written when the next steps change the weights; a resume from it is that of a held run."""
+    held, beside = job("held", training__steps=6), job("beside", training__steps=6, checkpoint__async_mode=mode)
+    expected = _run(held).model.full_state_dict()
+    trainer = Trainer(beside)
+    for _ in range(2):
+        trainer.train_step()
+    trainer.checkpointer.save(2)
+    trainer.train_step()
+    trainer.train_step()
+    assert trainer.checkpointer.steps() == [], "two steps went by"
+    trainer.close()
+    assert trainer.checkpointer.steps() == [2], "close waits for it"
+    resumed = _run(beside)
+    _assert_equal(resumed.model.full_state_dict(), expected)
+    assert resumed.checkpointer.steps() == [2, 4, 6]
+
+
+def test_a_save_beside_training_does_not_hold_the_step(job, slow_disk: float):
+    seconds = {}
+    for mode in ("disabled", "async"):
+        trainer = Trainer(job(mode, checkpoint__async_mode=mode))
+        trainer.train_step()
+        start = time.perf_counter()
+        trainer.checkpointer.save(1)
+        trainer.checkpointer.wait_until_staged()
+        seconds[mode] = time.perf_counter() - start
+        trainer.close()
+    assert seconds["disabled"] >= slow_disk
+    assert seconds["async"] <= 0.1 * seconds["disabled"] + 0.1  # the last for a machine that does other things
+
+
+def test_the_weights_wait_until_they_are_copied(job, monkeypatch: pytest.MonkeyPatch):
+    trainer = Trainer(job(checkpoint__async_mode="async"))
+    trainer.train_step()
+    stage, copied = trainer.checkpointer._writer._stager.stage, []
+
+    def slowly(state):
+        time.sleep(0.5)
+        copied.append(time.perf_counter())
+        return stage(state)
+
+    monkeypatch.setattr(trainer.checkpointer._writer._stager, "stage", slowly)
+    before = trainer.model.full_state_dict()
+    trainer.checkpointer.save(1)
+    optimizer_step, stepped = trainer.optimizers[0].step, []
+    monkeypatch.setattr(
+        trainer.optimizers[0], "step", lambda: (stepped.append(time.perf_counter()), optimizer_step())[1]
+    )
+    trainer.train_step()
+    assert copied[0] < stepped[0]
+    trainer.checkpointer.wait()
+    assert trainer.checkpointer.load(1) == 1
+    _assert_equal(trainer.model.full_state_dict(), before)
+    trainer.close()
+
+
+def test_the_oldest_go_also_those_set_aside(job):
+    config = job(checkpoint__interval=1, checkpoint__keep_latest_k=2, checkpoint__async_mode="async")
+    _folder(config).mkdir(parents=True)
+    for step in (20, 30, 40):
+        (_folder(config) / f"step-{step}.abandoned").mkdir()
+    _run(config)
+    assert _names(config) == {"step-5", "step-6", "step-30.abandoned", "step-40.abandoned"}
+
+
+# -- where a run starts from ----------------------------------------------------------------------------------------
+
+
+def test_every_checkpoint_brings_the_job_along(job):
+    config = job(training__steps=2)
+    _run(config)
+    assert load_job_config([str(_folder(config) / "step-2" / "config.toml")]) == config
+
+
+def test_a_seed_is_what_any_run_starts_from(job, tmp_path: Path):
+    seed, plain = job("seed", checkpoint__create_seed_checkpoint=True), job("plain", training__steps=2)
+    assert _run(seed).step == 0
+    assert _names(seed) == {"step-0"}
+    expected = _run(plain).model.full_state_dict()
+    from_seed = job("seed", training__steps=2)
+    from_seed.debug.seed = plain.debug.seed
+    trainer = _run(from_seed)
+    assert trainer.step == 2
+    _assert_equal(trainer.model.full_state_dict(), expected)
+
+
+def test_a_seed_is_written_by_one_process():
+    config = load_job_config(["--checkpoint.enable", "--checkpoint.create_seed_checkpoint"])
+    validate(config, world_size=1)
+    with pytest.raises(ValueError, match="create_seed_checkpoint = true: needs one process, and there are 2 ranks"):
+        validate(config, world_size=2)
+
+
+def test_a_run_starts_from_the_checkpoint_of_another(job, caplog: pytest.LogCaptureFixture):
+    first = job("first", training__steps=4)
+    weights = _run(first).model.full_state_dict()
+    path = str(_folder(first) / "step-4")
+    weights_only = Trainer(job("weights", checkpoint__initial_load_path=path, debug__seed=9))
+    assert weights_only.step == 0
+    _assert_equal(weights_only.model.full_state_dict(), weights)
+    assert not [state for state in weights_only.optimizers[0].state.values() if state["exp_avg"].any()]
+    weights_only.close()
+    everything = job("all", checkpoint__initial_load_path=path, checkpoint__initial_load_model_only=False)
+    trainer = _run(everything)
+    _assert_equal(trainer.model.full_state_dict(), _run(job("first")).model.full_state_dict())
+    assert _names(everything) == {"step-6"}
+    with caplog.at_level(logging.INFO):
+        assert _run(everything).step == 6
+    assert "initial_load_path is not read: this run has checkpoints of its own" in caplog.text
+    with pytest.raises(ValueError, match=r"nowhere/step-1 cannot be read: .*No such file"):
+        Trainer(job("other", checkpoint__initial_load_path="nowhere/step-1"))
+
+
+def test_a_run_starts_from_a_hugging_face_folder(job):
+    first = job("first", training__steps=2, checkpoint__last_save_in_hf=True)
+    weights = _run(first).model.full_state_dict()
+    folder = str(_folder(first) / "step-2-hf")
+    trainer = Trainer(job("second", checkpoint__initial_load_path=folder, checkpoint__initial_load_in_hf=True))
+    _assert_equal(trainer.model.full_state_dict(), weights)
+    assert trainer.step == 0
+    trainer.close()
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "lr_scheduler", "dataloader", "train_state"])
+def test_a_part_is_left_out(job, part: str):
+    config = job(training__steps=4)
+    before = _run(config)
+    fresh = Trainer(job("fresh"))
+    config.training.steps = 6
+    config.checkpoint.exclude_from_loading = [part]
+    trainer = Trainer(config)
+    shown = {}
+    for name, one in (("fresh", fresh), ("before", before), ("now", trainer)):
+        averages = [state["exp_avg"].sum().item() for state in one.optimizers[0].state.values()]
+        shown[name] = {
+            "model": sum(value.double().sum().item() for value in one.model.full_state_dict().values()),
+            "optimizer": sum(averages),
+            "lr_scheduler": one.schedulers[0].last_epoch,
+            "dataloader": str(one.data.state_dict()),
+            "train_state": one.step,
+        }
+    for name, value in shown["now"].items():
+        assert value == shown["fresh" if name == part else "before"][name], name
+    trainer.close()
+    if dist.is_initialized():
+        fresh.close()
+
+
+def test_load_only_saves_nothing_and_the_first_step_is_saved_when_asked(job):
+    config = job(training__steps=3, checkpoint__enable_first_step_checkpoint=True)
+    _run(config)
+    assert _names(config) == {"step-1", "step-2", "step-3"}
+    config.training.steps, config.checkpoint.load_only, config.checkpoint.load_step = 6, True, 1
+    assert _run(config).step == 6
+    assert _names(config) == {"step-1", "step-2", "step-3"}
+
+
+def test_settings_that_changed_are_told(job, caplog: pytest.LogCaptureFixture):
+    _run(job(training__steps=2))
+    config = job(training__steps=4, training__dtype="bfloat16", optimizer__lr=1e-3, training__gc_freq=7)
+    with caplog.at_level(logging.WARNING):
+        _run(config)
+    changes = [text for text in caplog.messages if "was saved with another setting" in text]
+    assert [text.rpartition("setting: ")[2] for text in changes] == [
+        'training.dtype = "float32" there, "bfloat16" here.', "optimizer.lr = 0.01 there, 0.001 here."
+    ]  # fmt: skip
+
+
+def test_two_runs_in_one_folder_are_refused(job, monkeypatch: pytest.MonkeyPatch):
+    def held(*_):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("transformers_backend.folders.fcntl.lockf", held)
+    with pytest.raises(ValueError, match=r'job\.dump_folder = ".*run" is in use by another run: two runs would'):
+        Trainer(job())
+    assert not dist.is_initialized()
+
+
+# -- damaged --------------------------------------------------------------------------------------------------------
+
+
+def _no_index(folder: Path) -> None:
+    (folder / ".metadata").unlink()
+
+
+def _cut_index(folder: Path) -> None:
+    (folder / ".metadata").write_bytes((folder / ".metadata").read_bytes()[:100])
+
+
+def _cut(folder: Path) -> None:
+    with open(folder / "__0_0.distcp", "r+b") as file:
+        file.truncate(1000)
+
+
+def _no_data(folder: Path) -> None:
+    (folder / "__0_0.distcp").unlink()
+
+
+def _overwritten(folder: Path) -> None:
+    """As after a power failure: of the right length, but zeros."""
+    (folder / "__0_0.distcp").write_bytes(bytes((folder / "__0_0.distcp").stat().st_size))
+
+
+DAMAGES = [
+    (_no_index, r"step-6 is damaged: \.metadata is missing"),
+    (_cut_index, r"step-6 is damaged: \.metadata cannot be read \(.*pickle"),
+    (_cut, r"step-6 is damaged: __0_0\.distcp has 1000 bytes of \d+"),
+    (_no_data, r"step-6 is damaged: __0_0\.distcp is missing"),
+    (_overwritten, r"step-6 is damaged: rank 0 cannot read .*step-6/__0_0\.distcp: "),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES])
+def test_a_damaged_checkpoint_names_the_file(job, caplog: pytest.LogCaptureFixture, damage, message: str):
+    config = job()
+    expected = _run(config).model.full_state_dict()
+    damage(_folder(config) / "step-6")
+    config.checkpoint.load_step = 6
+    with pytest.raises(ValueError, match=message):
+        Trainer(config)
+    config.checkpoint.load_step = -1
+    with caplog.at_level(logging.WARNING):
+        trainer = _run(config)
+    assert "The one before is tried" in caplog.text
+    _assert_equal(trainer.model.full_state_dict(), expected)
+    assert _names(config) == {"step-2", "step-4", "step-6", "step-6.abandoned"}
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(job):
+    config = job()
+    _run(config)
+    for step in (2, 4, 6):
+        _cut(_folder(config) / f"step-{step}")
+    with pytest.raises(ValueError, match=r"holds no whole checkpoint: .*step-6 is damaged.*step-2 is damaged"):
+        Trainer(config)
+
+
+# -- a disk that is full --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """A disk that is full while disk["full"]."""
+    state = {"full": False}
+
+    class Full:
+        def __init__(self, stream) -> None:
+            self.tell, self.flush, self.fileno, self.close = stream.tell, stream.flush, stream.fileno, stream.close
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    plain = FileSystem.create_stream
+
+    @contextmanager
+    def maybe_full(self, path, mode):
+        with plain(self, path, mode) as stream:
+            yield Full(stream) if state["full"] and mode == "wb" else stream
+
+    monkeypatch.setattr(FileSystem, "create_stream", maybe_full)
+    return state
+
+
+FULL = r"checkpoint .*run/checkpoint/step-4 could not be written \(rank 0: .*__0_0\.distcp: No space left on device\)"
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(job, disk, mode: str):
+    config = job(checkpoint__async_mode=mode)
+    trainer = Trainer(config)
+    trainer.checkpointer.save(2)
+    trainer.checkpointer.wait()
+    disk["full"] = True
+
+    def save_and_go_on() -> None:
+        trainer.checkpointer.save(4)
+        trainer.train_step()  # beside training it goes on for now
+        trainer.checkpointer.save(6)
+
+    with pytest.raises(SaveError, match=FULL) as caught:
+        save_and_go_on()
+    trainer.close()
+    assert "Earlier checkpoints are whole" in str(caught.value)
+    assert 'checkpoint.on_save_error = "continue"' in str(caught.value)
+    assert _names(config) == {"step-2"}
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_training_goes_on_where_the_job_says_so(job, disk, caplog: pytest.LogCaptureFixture, mode: str):
+    config = job(checkpoint__async_mode=mode, checkpoint__on_save_error="continue")
+    trainer = Trainer(config)
+    trainer.checkpointer.save(2)
+    trainer.checkpointer.wait()
+    disk["full"] = True
+    with caplog.at_level(logging.WARNING):
+        trainer.checkpointer.save(4)
+        trainer.checkpointer.wait()
+    assert "step-4 could not be written (rank 0" in caplog.text
+    assert "Training goes on without it" in caplog.text
+    disk["full"] = False
+    trainer.checkpointer.save_last(4)
+    trainer.close()
+    assert _names(config) == {"step-2", "step-4"}
+
+
+def test_the_last_checkpoint_must_be_written(job, disk):
+    trainer = Trainer(job(training__steps=1, checkpoint__on_save_error="continue"))
+    disk["full"] = True
+    with pytest.raises(SaveError, match="step-1 could not be written"):
+        trainer.train()
+    trainer.close()
+
+
+def test_a_disk_that_is_really_full(job, tmp_path: Path):
+    """A RAM disk that holds one checkpoint and a half."""
+    one = job("one", training__steps=2)
+    _run(one)
+    size = f"size={int(1.5 * sum(file.stat().st_size for file in (_folder(one) / 'step-2').iterdir()))}"
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", small], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("needs the right to mount a RAM disk")
+    try:
+        with pytest.raises(SaveError, match=r"small/step-4 could not be written \(rank 0: .*No space left on device"):
+            _run(job(checkpoint__folder=str(small)))
+        assert [path.name for path in small.iterdir()] == ["step-2"]
+        assert _run(job(checkpoint__folder=str(small), training__steps=2)).step == 2
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_a_checkpoint_that_cannot_be_deleted_stops_nothing(job, monkeypatch, caplog: pytest.LogCaptureFixture):
+    def refuse(self, step, *, abandoned=False):
+        raise PermissionError(errno.EACCES, "Permission denied", "step-1")
+
+    monkeypatch.setattr(LocalStorage, "delete", refuse)
+    with caplog.at_level(logging.WARNING):
+        _run(job(checkpoint__interval=1, checkpoint__keep_latest_k=2, training__steps=3))
+    assert "Old checkpoints could not be deleted: [Errno 13] Permission denied" in caplog.text
+
+
+def test_a_folder_that_cannot_be_listed_is_told(job, monkeypatch):
+    def refuse(self):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(LocalStorage, "find", refuse)
+    with pytest.raises(ValueError, match=r"checkpoint\.folder .* cannot be listed: .*Permission denied"):
+        Trainer(job())
+
+
+def test_a_moved_folder_of_checkpoints_is_still_one(job, tmp_path: Path):
+    config = job(training__steps=4, lr_scheduler__total_steps=6)
+    expected = _run(job("whole")).model.full_state_dict()
+    _run(config)
+    shutil.move(_folder(config), tmp_path / "elsewhere")
+    trainer = _run(job(checkpoint__folder=str(tmp_path / "elsewhere")))
+    _assert_equal(trainer.model.full_state_dict(), expected)

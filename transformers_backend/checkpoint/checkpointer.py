@@ -1,0 +1,301 @@
+"""Checkpointer: saves and restores one run. The trainer's only door to this package."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+
+from transformers_backend.checkpoint.reading import (
+    DamagedCheckpoint,
+    agree,
+    count_ranks,
+    find_changes,
+    read_metadata,
+    read_state,
+)
+from transformers_backend.checkpoint.state import (
+    DATA_KEY,
+    RANDOM_KEY,
+    get_model_state,
+    get_optimizer_state,
+    get_random_state,
+    get_schedulers_state,
+    set_optimizer_state,
+    set_random_state,
+    set_schedulers_state,
+    without_live_buffers,
+)
+from transformers_backend.checkpoint.storage import Found, Storage
+from transformers_backend.checkpoint.writing import SaveError, Writer
+from transformers_backend.data import PackedBatches
+from transformers_backend.job_config import CHECKPOINT_PARTS
+from transformers_backend.model import HFTransformerModel
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.toml"
+_ALL_PARTS = frozenset(CHECKPOINT_PARTS)
+
+
+class Checkpointer:
+    """Saves and restores one run; every rank calls every method, `steps` apart."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        model: HFTransformerModel,
+        optimizers: Sequence[torch.optim.Optimizer],
+        schedulers: Sequence[torch.optim.lr_scheduler.LambdaLR],
+        data: PackedBatches,
+        data_rank: int,
+        config_text: str,
+        keep_latest_k: int = 0,
+        async_mode: str = "disabled",
+        on_save_error: str = "stop",
+        load_only: bool = False,
+    ) -> None:
+        """config_text: the job as TOML, kept in every checkpoint. The rest: see the section [checkpoint]."""
+        self.storage = storage
+        self.keep_latest_k = keep_latest_k
+        self._model, self._data, self._data_rank = model, data, data_rank
+        self._optimizers, self._schedulers = list(optimizers), list(schedulers)
+        self._config_text = config_text
+        self._is_async = async_mode != "disabled"
+        self._load_only = load_only
+        self._goes_on_without = on_save_error == "continue"
+        self._writer = Writer(storage, beside_training=self._is_async, pinned=async_mode == "async_with_pinned_mem")
+        self._saved_step: int | None = None  # the newest that was written, or is being written
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of `step` (optimizer steps done), then delete older ones beyond `keep_latest_k`.
+
+        Beside training it waits for the last write only, and the caller for `wait_until_staged` before the next
+        optimizer step. A write that failed raises SaveError here, or at the next call, or is a warning
+        (`on_save_error`).
+        """
+        self.wait()
+        self._write(f"step-{step}", self._state(step))
+        self._saved_step = step
+        if not self._is_async:
+            self.wait()
+
+    def save_last(self, step: int) -> None:
+        """Have `step` on the storage when this returns, or raise SaveError: nothing is left to go on with."""
+        self.wait()
+        if self._saved_step != step:
+            self._write(f"step-{step}", self._state(step))
+            self._writer.wait()
+            self._saved_step = step
+
+    def save_model(self, step: int) -> None:
+        """Write the weights alone, to `step-N-model`, which no run resumes from."""
+        self.wait()
+        self._write(f"step-{step}-model", {"model": get_model_state(self._model)})
+        self._writer.wait()
+
+    def save_seed(self) -> None:
+        """Write `step-0`, which holds weights only: a start for any mesh."""
+        self._write("step-0", {"model": get_model_state(self._model), "step": 0})
+        self._writer.wait()
+
+    def wait_until_staged(self) -> None:
+        """Return when the next optimizer step may change what is being saved."""
+        self._writer.wait_until_staged()
+
+    def wait(self) -> None:
+        """Return when nothing is being written; raises (or warns of) what went wrong with the last write."""
+        try:
+            self._writer.wait()
+        except SaveError as error:
+            self._fail(error)
+
+    def close(self, timeout_seconds: float) -> None:
+        self._writer.close(timeout_seconds)
+
+    def _write(self, name: str, state: dict[str, Any]) -> None:
+        if self._load_only:
+            return
+        self._writer.write(name, state, {CONFIG_FILE: self._config_text}, then=self._delete_old)
+
+    def _fail(self, error: SaveError) -> None:
+        self._saved_step = None
+        if not self._goes_on_without:
+            raise error
+        logger.warning('%s Training goes on without it (checkpoint.on_save_error = "continue").', error)
+
+    def _state(self, step: int) -> dict[str, Any]:
+        model = get_model_state(self._model)
+        return {
+            "model": without_live_buffers(model) if self._is_async else model,
+            "optimizer": get_optimizer_state(self._model, self._optimizers),
+            "schedulers": get_schedulers_state(self._schedulers),
+            "step": step,
+            f"{DATA_KEY}{self._data_rank}": json.dumps(self._data.state_dict()),
+            f"{RANDOM_KEY}{dist.get_rank()}": get_random_state(),
+        }
+
+    def _delete_old(self) -> None:
+        if self.keep_latest_k == 0:
+            return
+        try:
+            found = self.storage.find()
+            for step in found.whole[: -self.keep_latest_k]:
+                self.storage.delete(step)
+            for step in found.abandoned[: -self.keep_latest_k]:
+                self.storage.delete(step, abandoned=True)
+        except OSError as error:
+            logger.warning("Old checkpoints could not be deleted: %s", error)
+
+    # -- restoring ------------------------------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        return self.storage.find().whole
+
+    def load(self, load_step: int, *, exclude: Collection[str] = ()) -> int | None:
+        """Restore the checkpoint of `load_step` (-1: the newest whole one) and return its step; None if there is none.
+
+        exclude: parts that are left as they are, of "model", "optimizer", "lr_scheduler", "dataloader" and
+        "train_state" (step and random numbers). Raises ValueError for a step that there is not, that is damaged, or
+        that does not fit this run.
+        """
+        found = self._find()
+        step = self._load_newest(found, exclude) if load_step == -1 else self._load_step(load_step, found, exclude)
+        if step is not None:
+            self._abandon([other for other in (*found.whole, *found.damaged) if other > step])
+            self._saved_step = step
+        return step
+
+    def load_initial(self, storage: Storage, name: str, *, model_only: bool, exclude: Collection[str] = ()) -> int:
+        """Start from another run's checkpoint; returns the step to go on from, 0 with `model_only`."""
+        parts = {"model"} if model_only else _ALL_PARTS
+        return self._restore(storage, name, parts - frozenset(exclude))
+
+    def _find(self) -> Found:
+        found, problem = None, None
+        if dist.get_rank() == 0:
+            try:
+                found = self.storage.find()
+            except OSError as error:
+                problem = f"checkpoint.folder {self.storage.locate('')} cannot be listed: {error}"
+        return agree(found, problem, self._writer.group)
+
+    def _load_step(self, step: int, found: Found, exclude: Collection[str]) -> int:
+        if step not in (*found.whole, *found.damaged):
+            raise ValueError(
+                f"checkpoint.load_step = {step}: {self.storage.locate('')} holds no such step; there are "
+                f"{', '.join(map(str, found.whole)) or 'none'}. -1 means the latest."
+            )
+        return self._restore(self.storage, f"step-{step}", _parts_of(step, exclude))
+
+    def _load_newest(self, found: Found, exclude: Collection[str]) -> int | None:
+        problems = []
+        for step in sorted((*found.whole, *found.damaged), reverse=True):
+            try:
+                return self._restore(self.storage, f"step-{step}", _parts_of(step, exclude))
+            except DamagedCheckpoint as error:
+                problems.append(str(error))
+                logger.warning("%s The one before is tried.", error)
+        if problems:
+            raise ValueError(
+                f"{self.storage.locate('')} holds no whole checkpoint: {' '.join(problems)} Restore one of them, or "
+                "name another checkpoint.folder."
+            )
+        return None
+
+    def _restore(self, storage: Storage, name: str, parts: Collection[str]) -> int:
+        group = self._writer.group
+        metadata, config_text, problem = None, None, None
+        if dist.get_rank() == 0:
+            try:
+                metadata, config_text = read_metadata(storage, name), storage.read_text(name, CONFIG_FILE)
+            except DamagedCheckpoint as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"{storage.locate(name)} cannot be read: {error}."
+        metadata, config_text = agree((metadata, config_text), problem, group)
+        if parts != {"model"} and config_text is not None:
+            for change in find_changes(config_text, self._config_text):
+                logger.warning("%s was saved with another setting: %s.", storage.locate(name), change)
+        state = self._wanted(metadata, parts)
+        read_state(state, storage, name, metadata, group)
+        self._put_back(state)
+        if "step" in state and (saved := count_ranks(metadata, RANDOM_KEY)) != dist.get_world_size():
+            logger.info(
+                "%s holds the random states of %d ranks, and this run has %d: those without one are seeded anew.",
+                storage.locate(name), saved, dist.get_world_size(),
+            )  # fmt: skip
+        logger.info("resumed from %s", storage.locate(name))
+        return state.get("step", 0)
+
+    def _wanted(self, metadata: Metadata, parts: Collection[str]) -> dict[str, Any]:
+        """The state to be filled: tensors of this run in place, strings and numbers as placeholders."""
+        state: dict[str, Any] = {}
+        if "model" in parts:
+            state["model"] = get_model_state(self._model)
+        if "optimizer" in parts:
+            state["optimizer"] = get_optimizer_state(self._model, self._optimizers)
+        if "lr_scheduler" in parts:
+            state["schedulers"] = ""
+        if "dataloader" in parts:
+            state |= {f"{DATA_KEY}{rank}": "" for rank in range(count_ranks(metadata, DATA_KEY))}
+        if "train_state" in parts:
+            state["step"] = 0
+            key = f"{RANDOM_KEY}{dist.get_rank()}"
+            saved = metadata.state_dict_metadata
+            state[key] = {kind: value for kind, value in get_random_state().items() if f"{key}.{kind}" in saved}
+        return state
+
+    def _put_back(self, state: dict[str, Any]) -> None:
+        """Hand on what is not filled in place."""
+        if "optimizer" in state:
+            set_optimizer_state(self._model, self._optimizers, state["optimizer"])
+        if "schedulers" in state:
+            set_schedulers_state(self._schedulers, state["schedulers"])
+        if positions := [json.loads(state[key]) for key in _in_order(state, DATA_KEY)]:
+            self._set_position(positions)
+        if "step" in state:
+            random = state[f"{RANDOM_KEY}{dist.get_rank()}"]
+            set_random_state(random)
+            if not random:
+                torch.manual_seed(torch.initial_seed() + state["step"])  # not the numbers of the first steps again
+
+    def _set_position(self, positions: list[dict[str, Any]]) -> None:
+        """Move the data; what one rank refuses is an error on all, or the others would wait for it."""
+        problem = None
+        try:
+            self._data.load_state_dict(positions)
+        except ValueError as error:
+            problem = str(error)
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem, group=self._writer.group)
+        if found := [text for text in problems if text is not None]:
+            raise ValueError(found[0])
+
+    def _abandon(self, steps: list[int]) -> None:
+        """Set checkpoints aside that this run leaves behind, or the next resume would take the newest of them."""
+        if self._load_only or not steps:
+            return
+        if dist.get_rank() == 0:
+            for step in steps:
+                self.storage.abandon(step)
+        dist.barrier(group=self._writer.group)
+        logger.warning("later checkpoints are set aside as step-N.abandoned: %s", sorted(steps))
+
+
+def _parts_of(step: int, exclude: Collection[str]) -> frozenset[str]:
+    """What is restored of a checkpoint: of step 0, a seed, the weights only."""
+    return (frozenset({"model"}) if step == 0 else _ALL_PARTS) - frozenset(exclude)
+
+
+def _in_order(state: dict[str, Any], prefix: str) -> list[str]:
+    return sorted((key for key in state if key.startswith(prefix)), key=lambda key: int(key[len(prefix) :]))

@@ -1,0 +1,88 @@
+"""What a checkpoint holds of a run, and how it is put back: model, optimizers, schedulers, random numbers.
+
+Keys: `model` and `optimizer` by Hugging Face parameter name (sharded tensors, which torch.distributed.checkpoint lays
+out anew for any mesh), `schedulers` and `data_rank_N` as JSON, `random_rank_N`, `step`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from transformers_backend.model import HFTransformerModel
+from transformers_backend.weights import named_tensors
+
+DATA_KEY, RANDOM_KEY = "data_rank_", "random_rank_"  # followed by the data rank, by the rank
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def get_model_state(model: HFTransformerModel) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name; tied ones are there once, under the first of their names."""
+    first_names: dict[int, str] = {}
+    tensors = named_tensors(model.hf_model)
+    return {name: tensor for name, tensor in tensors.items() if first_names.setdefault(id(tensor), name) == name}
+
+
+def without_live_buffers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` with copies of its buffers: unlike parameters, a forward may change them."""
+    return {
+        name: tensor if isinstance(tensor, torch.nn.Parameter) else tensor.detach().clone()
+        for name, tensor in state.items()
+    }
+
+
+def get_optimizer_state(model: HFTransformerModel, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    return get_optimizer_state_dict(model.hf_model, optimizers, options=_OPTIONS)
+
+
+def set_optimizer_state(
+    model: HFTransformerModel, optimizers: Sequence[torch.optim.Optimizer], state: dict[str, Any]
+) -> None:
+    """Take over running means and counts; learning rate, weight decay ... stay those of this job."""
+    chosen = [_hyperparameters(optimizer) for optimizer in optimizers]
+    set_optimizer_state_dict(model.hf_model, optimizers, optim_state_dict=state, options=_OPTIONS)
+    for optimizer, groups in zip(optimizers, chosen, strict=True):
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            group.update(values)
+
+
+def _hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def get_schedulers_state(schedulers: Sequence[torch.optim.lr_scheduler.LambdaLR]) -> str:
+    return json.dumps([scheduler.state_dict() for scheduler in schedulers])
+
+
+def set_schedulers_state(schedulers: Sequence[torch.optim.lr_scheduler.LambdaLR], state: str) -> None:
+    """Put this job's schedules at the saved step; learning rates are what the schedules say there."""
+    for scheduler, saved in zip(schedulers, json.loads(state), strict=True):
+        step = saved["last_epoch"]
+        scheduler.last_epoch = step
+        scheduler._step_count = step + 1
+        rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+
+def get_random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
