@@ -100,7 +100,7 @@ launch() {
         echo "train.sh: NNODES = $nodes needs RDZV_ENDPOINT: set it to host:port of one of the nodes, on all of them." >&2
         exit 2
     fi
-    exec "$PYTHON" -m torch.distributed.run "${options[@]}" -m transformers_backend.train "$@"
+    exec "$PYTHON" -m transformers_backend.launch "${options[@]}" -m transformers_backend.train "$@"
 }
 
 main "$@"

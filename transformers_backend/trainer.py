@@ -38,6 +38,7 @@ from transformers_backend.metrics import MetricsLogger, setup_logging
 from transformers_backend.model import HFTransformerModel, HFTransformerModelArgs
 from transformers_backend.optimizer import build_optimizer, build_schedulers
 from transformers_backend.profiling import maybe_profile, maybe_record_memory
+from transformers_backend.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,14 @@ class Trainer:
         """Run the job to its last step, with checkpoints, validation, export and the closing sample."""
         config = self.job_config
         tokens_since_log = 0
-        with _no_automatic_garbage_collection(), self._profilers() as (profiler, memory_recorder):
+        if self.step >= config.training.steps:
+            logger.info("nothing to do: step %d of %d is reached; training.steps says where a run ends", self.step,
+                        config.training.steps)  # fmt: skip
+        with (
+            StopRequest() as stop,
+            _no_automatic_garbage_collection(),
+            self._profilers() as (profiler, memory_recorder),
+        ):
             while self.step < config.training.steps:
                 result = self.train_step()
                 tokens_since_log += self.tokens_per_step
@@ -136,8 +144,11 @@ class Trainer:
                 self._after_step()
                 profiler.step()
                 memory_recorder.step()
-        with self._patience():
-            self._finish()
+                if (reason := stop.agreed()) is not None and self.step < config.training.steps:
+                    self._save_and_stop(reason.name)
+                    return
+            with self._patience():
+                self._finish()
 
     def train_step(self) -> StepResult:
         """One optimizer step on the next global batch."""
@@ -223,6 +234,17 @@ class Trainer:
             lr=result.lr,
             tokens=tokens,
         )
+
+    def _save_and_stop(self, reason: str) -> None:
+        """The end of a run that a signal stopped: a checkpoint, without the export and the sample of a finished one."""
+        done = f"{reason}: stopped after step {self.step} of {self.job_config.training.steps}"
+        if not self.job_config.checkpoint.enable:
+            logger.warning("%s; nothing is saved, because checkpoint.enable is false", done)
+            return
+        if self.step % self.job_config.checkpoint.interval != 0:  # else it has just been saved
+            with self._patience():
+                self.checkpointer.save(self.step)
+        logger.info("%s; saved, the same command goes on from there", done)
 
     def _finish(self) -> None:
         config = self.job_config
