@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 _OWN_FOLDERS = tuple(str(Path(__file__).parents[1] / name) for name in ("transformers_backend", "parallelize"))
 
-# gloo has no exception class of its own.
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+# gloo raises RuntimeError; what a lost connection, and a collective that took too long, say:
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_LATE_PEER = ("Timed out waiting", "Application timeout caused pair closure")
 
 
 def is_meant_for_the_user(error: BaseException) -> bool:
@@ -37,7 +38,7 @@ def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone or late: what happened stands with that rank."""
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
         return True
-    return isinstance(error, RuntimeError) and "gloo" in str(error) and any(text in str(error) for text in _LOST_PEER)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEER + _LATE_PEER)
 
 
 def report(error: BaseException) -> bool:
@@ -49,7 +50,9 @@ def report(error: BaseException) -> bool:
     kind = "user" if is_meant_for_the_user(error) else "peer" if is_lost_peer(error) else "defect"
     message = str(error) if kind == "user" else f"{type(error).__name__}: {error}"
     if kind == "peer":
-        message = f"a collective failed: {_without_source_line(str(error))}"
+        late = any(text in str(error) for text in _LATE_PEER)
+        what = "another rank did not answer in time" if late else "the connection to another rank broke"
+        message = f"{what} ({_without_source_line(str(error))})"
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file is not None:
         stack = "".join(traceback.format_exception(error)) if kind == "defect" else message

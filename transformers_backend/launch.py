@@ -36,6 +36,7 @@ from transformers_backend.signals import SECONDS_BETWEEN_INTERRUPTS, STOP_SIGNAL
 FAILED = 1
 CANNOT_WORK = 2
 TRAINING = "transformers_backend.train"
+_SECONDS_TO_END = 30  # that the agent gives to the other ranks when one has failed
 
 
 class StoppedEarly(Exception):
@@ -143,6 +144,13 @@ def _run(config: LaunchConfig, command: str, arguments: list[str]) -> int:
 def _make_agent(config: LaunchConfig, command: str, arguments: list[str]) -> Agent:
     """As torch.distributed.launcher.api.launch_agent does it."""
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
+    if config.max_nodes > 1:
+        # Else an agent keeps the address of the first round's store for ever (torch 2.13), and when the node that had
+        # it is replaced, the ranks of the others look for it in vain.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    settings = dict(config.rdzv_configs)
+    if config.local_addr and config.local_addr == config.rdzv_endpoint.rpartition(":")[0]:
+        settings.setdefault("is_host", "true")  # torch compares the endpoint with what the host name resolves to
     rendezvous = RendezvousParameters(
         backend=config.rdzv_backend,
         endpoint=config.rdzv_endpoint,
@@ -150,7 +158,7 @@ def _make_agent(config: LaunchConfig, command: str, arguments: list[str]) -> Age
         min_nodes=config.min_nodes,
         max_nodes=config.max_nodes,
         local_addr=config.local_addr,
-        **config.rdzv_configs,
+        **settings,
     )
     static_address = config.rdzv_endpoint.rpartition(":") if config.rdzv_backend == "static" else (None, None, None)
     spec = WorkerSpec(
@@ -191,11 +199,13 @@ def exit_status(failures: dict[int, ProcessFailure]) -> int:
 
 
 def root_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The rank that failed first, and not because of another: those that lost a peer, or that the agent stopped."""
+    """The rank that failed first, and by itself: not for want of another, and not stopped by the agent."""
+    unanswering = _unanswering(failures)
 
     def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, int, int]:
         rank, failure = item
-        return _extra(failure).get("kind") == "peer", failure.exitcode == -signal.SIGTERM, failure.timestamp, rank
+        stopped = failure.exitcode == -signal.SIGTERM or rank in unanswering
+        return stopped, _extra(failure).get("kind") == "peer", failure.timestamp, rank
 
     return min(failures.items(), key=order)
 
@@ -210,13 +220,26 @@ def describe(failures: dict[int, ProcessFailure]) -> str:
         return f"error: {who} ended with status {failure.exitcode} and left no message"
     message = failure.error_file_data["message"]["message"]
     if extra.get("kind") == "user":
-        return f"error: {message}"
+        return f"error: {message}" if failure.exitcode == CANNOT_WORK else f"error: {who}: {message}"
     if extra.get("kind") == "peer":
-        return (
-            f"error: {who}: {message}\nno rank of this node failed by itself: look for the reason on the others, or "
-            "raise comm.train_timeout_seconds if one of them is only slow"
+        hung = ", ".join(f"{rank} (pid {failures[rank].pid})" for rank in sorted(_unanswering(failures)))
+        reason = (
+            f"rank {hung} hung and was killed; see comm.train_timeout_seconds"
+            if hung
+            else "no rank of this node failed by itself: see the message of the other nodes"
         )
+        return f"error: {who}: {message}; {reason}"
     return f"{extra['py_callstack']}error: {who}: {message}; see {failure.error_file}"
+
+
+def _unanswering(failures: dict[int, ProcessFailure]) -> set[int]:
+    """Ranks that the agent killed because they did not end on its SIGTERM, long after the first one had failed."""
+    first = min(failure.timestamp for failure in failures.values())
+    return {
+        rank
+        for rank, failure in failures.items()
+        if failure.exitcode == -signal.SIGKILL and failure.timestamp - first >= _SECONDS_TO_END - 1
+    }
 
 
 def _hint(number: int) -> str:
