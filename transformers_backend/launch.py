@@ -10,7 +10,6 @@ torchrun with the same options and the same agent, except that
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -70,11 +69,11 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group) -> RunResult:
         result = super()._monitor_workers(worker_group)
-        if result.state == WorkerState.SUCCEEDED and self.stop_signal is None:
-            # Ranks that another node's agent stopped so that a new node can join: they have saved, and go on with it.
-            if self._rdzv_handler.num_nodes_waiting() > 0:
-                return RunResult(state=WorkerState.HEALTHY)
-        elif result.state == WorkerState.FAILED:
+        if result.state == WorkerState.SUCCEEDED and self.stop_signal is None and self._node_is_waiting():
+            # Another agent has stopped its ranks so that the new node can join, and they agreed with those of this
+            # node: all have saved. HEALTHY, because then the caller lets the new node in and starts them again.
+            return RunResult(state=WorkerState.HEALTHY)
+        if result.state == WorkerState.FAILED:
             self.failures = result.failures
             if self.stop_signal is not None or exit_status(self.failures) == CANNOT_WORK:
                 self._remaining_restarts = 0
@@ -83,6 +82,12 @@ class Agent(LocalElasticAgent):
                 number = restarts - self._remaining_restarts + 1
                 _say(f"{describe(self.failures)}\nrestart {number} of {restarts}, from the last checkpoint")
         return result
+
+    def _node_is_waiting(self) -> bool:
+        try:
+            return self._rdzv_handler.num_nodes_waiting() > 0
+        except RendezvousError:  # the node that holds the rendezvous has finished and left
+            return False
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,7 +134,7 @@ def _run(config: LaunchConfig, command: str, arguments: list[str]) -> int:
         _say(f"{stopped.sigval.name}: stopped at once; what was saved before is whole")
         return 128 + stopped.sigval
     except RendezvousError as error:
-        _say(f"error: the nodes did not meet at {config.rdzv_endpoint}: {type(error).__name__} {error}")
+        _say(f"error: the rendezvous at {config.rdzv_endpoint} failed: {type(error).__name__} {error}")
         return FAILED
     finally:
         for number, handler in previous.items():

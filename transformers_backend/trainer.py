@@ -19,12 +19,14 @@ import torch.distributed as dist
 
 from parallelize.costs import peak_flops
 from parallelize.distributed import (
+    collectives_written_on_error,
     gather_objects,
     has_fast_bfloat16,
     initialize,
     launched_world_size,
     patience,
     pick_device,
+    record_collectives,
     set_timeout,
     shutdown,
 )
@@ -66,6 +68,8 @@ class Trainer:
             self._owns_process_group = not dist.is_initialized()
             if self._owns_process_group:
                 validate(job_config, world_size=launched_world_size())  # before anything starts
+                if job_config.comm.trace_buf_size > 0:
+                    record_collectives(self._trace_prefix, buffer_size=job_config.comm.trace_buf_size)
                 initialize(self.device, timeout_seconds=job_config.comm.init_timeout_seconds)
                 opened.callback(shutdown)
             self._set_up(opened)
@@ -130,6 +134,7 @@ class Trainer:
             StopRequest() as stop,
             _no_automatic_garbage_collection(),
             self._profilers() as (profiler, memory_recorder),
+            self._flight_recorder(),
         ):
             while self.step < config.training.steps:
                 result = self.train_step()
@@ -400,6 +405,17 @@ class Trainer:
             ) as memory_recorder,
         ):
             yield profiler, memory_recorder
+
+    @property
+    def _trace_prefix(self) -> str:
+        comm = self.job_config.comm
+        folder = Path(self.job_config.job.dump_folder).expanduser() / comm.save_traces_folder
+        return str(folder / comm.save_traces_file_prefix)
+
+    def _flight_recorder(self) -> contextlib.AbstractContextManager[None]:
+        if self.job_config.comm.trace_buf_size == 0 or not self._owns_process_group:
+            return contextlib.nullcontext()
+        return collectives_written_on_error(self._trace_prefix)
 
     def _describe(self) -> None:
         config, decoder, hf_model = self.job_config, self.model.decoder, self.model.hf_model

@@ -5,6 +5,8 @@ Needs root and `ip` of iproute2, for namespaces and a pair of virtual interfaces
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import signal
@@ -54,10 +56,8 @@ class Node:
         """End everything that runs on the node, as a power cut does."""
         while pids := _ip("netns", "pids", self.namespace).split():
             for pid in pids:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
             time.sleep(0.05)
         if self.launcher is not None:
             self.launcher.wait()
@@ -135,7 +135,7 @@ def test_a_killed_node_comes_back_and_the_job_finishes(two_nodes: tuple[Node, No
     log = survives.log.read_text()
     assert statuses == [0, 0], log
     steps = [line["step"] for line in _metrics(tmp_path)]
-    resumed = steps.index(next(after for before, after in zip(steps, steps[1:], strict=False) if after <= before), 12)
+    resumed = 1 + next(index for index, (before, after) in enumerate(itertools.pairwise(steps)) if after <= before)
     assert steps[:resumed][-1] < 60, "it was killed in the middle"
     assert steps[resumed:] == list(range(steps[resumed], 61)), "and went on from the last checkpoint"
     assert steps[resumed] % 10 == 1

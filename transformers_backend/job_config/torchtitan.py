@@ -26,7 +26,7 @@ IGNORED_KEYS: dict[str, frozenset[str]] = {
             initial_load_in_hf initial_load_in_hf_quantized initial_load_model_only initial_load_path load_only""",
         "validation": "dataloader",
         "metrics": "disable_color_printing enable_wandb save_for_all_ranks",
-        "comm": "mode save_traces_file_prefix save_traces_folder trace_buf_size",
+        "comm": "mode",
         "debug": "moe_force_load_balance",
     }.items()
 }
