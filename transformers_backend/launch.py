@@ -149,10 +149,9 @@ def _run(config: LaunchConfig, command: str, arguments: list[str]) -> int:
 def _make_agent(config: LaunchConfig, command: str, arguments: list[str]) -> Agent:
     """As torch.distributed.launcher.api.launch_agent does it."""
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
-    if config.max_nodes > 1:
-        # Else an agent keeps the address of the first round's store for ever (torch 2.13), and when the node that had
-        # it is replaced, the ranks of the others look for it in vain.
-        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # Else (torch 2.13) an agent keeps one store for all its rounds. Restarted ranks then read the addresses that the
+    # dead ones left there, and where another node has come to hold the store, some look for it at the old place.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     settings = dict(config.rdzv_configs)
     if config.local_addr and config.local_addr == config.rdzv_endpoint.rpartition(":")[0]:
         settings.setdefault("is_host", "true")  # torch compares the endpoint with what the host name resolves to

@@ -24,33 +24,24 @@ def folder(tmp_path: Path) -> Path:
         text = "".join(f"{number}: line {line} of some text\n" for line in range(20))
         (tmp_path / "text" / f"{number}.txt").write_text(text)
     options = {"training__steps": 8, "training__local_batch_size": 1, "checkpoint__enable": True,
-               "checkpoint__interval": 2, "comm__train_timeout_seconds": 2, "comm__trace_buf_size": 50}  # fmt: skip
+               "checkpoint__interval": 2, "comm__trace_buf_size": 50}  # fmt: skip
     tiny_job(tmp_path, "run", **options).save(tmp_path / "job.toml")
     return tmp_path
 
 
-def _launch(*arguments: object, restarts: int = 0) -> tuple[int, list[str]]:
-    """Two ranks by the launcher; returns its exit status and the lines that it and the ranks wrote."""
+def _launch(folder: Path, fault: str, *options: str, restarts: int = 0) -> tuple[int, list[str]]:
+    """Two ranks by the launcher, the last with a fault after step 5; returns the exit status and what was written."""
     ran = subprocess.run(
         [sys.executable, "-m", "transformers_backend.launch", "--standalone", "--nproc-per-node", "2",
-         "--max-restarts", str(restarts), *map(str, arguments)],
+         "--max-restarts", str(restarts), FAULTY, fault, "5", folder / "job.toml", *options],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200, check=False,
     )  # fmt: skip
     return ran.returncode, ran.stdout.splitlines()
 
 
-def _fault(name: str, folder: Path, *options: str, restarts: int = 0) -> tuple[int, list[str]]:
-    return _launch(FAULTY, name, 5, folder / "job.toml", *options, restarts=restarts)
-
-
-def _metrics(folder: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines]
-
-
 def test_a_killed_rank_is_named_and_the_restart_goes_on(folder: Path) -> None:
-    status, log = _fault("killed", folder, restarts=1)
+    status, log = _launch(folder, "is killed", restarts=1)
     assert status == 0, "\n".join(log)
     killed = (folder / "run" / "fault").read_text()
     message = next(index for index, line in enumerate(log) if line.startswith("error: "))
@@ -58,39 +49,18 @@ def test_a_killed_rank_is_named_and_the_restart_goes_on(folder: Path) -> None:
     assert f"pid {killed}) died by signal 9 (SIGKILL; was the memory full?" in log[message]
     assert log[message + 1] == "restart 1 of 1, from the last checkpoint"
     assert not any("Traceback" in line for line in log)
-    curve = _metrics(folder)
-    assert [step for step, _ in curve] == [1, 2, 3, 4, 5, 5, 6, 7, 8] or [step for step, _ in curve] == [
-        1, 2, 3, 4, 5, 6, 7, 8]  # fmt: skip  # rank 0 may log step 5 or lose its peer before
-    assert len(dict(curve)) == len(set(curve)), "the repeated step has the same loss"
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    curve = [(line["step"], line["loss"]) for line in lines]
+    assert [step for step, _ in curve] == [1, 2, 3, 4, 5, 5, 6, 7, 8], "on from the checkpoint of step 4"
+    assert curve[4] == curve[5], "the repeated step has the same loss"
 
 
 def test_a_rank_that_hangs_takes_the_others_down_and_leaves_a_record(folder: Path) -> None:
-    status, log = _fault("hangs", folder)
+    status, log = _launch(folder, "hangs", "--comm.train_timeout_seconds", "5")
     assert status == 1, "\n".join(log)
-    assert "another rank did not answer in time" in log[-1]
-    assert f"rank 1 (pid {(folder / 'run' / 'fault').read_text()}) hung and was killed" in log[-1]
+    assert log[-1].startswith("error: rank 0 (")
+    assert "another rank did not answer in time (" in log[-1]
     assert not any("Traceback" in line for line in log)
     record = pickle.loads((folder / "run" / "comm_traces" / "rank_0").read_bytes())
     assert len(record["entries"]) == 50
     assert record["entries"][-1]["profiling_name"].startswith("gloo:")
-
-
-def test_a_defect_is_shown_with_one_traceback_and_named_last(folder: Path) -> None:
-    status, log = _fault("breaks", folder)
-    assert status == 1
-    assert [line for line in log if line.startswith("Traceback")] == ["Traceback (most recent call last):"]
-    assert log[-1].startswith("error: rank 1 (")
-    assert "): KeyError: 'a defect'; see " in log[-1]
-    error_file = json.loads(Path(log[-1].rpartition("; see ")[2]).read_text())
-    assert error_file["message"]["message"] == "KeyError: 'a defect'"
-
-
-def test_a_job_that_cannot_work_is_said_once_and_not_started_again(folder: Path) -> None:
-    """Too little text shows only when the ranks have built the model."""
-    status, log = _fault("never", folder, "--training.seq_len", "100000", restarts=3)
-    assert status == 2
-    errors = [line for line in log if "error" in line.lower()]
-    assert len(errors) == 1
-    assert log[-1] == errors[0]
-    assert "and needs at least 100000 (seq_len = 100000). Use more text" in errors[0]
-    assert not any("restart" in line for line in log)

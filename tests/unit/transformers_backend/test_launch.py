@@ -11,6 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from tests.jobs import tiny_job
 from transformers_backend import launch
+from transformers_backend.signals import STOP_SIGNALS
 
 
 def _failure(folder: Path, rank: int, exitcode: int, *, timestamp: int, message: str = "", kind: str = "") -> dict:
@@ -73,3 +74,44 @@ def test_a_wrong_config_starts_no_process(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+
+
+def _starts(folder: Path, status: str, restarts: int) -> tuple[int, int]:
+    """A rank that ends with a status each time: the launcher's own status, and how often the rank was started."""
+    count = folder / "starts"
+    arguments = ["--standalone", "--nproc-per-node", "1", "--max-restarts", str(restarts), "--no-python", "/bin/sh"]
+    returned = launch.main([*arguments, "-c", f"echo >> {count}; {status}"])
+    return returned, len(count.read_text().splitlines())
+
+
+@pytest.mark.parametrize(("status", "expected"), [("exit 0", (0, 1)), ("exit 2", (2, 1)), ("exit 3", (1, 3))])
+def test_a_rank_is_started_again_unless_that_is_no_use(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, status: str, expected: tuple
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    assert _starts(tmp_path, status, restarts=2) == expected
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("error: ", "restart "))]
+    if status == "exit 3":
+        assert said[1::2] == ["restart 1 of 2, from the last checkpoint", "restart 2 of 2, from the last checkpoint"]
+    assert len(said) == {"exit 0": 0, "exit 2": 1, "exit 3": 5}[status]
+
+
+def test_a_signal_before_the_first_step_ends_the_run_without_an_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank signals the launcher, which passes it on to the rank, which has no handler for it yet."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert _starts(tmp_path, "sleep 0.5; kill -USR1 $PPID; exec sleep 60", restarts=2) == (0, 1)
+    assert "SIGUSR1: stopped before the first step; there is nothing to save" in capfd.readouterr().err
+
+
+def test_a_second_interrupt_kills_the_ranks(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(launch, "SECONDS_BETWEEN_INTERRUPTS", 0.2)
+    deaf = "trap '' INT; kill -INT $PPID; sleep 0.5; kill -INT $PPID; exec sleep 60"
+    assert _starts(tmp_path, deaf, restarts=2) == (130, 1)
+    assert "second Ctrl-C: stopped at once; what was saved before is whole" in capfd.readouterr().err
