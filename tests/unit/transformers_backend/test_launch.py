@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from tests.jobs import tiny_job
 from transformers_backend import launch
 from transformers_backend.signals import STOP_SIGNALS
+
+REPOSITORY = Path(__file__).parents[3]
 
 
 def _failure(folder: Path, rank: int, exitcode: int, *, timestamp: int, message: str = "", kind: str = "") -> dict:
@@ -98,20 +103,22 @@ def test_a_rank_is_started_again_unless_that_is_no_use(
     assert len(said) == {"exit 0": 0, "exit 2": 1, "exit 3": 5}[status]
 
 
-def test_a_signal_before_the_first_step_ends_the_run_without_an_error(
-    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The rank signals the launcher, which passes it on to the rank, which has no handler for it yet."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert _starts(tmp_path, "sleep 0.5; kill -USR1 $PPID; exec sleep 60", restarts=2) == (0, 1)
-    assert "SIGUSR1: stopped before the first step; there is nothing to save" in capfd.readouterr().err
+def _launch_apart(script: str) -> tuple[int, str]:
+    """The launcher in a process of its own, which the rank (a shell script) signals; returns its status and words."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "transformers_backend.launch", "--standalone", "--nproc-per-node", "1",
+         "--max-restarts", "2", "--no-python", "/bin/sh", "-c", script],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    return ran.returncode, ran.stderr
 
 
-def test_a_second_interrupt_kills_the_ranks(
-    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(launch, "SECONDS_BETWEEN_INTERRUPTS", 0.2)
-    deaf = "trap '' INT; kill -INT $PPID; sleep 0.5; kill -INT $PPID; exec sleep 60"
-    assert _starts(tmp_path, deaf, restarts=2) == (130, 1)
-    assert "second Ctrl-C: stopped at once; what was saved before is whole" in capfd.readouterr().err
+def test_a_signal_before_the_first_step_ends_the_run_without_an_error() -> None:
+    """The launcher passes it on to the rank, which has no handler for it yet."""
+    status, said = _launch_apart("sleep 1; kill -USR1 $PPID; exec sleep 60")
+    assert (status, said) == (0, "SIGUSR1: stopped before the first step; there is nothing to save\n")
+
+
+def test_a_second_interrupt_kills_the_ranks() -> None:
+    status, said = _launch_apart("trap '' INT; sleep 1; kill -INT $PPID; sleep 1.5; kill -INT $PPID; exec sleep 60")
+    assert (status, said) == (130, "second Ctrl-C: stopped at once; what was saved before is whole\n")
