@@ -59,8 +59,7 @@ def record_collectives(path_prefix: str, *, buffer_size: int) -> None:
 
 @contextlib.contextmanager
 def collectives_written_on_error(path_prefix: str):
-    """If the block raises, write this rank's flight recorder to `path_prefix` + rank, in the format of NCCL's own file:
-    a pickled dict, for `torchfrtrace`."""
+    """If the block raises, write this rank's flight recorder to `path_prefix` + rank: a pickled dict, as NCCL's is."""
     try:
         yield
     except Exception:

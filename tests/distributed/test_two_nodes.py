@@ -22,7 +22,7 @@ import pytest
 from tests.jobs import tiny_job
 
 REPOSITORY = Path(__file__).parents[2]
-SECONDS = 100.0
+SECONDS = 240.0
 
 
 def _ip(*arguments: str) -> str:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.workers import Messages
+from tests.jobs import tiny_job
+from transformers_backend import Trainer
 from transformers_backend.signals import STOP_SIGNALS, StopRequest
 
 REPOSITORY = Path(__file__).parents[3]
@@ -95,3 +98,43 @@ def test_a_rank_dies_with_its_launcher() -> None:
         time.sleep(0.02)
     process.stdout.close()
     process.stderr.close()
+
+
+def _train(config, monkeypatch: pytest.MonkeyPatch, *, signal_in_step: int = 0) -> tuple[int, list[str]]:
+    """Run a job in this process; returns the steps done and what it said."""
+    trainer, step_of_trainer = Trainer(config), Trainer.train_step
+
+    def train_step(self: Trainer):
+        if self.step + 1 == signal_in_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_of_trainer(self)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    with Messages("transformers_backend") as messages:
+        trainer.train()
+    monkeypatch.undo()
+    trainer.close()
+    return trainer.step, messages.texts
+
+
+def test_a_stopped_run_goes_on_and_a_finished_one_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "0.txt").write_text("some text that is long enough\n" * 20)
+    options = {"checkpoint__enable": True, "training__steps": 4, "checkpoint__last_save_in_hf": True}
+    config, saved = tiny_job(tmp_path, "run", **options), tmp_path / "run" / "checkpoint"
+    step, said = _train(config, monkeypatch, signal_in_step=2)
+    assert step == 2
+    assert said[-1] == "SIGTERM: stopped after step 2 of 4; saved, the same command goes on from there"
+    assert [path.name for path in saved.iterdir()] == ["step-2"], "no export of a run that has not finished"
+    step, _ = _train(config, monkeypatch)
+    assert step == 4
+    assert (saved / "step-4-hf").is_dir()
+    _, said = _train(config, monkeypatch)
+    assert "nothing to do: step 4 of 4 is reached; training.steps says where a run ends" in said
+    config.checkpoint.enable = False
+    step, said = _train(config, monkeypatch, signal_in_step=3)
+    assert step == 3
+    assert said[-1] == "SIGTERM: stopped after step 3 of 4; nothing is saved, because checkpoint.enable is false"
+    step, said = _train(config, monkeypatch, signal_in_step=4)
+    assert step == 4
+    assert not any("SIGTERM" in text for text in said), "the last step was the last anyway"
