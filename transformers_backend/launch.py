@@ -36,6 +36,7 @@ FAILED = 1
 CANNOT_WORK = 2
 TRAINING = "transformers_backend.train"
 _SECONDS_TO_END = 30  # that the agent gives to the other ranks when one has failed
+_SECONDS_TO_SAVE = 600  # before a new node joins
 
 
 class StoppedEarly(Exception):
@@ -83,6 +84,14 @@ class Agent(LocalElasticAgent):
                 _say(f"{describe(self.failures)}\nrestart {number} of {restarts}, from the last checkpoint")
         return result
 
+    def _restart_workers(self, worker_group) -> None:
+        if worker_group.state == WorkerState.HEALTHY:
+            _say("another node joins: the ranks save and start again, on all nodes")
+            self._pcontext.close(signal.SIGTERM, _SECONDS_TO_SAVE)  # torch's own would kill them after 30
+            if self.stop_signal is not None:
+                raise StoppedEarly(f"{self.stop_signal.name}: stopped before the ranks started again", 0)
+        super()._restart_workers(worker_group)
+
     def _node_is_waiting(self) -> bool:
         try:
             return self._rdzv_handler.num_nodes_waiting() > 0
@@ -96,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     nodes = parse_min_max_nnodes(options.nnodes)
     if options.standalone or (nodes == (1, 1) and not options.rdzv_endpoint):
         options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
-    options.signals_to_handle = "SIGHUP,SIGQUIT"  # torch's way; the others are ours
+    options.master_port = options.master_port or 29500  # of the static rendezvous, as in torchrun
     config, command, command_arguments = config_from_args(options)
     if options.module and options.training_script == TRAINING:
         world_size = config.nproc_per_node * config.max_nodes if config.min_nodes == config.max_nodes else None
@@ -111,9 +120,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _check(arguments: list[str], world_size: int | None) -> None:
-    warnings = logging.getLogger("transformers_backend")
-    warnings.setLevel(logging.ERROR)  # the first rank warns
-    validate(load_job_config(arguments), world_size=world_size)
+    application = logging.getLogger("transformers_backend")
+    level = application.level
+    application.setLevel(logging.ERROR)  # what is only warned about, the ranks say
+    try:
+        validate(load_job_config(arguments), world_size=world_size)
+    finally:
+        application.setLevel(level)
 
 
 def _run(config: LaunchConfig, command: str, arguments: list[str]) -> int:
@@ -148,7 +161,7 @@ def _run(config: LaunchConfig, command: str, arguments: list[str]) -> int:
 
 def _make_agent(config: LaunchConfig, command: str, arguments: list[str]) -> Agent:
     """As torch.distributed.launcher.api.launch_agent does it."""
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # torch's way; the others are ours
     # Else (torch 2.13) an agent keeps one store for all its rounds. Restarted ranks then read the addresses that the
     # dead ones left there, and where another node has come to hold the store, some look for it at the old place.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -185,7 +198,6 @@ def _make_agent(config: LaunchConfig, command: str, arguments: list[str]) -> Age
         logs_specs=config.logs_specs,
         start_method=config.start_method,
         log_line_prefix_template=config.log_line_prefix_template,
-        shutdown_timeout=config.shutdown_timeout,
     )
 
 

@@ -146,3 +146,39 @@ def test_a_killed_node_comes_back_and_the_job_finishes(two_nodes: tuple[Node, No
     assert "error: rank 1" in log
     assert "another rank" in log
     assert "restart 1 of 2, from the last checkpoint" in log
+
+
+def _world_sizes(folder: Path) -> list[int]:
+    """Number of ranks in the order in which it changed, as the log of steps shows it."""
+    sizes = [round(line["tokens_per_second"] / line["tokens_per_second_per_device"]) for line in _metrics(folder)]
+    return [size for size, _ in itertools.groupby(sizes)]
+
+
+def _wait_for_world_sizes(folder: Path, sizes: list[int], nodes: tuple[Node, ...]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while _world_sizes(folder) != sizes:
+        assert time.monotonic() < deadline, "\n".join(node.log.read_text() for node in nodes)
+        time.sleep(0.1)
+
+
+@pytest.mark.skip(reason="needs a resume on another number of data ranks")
+def test_the_survivor_goes_on_alone_until_the_node_is_back(two_nodes: tuple[Node, Node], tmp_path: Path) -> None:
+    """With NNODES=1:2; and a signal to the launcher of one node ends the run on both."""
+    dies, survives = two_nodes
+    config, endpoint = _job(tmp_path, 100_000, metrics__log_freq=1), f"{survives.address}:29400"
+    for node in (survives, dies):
+        node.start(config, endpoint=endpoint, nodes="1:2")
+    _wait_for_steps(tmp_path, 12, two_nodes)
+    if _world_sizes(tmp_path) == [1]:  # the first one did not wait long enough for the second
+        _wait_for_world_sizes(tmp_path, [1, 2], two_nodes)
+    before = _world_sizes(tmp_path)
+    dies.kill()
+    _wait_for_world_sizes(tmp_path, [*before, 1], two_nodes)
+    dies.start(config, endpoint=endpoint, nodes="1:2")
+    _wait_for_world_sizes(tmp_path, [*before, 1, 2], two_nodes)
+    survives.launcher.send_signal(signal.SIGTERM)
+    assert [node.launcher.wait(timeout=SECONDS) for node in two_nodes] == [0, 0], survives.log.read_text()
+    lines = _metrics(tmp_path)
+    sizes = [round(line["tokens_per_second"] / line["tokens_per_second_per_device"]) for line in lines]
+    alone = max(index for index, size in enumerate(sizes) if size == 1)
+    assert lines[alone + 1]["step"] == lines[alone]["step"] + 1, "it saved before the node joined: no step is repeated"
