@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,29 @@ def initialize(device: torch.device, *, timeout_seconds: int) -> None:
                 "starts several with --multi_gpu (on machines without a GPU too), not with --cpu."
             )
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def record_collectives(path_prefix: str, *, buffer_size: int) -> None:
+    """Have torch's flight recorder keep the last `buffer_size` collectives of this rank; before any group starts.
+
+    NCCL's watchdog writes them to `path_prefix` + rank when a collective takes too long (and then kills the process);
+    for gloo, where nothing does, there is `collectives_written_on_error`.
+    """
+    Path(path_prefix).parent.mkdir(parents=True, exist_ok=True)
+    # torch has no other way in.
+    os.environ["TORCH_FR_BUFFER_SIZE"] = str(buffer_size)
+    os.environ["TORCH_FR_DUMP_TEMP_FILE"] = path_prefix
+    os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
+
+
+@contextlib.contextmanager
+def collectives_written_on_error(path_prefix: str):
+    """If the block raises, write this rank's flight recorder to `path_prefix` + rank: a pickled dict, as NCCL's is."""
+    try:
+        yield
+    except Exception:
+        Path(f"{path_prefix}{dist.get_rank()}").write_bytes(torch._C._distributed_c10d._dump_fr_trace())
+        raise
 
 
 def shutdown() -> None:

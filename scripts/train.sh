@@ -8,13 +8,15 @@
 #
 # CONFIG.toml is looked up from where you are; other relative paths start at the checkout, as in the recipes.
 #
-# How many processes, by environment variables (they go to torchrun):
+# How many processes, by environment variables (they become options of transformers_backend/launch.py, as torchrun's):
 #   NPROC          processes on this node; default: one a CUDA GPU, or else 2 (1 on a single core)
 #   NNODES         nodes, a number or a range such as 2:4; default 1
 #   NODE_RANK      this node's number; where it is unset, the rendezvous hands numbers out
 #   RDZV_ENDPOINT  host:port of one of the nodes, the same on all; needed with several nodes
 #   RDZV_ID        name of this run, the same on all nodes; default "transformers-backend"
 #   RDZV_BACKEND   default "c10d"
+#   RDZV_CONF      settings of the rendezvous, e.g. join_timeout=600,last_call_timeout=30 (docs/faults.md)
+#   LOCAL_ADDR     this node's address, where its host name does not lead the other nodes to it
 #   MAX_RESTARTS   how often a failed group of processes is started again; default 0
 #   PYTHON         the interpreter to start from; default python3 (see setup_environment.sh)
 #
@@ -93,14 +95,16 @@ launch() {
     if [[ -n "${RDZV_ENDPOINT:-}" ]]; then
         options+=(--rdzv-backend "${RDZV_BACKEND:-c10d}" --rdzv-endpoint "$RDZV_ENDPOINT")
         options+=(--rdzv-id "${RDZV_ID:-transformers-backend}")
+        if [[ -n "${RDZV_CONF:-}" ]]; then options+=(--rdzv-conf "$RDZV_CONF"); fi
         if [[ -n "${NODE_RANK:-}" ]]; then options+=(--node-rank "$NODE_RANK"); fi
+        if [[ -n "${LOCAL_ADDR:-}" ]]; then options+=(--local-addr "$LOCAL_ADDR"); fi
     elif [[ "$nodes" == 1 ]]; then
         options+=(--standalone)
     else
         echo "train.sh: NNODES = $nodes needs RDZV_ENDPOINT: set it to host:port of one of the nodes, on all of them." >&2
         exit 2
     fi
-    exec "$PYTHON" -m torch.distributed.run "${options[@]}" -m transformers_backend.train "$@"
+    exec "$PYTHON" -m transformers_backend.launch "${options[@]}" -m transformers_backend.train "$@"
 }
 
 main "$@"

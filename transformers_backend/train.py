@@ -1,32 +1,44 @@
-"""`torchrun -m transformers_backend.train [CONFIG.toml] [--section.key value ...]`: what scripts/train.sh runs."""
+"""`torchrun -m transformers_backend.train [CONFIG.toml] [--section.key value ...]`: one rank of a run.
+
+scripts/train.sh starts it through `launch.py`, or as it is where something else has started the processes.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from transformers_backend.errors import is_meant_for_the_user
+from transformers_backend.errors import report
 from transformers_backend.job_config import load_job_config
 from transformers_backend.metrics import setup_logging
+from transformers_backend.signals import die_with_parent
 from transformers_backend.trainer import Trainer
+
+FAILED = 1
+CANNOT_WORK = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one job; returns the exit status: 0 done, 2 a job that cannot work as configured (said in one message)."""
-    is_first = os.environ.get("RANK", "0") == "0"
+    """Run one job; returns the exit status.
+
+    0: done, or stopped by a signal; 1: it failed on the way; 2: it cannot work as configured, so that starting it
+    again is no use. An error is reported once (see errors.py); one without a report is raised.
+    """
     setup_logging(int(os.environ.get("RANK", "0")))  # before the config, whose warnings are for one rank to say
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    status, trainer = CANNOT_WORK, None
     try:
         trainer = Trainer(load_job_config(sys.argv[1:] if arguments is None else arguments))
-    except (ValueError, OSError, ImportError) as error:
-        if not is_meant_for_the_user(error):
-            raise
-        # Nearly always every rank found the same; a line of each shows the one that did not.
-        print(f"error: {error}" if is_first else f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    try:
+        status = FAILED
         trainer.train()
+    except Exception as error:  # whatever it is, it is reported once and ends this rank
+        if not report(error):
+            raise
+        return status
     finally:
-        trainer.close()
+        if trainer is not None:
+            trainer.close()
     return 0
 
 

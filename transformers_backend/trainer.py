@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from parallelize.distributed import (
+    collectives_written_on_error,
     from_first_rank,
     gather_objects,
     has_fast_bfloat16,
@@ -25,6 +26,7 @@ from parallelize.distributed import (
     launched_world_size,
     patience,
     pick_device,
+    record_collectives,
     set_timeout,
     shutdown,
 )
@@ -40,6 +42,7 @@ from transformers_backend.model import HFTransformerModel, HFTransformerModelArg
 from transformers_backend.optimizer import build_optimizer, build_schedulers
 from transformers_backend.reporting import build_metrics, profilers
 from transformers_backend.run_summary import describe_run
+from transformers_backend.signals import StopRequest
 from transformers_backend.weights import load_hf_weights
 
 logger = logging.getLogger(__name__)
@@ -68,6 +71,8 @@ class Trainer:
             self._owns_process_group = not dist.is_initialized()
             if self._owns_process_group:
                 validate(job_config, world_size=launched_world_size())  # before anything starts
+                if job_config.comm.trace_buf_size > 0:
+                    record_collectives(self._trace_prefix, buffer_size=job_config.comm.trace_buf_size)
                 initialize(self.device, timeout_seconds=job_config.comm.init_timeout_seconds)
                 opened.callback(shutdown)
             self._set_up(opened)
@@ -126,17 +131,21 @@ class Trainer:
         if config.checkpoint.create_seed_checkpoint:
             self.checkpointer.save_seed()
             return
-        tokens_since_log, waited_until_log = 0, self.data_wait_seconds
         if self.step >= config.training.steps:
             logger.info(
-                "nothing to train: step %d is done, and training.steps = %d. Raise it to go on, or name another "
-                "job.dump_folder to start anew.",
-                self.step, config.training.steps,
+                "nothing to do: step %d of %d is reached. Raise training.steps to go on, or name another "
+                "job.dump_folder to start anew.", self.step, config.training.steps,
             )  # fmt: skip
+        tokens_since_log, waited_until_log = 0, self.data_wait_seconds
         watched = profilers(
             config.profiling, dump_folder=self.dump_folder, device=self.device, rank=self.rank, steps_done=self.step
         )
-        with _no_automatic_garbage_collection(), watched as (profiler, memory_recorder):
+        with (
+            StopRequest() as stop,
+            _no_automatic_garbage_collection(),
+            watched as (profiler, memory_recorder),
+            self._flight_recorder(),
+        ):
             while self.step < config.training.steps:
                 result = self.train_step()
                 self.metrics.advance()
@@ -151,8 +160,11 @@ class Trainer:
                 self._after_step()
                 profiler.step()
                 memory_recorder.step()
-        with self._patience():
-            self._finish()
+                if (reason := stop.agreed()) is not None and self.step < config.training.steps:
+                    self._save_and_stop(reason.name)
+                    return
+            with self._patience():
+                self._finish()
 
     def train_step(self) -> StepResult:
         """One optimizer step on the next global batch."""
@@ -248,6 +260,16 @@ class Trainer:
             tokens=tokens,
             data_wait_seconds=data_wait_seconds,
         )
+
+    def _save_and_stop(self, reason: str) -> None:
+        """The end of a run that a signal stopped: a checkpoint, without the export and the sample of a finished one."""
+        done = f"{reason}: stopped after step {self.step} of {self.job_config.training.steps}"
+        if self.checkpointer is None:
+            logger.warning("%s; nothing is saved, because checkpoint.enable is false", done)
+            return
+        with self._patience():
+            self.checkpointer.save_last(self.step)
+        logger.info("%s; saved, the same command goes on from there", done)
 
     def _finish(self) -> None:
         config = self.job_config
@@ -448,6 +470,17 @@ class Trainer:
         training = self.job_config.training
         sequences = training.local_batch_size * self.model.dims.data_parallel_size * self.accumulation_steps
         return sequences * training.seq_len
+
+    @property
+    def _trace_prefix(self) -> str:
+        comm = self.job_config.comm
+        folder = Path(self.job_config.job.dump_folder).expanduser() / comm.save_traces_folder
+        return str(folder / comm.save_traces_file_prefix)
+
+    def _flight_recorder(self) -> contextlib.AbstractContextManager[None]:
+        if self.job_config.comm.trace_buf_size == 0 or not self._owns_process_group:
+            return contextlib.nullcontext()
+        return collectives_written_on_error(self._trace_prefix)
 
     def _describe(self) -> None:
         config = self.job_config

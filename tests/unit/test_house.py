@@ -218,23 +218,23 @@ def run_script(name: str, *arguments: str, python: Path, cwd: Path = REPOSITORY,
     return command.removeprefix(f"{REPOSITORY} "), dict(line.split("=", 1) for line in environment if "=" in line)
 
 
-def test_training_starts_by_torchrun_on_this_node(recorder: Path) -> None:
+def test_training_starts_by_the_launcher_on_this_node(recorder: Path) -> None:
     command, environment = run_script("train.sh", "--training.steps", "3", python=recorder, NPROC="4")
     assert command == (
-        "-m torch.distributed.run --nproc-per-node 4 --nnodes 1 --max-restarts 0 --standalone "
+        "-m transformers_backend.launch --nproc-per-node 4 --nnodes 1 --max-restarts 0 --standalone "
         "-m transformers_backend.train --training.steps 3"
     )
     assert environment["PYTHONPATH"] == str(REPOSITORY)
     assert int(environment["OMP_NUM_THREADS"]) >= 1
 
 
-def test_training_starts_by_torchrun_on_several_nodes(recorder: Path) -> None:
+def test_training_starts_by_the_launcher_on_several_nodes(recorder: Path) -> None:
     command, _ = run_script(
         "train.sh", python=recorder, NPROC="8", NNODES="2", NODE_RANK="1", RDZV_ENDPOINT="host:1234", RDZV_ID="run",
         MAX_RESTARTS="3",
     )  # fmt: skip
     assert command == (
-        "-m torch.distributed.run --nproc-per-node 8 --nnodes 2 --max-restarts 3 --rdzv-backend c10d "
+        "-m transformers_backend.launch --nproc-per-node 8 --nnodes 2 --max-restarts 3 --rdzv-backend c10d "
         "--rdzv-endpoint host:1234 --rdzv-id run --node-rank 1 -m transformers_backend.train"
     )
 
@@ -251,7 +251,7 @@ def test_several_nodes_without_a_meeting_point_are_refused(recorder: Path) -> No
     assert "NNODES = 2 needs RDZV_ENDPOINT: set it to host:port of one of the nodes" in ran.stderr
 
 
-def test_a_started_process_trains_without_torchrun(recorder: Path) -> None:
+def test_a_started_process_trains_without_the_launcher(recorder: Path) -> None:
     command, environment = run_script("train.sh", python=recorder, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
     assert command == "-m transformers_backend.train"
     assert (environment["RANK"], environment["WORLD_SIZE"]) == ("1", "2")
@@ -260,7 +260,7 @@ def test_a_started_process_trains_without_torchrun(recorder: Path) -> None:
 @pytest.mark.parametrize(
     ("nodes", "first"), [("node[03-07,12]", "node03"), ("gpu-a,gpu-b", "gpu-a"), ("one", "one"), ("n[5,7],m1", "n5")]
 )
-def test_a_task_of_srun_trains_without_torchrun(recorder: Path, nodes: str, first: str) -> None:
+def test_a_task_of_srun_trains_without_the_launcher(recorder: Path, nodes: str, first: str) -> None:
     slurm = {
         "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8",
         "SLURM_JOB_ID": "100", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": nodes, "SLURM_CPUS_PER_TASK": "6",
@@ -276,11 +276,11 @@ def test_a_batch_script_is_no_task_of_srun(recorder: Path) -> None:
     """The script that sbatch runs has SLURM_PROCID = 0 and the job's SLURM_NTASKS: it must not wait for others."""
     slurm = {"SLURM_JOB_ID": "100", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
     command, environment = run_script("train.sh", python=recorder, **slurm)
-    assert command.startswith("-m torch.distributed.run")
+    assert command.startswith("-m transformers_backend.launch")
     assert "RANK" not in environment
 
 
-def test_help_comes_without_torchrun(recorder: Path) -> None:
+def test_help_comes_without_the_launcher(recorder: Path) -> None:
     command, _ = run_script("train.sh", "--help", python=recorder)
     assert command == "-m transformers_backend.train --help"
 

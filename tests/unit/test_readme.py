@@ -138,7 +138,7 @@ def test_commands_run_and_their_arguments_are_understood(
                 program
             ](arguments)
         if program_of(command) in ("srun", "accelerate"):
-            assert "torch.distributed.run" not in record.read_text(), "it has its processes already"
+            assert "transformers_backend.launch" not in record.read_text(), "it has its processes already"
 
 
 def program_of(command: str) -> str:
@@ -151,7 +151,7 @@ def check_python(arguments: list[str]) -> None:
         check_file(arguments)
         return
     _, module, *rest = arguments
-    if module == "torch.distributed.run":
+    if module == "transformers_backend.launch":
         check_torchrun(rest)
     elif module == "transformers_backend.train" and "--help" not in rest:
         load_job_config(rest)  # raises for what it does not understand

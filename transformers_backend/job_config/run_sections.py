@@ -76,8 +76,19 @@ class Comm:
     train_timeout_seconds: int = 100
     """Seconds that a collective may take after the first step."""
 
+    trace_buf_size: int = 0
+    """Collectives that torch's flight recorder keeps in mind on each rank, and writes down when one fails or takes too
+    long, e.g. 20000. 0 means none."""
+
+    save_traces_folder: str = "comm_traces"
+    """Folder of the flight recorder's files, inside job.dump_folder."""
+
+    save_traces_file_prefix: str = "rank_"
+    """Start of their names, before the number of the rank."""
+
     def problems(self) -> list[str]:
-        return below_minimum("comm", self, init_timeout_seconds=1, train_timeout_seconds=1)
+        found = below_minimum("comm", self, init_timeout_seconds=1, train_timeout_seconds=1, trace_buf_size=0)
+        return found + empty_strings("comm", self, "save_traces_folder", "save_traces_file_prefix")
 
 
 @dataclass

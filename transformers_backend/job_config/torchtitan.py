@@ -24,7 +24,7 @@ IGNORED_KEYS: dict[str, frozenset[str]] = {
         "checkpoint": "enable_ft_dataloader_checkpoints initial_load_in_hf_quantized",
         "validation": "dataloader",
         "metrics": "disable_color_printing save_for_all_ranks",
-        "comm": "mode save_traces_file_prefix save_traces_folder trace_buf_size",
+        "comm": "mode",
         "debug": "moe_force_load_balance",
     }.items()
 }

@@ -224,12 +224,12 @@ def test_a_finished_run_does_nothing_more_and_says_so(job, caplog: pytest.LogCap
     config = job(training__steps=2, checkpoint__enable=True, checkpoint__interval=1, metrics__log_freq=1)
     _run(config)
     before = _curve(config)
-    assert "nothing to train" not in caplog.text
+    assert "nothing to do" not in caplog.text
     with caplog.at_level(logging.INFO, logger="transformers_backend"):
         trainer = _run(config)
     assert trainer.step == 2
     assert _curve(config) == before
-    assert "nothing to train: step 2 is done, and training.steps = 2. Raise it to go on, or name ano" in caplog.text
+    assert "nothing to do: step 2 of 2 is reached. Raise training.steps to go on, or name ano" in caplog.text
 
 
 def test_load_step_takes_an_earlier_one_and_names_what_there_is(job):

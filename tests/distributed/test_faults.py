@@ -1,0 +1,66 @@
+"""A rank that dies, hangs or fails: the others end, one message says which and why, and a restart goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import tiny_job
+
+REPOSITORY = Path(__file__).parents[2]
+FAULTY = REPOSITORY / "tests" / "distributed" / "faulty.py"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "text").mkdir()
+    for number in range(4):
+        text = "".join(f"{number}: line {line} of some text\n" for line in range(20))
+        (tmp_path / "text" / f"{number}.txt").write_text(text)
+    options = {"training__steps": 8, "training__local_batch_size": 1, "checkpoint__enable": True,
+               "checkpoint__interval": 2, "comm__trace_buf_size": 50}  # fmt: skip
+    tiny_job(tmp_path, "run", **options).save(tmp_path / "job.toml")
+    return tmp_path
+
+
+def _launch(folder: Path, fault: str, *options: str, restarts: int = 0) -> tuple[int, list[str]]:
+    """Two ranks by the launcher, the last with a fault after step 5; returns the exit status and what was written."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "transformers_backend.launch", "--standalone", "--nproc-per-node", "2",
+         "--max-restarts", str(restarts), FAULTY, fault, "5", folder / "job.toml", *options],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    return ran.returncode, ran.stdout.splitlines()
+
+
+def test_a_killed_rank_is_named_and_the_restart_goes_on(folder: Path) -> None:
+    status, log = _launch(folder, "is killed", restarts=1)
+    assert status == 0, "\n".join(log)
+    killed = (folder / "run" / "fault").read_text()
+    message = next(index for index, line in enumerate(log) if line.startswith("error: "))
+    assert log[message].startswith("error: rank 1 (")
+    assert f"pid {killed}) died by signal 9 (SIGKILL; was the memory full?" in log[message]
+    assert log[message + 1] == "restart 1 of 1, from the last checkpoint"
+    assert not any("Traceback" in line for line in log)
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    curve = [(line["step"], line["loss"]) for line in lines]
+    assert [step for step, _ in curve] == [1, 2, 3, 4, 5, 5, 6, 7, 8], "on from the checkpoint of step 4"
+    assert curve[4] == curve[5], "the repeated step has the same loss"
+
+
+def test_a_rank_that_hangs_takes_the_others_down_and_leaves_a_record(folder: Path) -> None:
+    status, log = _launch(folder, "hangs", "--comm.train_timeout_seconds", "5")
+    assert status == 1, "\n".join(log)
+    assert log[-1].startswith("error: rank 0 (")
+    assert "another rank did not answer in time (" in log[-1]
+    assert not any("Traceback" in line for line in log)
+    record = pickle.loads((folder / "run" / "comm_traces" / "rank_0").read_bytes())
+    assert len(record["entries"]) == 50
+    assert record["entries"][-1]["profiling_name"].startswith("gloo:")

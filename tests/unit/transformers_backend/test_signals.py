@@ -1,0 +1,140 @@
+"""Stop requests in one process, and the processes that must and must not end on a signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.workers import Messages
+from tests.jobs import tiny_job
+from transformers_backend import Trainer
+from transformers_backend.signals import STOP_SIGNALS, StopRequest
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_remembered_and_ends_nothing(number: signal.Signals, capfd: pytest.CaptureFixture) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.agreed() is None
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # the same one on two ways
+        assert stop.agreed() == number
+    assert signal.getsignal(number) == before
+    assert capfd.readouterr().err == f"{number.name}: the run stops after this step\n"
+
+
+def _run(code: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+_IMPORT = "import os, signal, sys, time\nfrom transformers_backend import signals\n"
+
+
+def test_a_second_interrupt_ends_the_process_at_once() -> None:
+    process = _run(
+        _IMPORT + "signals.SECONDS_BETWEEN_INTERRUPTS = 0.2\n"
+        "with signals.StopRequest():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"  # Slurm's second word: the run is still saving
+        "    time.sleep(0.3)\n"
+        "    print('still there', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+    )
+    output, _ = process.communicate(timeout=60)
+    assert output == "still there\n"
+    assert process.returncode == -signal.SIGINT
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who sent a signal")
+def test_a_shielded_child_ends_for_its_parent_alone() -> None:
+    process = _run(
+        _IMPORT + "child = os.fork()\n"
+        "if child == 0:\n"
+        "    signals.shield_child_process()\n"
+        "    os.write(1, b'ready\\n')\n"
+        "    time.sleep(60)\n"
+        "os.write(1, f'{child}\\n'.encode())\n"
+        "time.sleep(1.5)\n"
+        "print(os.waitpid(child, os.WNOHANG)[0], flush=True)\n"
+        "os.kill(child, signal.SIGTERM)\n"
+        "print(os.waitpid(child, 0)[1], flush=True)\n"
+    )
+    lines = {process.stdout.readline().strip() for _ in range(2)}
+    child = int(next(line for line in lines if line != "ready"))
+    for number in STOP_SIGNALS:  # from this process, as Slurm would
+        os.kill(child, number)
+    still_running, status = process.communicate(timeout=60)[0].splitlines()
+    assert still_running == "0", "a child that has ended would be reported by its number"
+    assert status == "0", "SIGTERM of the parent ended it"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_rank_dies_with_its_launcher() -> None:
+    process = _run(
+        _IMPORT + "child = os.fork()\n"
+        "if child == 0:\n"
+        "    signals.die_with_parent()\n"
+        "    os.write(1, f'{os.getpid()}\\n'.encode())\n"
+        "    time.sleep(60)\n"
+        "os.waitpid(child, 0)\n"
+    )
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{child}").exists() and ") Z " not in Path(f"/proc/{child}/stat").read_text():
+        assert time.monotonic() < deadline, "it lives on"
+        time.sleep(0.02)
+    process.stdout.close()
+    process.stderr.close()
+
+
+def _train(config, monkeypatch: pytest.MonkeyPatch, *, signal_in_step: int = 0) -> tuple[int, list[str]]:
+    """Run a job in this process; returns the steps done and what it said."""
+    trainer, step_of_trainer = Trainer(config), Trainer.train_step
+
+    def train_step(self: Trainer):
+        if self.step + 1 == signal_in_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_of_trainer(self)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    with Messages("transformers_backend") as messages:
+        trainer.train()
+    monkeypatch.undo()
+    trainer.close()
+    return trainer.step, messages.texts
+
+
+def test_a_stopped_run_goes_on_and_a_finished_one_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "0.txt").write_text("some text that is long enough\n" * 20)
+    options = {"checkpoint__enable": True, "training__steps": 4, "checkpoint__last_save_in_hf": True}
+    config, saved = tiny_job(tmp_path, "run", **options), tmp_path / "run" / "checkpoint"
+    step, said = _train(config, monkeypatch, signal_in_step=2)
+    assert step == 2
+    assert said[-1] == "SIGTERM: stopped after step 2 of 4; saved, the same command goes on from there"
+    assert [path.name for path in saved.iterdir()] == ["step-2"], "no export of a run that has not finished"
+    step, _ = _train(config, monkeypatch)
+    assert step == 4
+    assert (saved / "step-4-hf").is_dir()
+    _, said = _train(config, monkeypatch)
+    assert "nothing to do: step 4 of 4 is reached. Raise training.steps to go on" in said
+    config.checkpoint.enable = False
+    step, said = _train(config, monkeypatch, signal_in_step=3)
+    assert step == 3
+    assert said[-1] == "SIGTERM: stopped after step 3 of 4; nothing is saved, because checkpoint.enable is false"
+    step, said = _train(config, monkeypatch, signal_in_step=4)
+    assert step == 4
+    assert not any("SIGTERM" in text for text in said), "the last step was the last anyway"
