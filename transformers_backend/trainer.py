@@ -30,7 +30,7 @@ from parallelize.distributed import (
     set_timeout,
     shutdown,
 )
-from transformers_backend.checkpoint import Checkpointer, is_remote, open_storage
+from transformers_backend.checkpoint import Checkpointer, is_remote, open_storage, start
 from transformers_backend.data import PackedBatches, build_batches, configured_sources, load_tokenizer
 from transformers_backend.decoder import learned_positions
 from transformers_backend.flops import model_flops_per_token
@@ -111,8 +111,18 @@ class Trainer:
         self._build_optimizers()
         self.flops_per_token = model_flops_per_token(self.model.hf_model, self.model.decoder, config.training.seq_len)
         self._describe()
+        self.step = 0  # optimizer steps done
         self.checkpointer = self._build_checkpointer(opened) if config.checkpoint.enable else None
-        self.step = self._resume()
+        if self.checkpointer is not None:
+            self.step = start(
+                self.checkpointer,
+                self.model,
+                load_step=config.checkpoint.load_step,
+                exclude=config.checkpoint.exclude_from_loading,
+                initial_load_path=config.checkpoint.initial_load_path,
+                initial_load_in_hf=config.checkpoint.initial_load_in_hf,
+                initial_load_model_only=config.checkpoint.initial_load_model_only,
+            )
         self._first_step = self.step + 1
         if self.rank == 0:
             config.save(self.dump_folder / "config.toml")
@@ -413,7 +423,7 @@ class Trainer:
         if self.rank == 0:
             try:
                 opened.enter_context(lock_folder(self.dump_folder))
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 problem = str(error)
         if (problem := from_first_rank(problem)) is not None:
             raise ValueError(problem)
@@ -435,29 +445,6 @@ class Trainer:
         )
         opened.callback(checkpointer.close, config.comm.train_timeout_seconds)
         return checkpointer
-
-    def _resume(self) -> int:
-        """The steps done: of this run's own checkpoint, else of the one that it starts from, else 0."""
-        options = self.job_config.checkpoint
-        if self.checkpointer is None:
-            return 0
-        step = self.checkpointer.load(options.load_step, exclude=options.exclude_from_loading)
-        if step is not None:
-            if options.initial_load_path:
-                logger.info("checkpoint.initial_load_path is not read: this run has checkpoints of its own.")
-            return step
-        if options.initial_load_in_hf:
-            load_hf_weights(self.model.hf_model, self.model.blueprint, options.initial_load_path)
-            logger.info("started from %s", options.initial_load_path)
-        elif options.initial_load_path:
-            folder, _, name = options.initial_load_path.rstrip("/").rpartition("/")
-            return self.checkpointer.load_initial(
-                open_storage(folder or ".", Path.cwd()),
-                name,
-                model_only=options.initial_load_model_only,
-                exclude=options.exclude_from_loading,
-            )
-        return 0
 
     def _count_accumulation_steps(self) -> int:
         training = self.job_config.training

@@ -1,17 +1,20 @@
 """Checkpoints to resume from: model, optimizers, schedulers, data position, random state and step.
 
     checkpointer.py   Checkpointer: what the trainer calls
+    start.py          where a run starts from
     state.py          what is saved of a run, and how it is put back
     writing.py        one write: by all ranks, now or beside training
     reading.py        is a checkpoint whole, and does it fit this run
-    storage.py        where checkpoints lie: a local folder, or a remote one through fsspec
+    storage.py        where checkpoints lie: a local folder
+    remote.py         or a remote one, through fsspec
 
 Written with torch.distributed.checkpoint, every rank its own shards. For a folder that Transformers loads, see
 `weights/export.py`.
 """
 
 from transformers_backend.checkpoint.checkpointer import Checkpointer
+from transformers_backend.checkpoint.start import start
 from transformers_backend.checkpoint.storage import is_remote, open_storage
 from transformers_backend.checkpoint.writing import SaveError
 
-__all__ = ["Checkpointer", "SaveError", "is_remote", "open_storage"]
+__all__ = ["Checkpointer", "SaveError", "is_remote", "open_storage", "start"]

@@ -7,7 +7,6 @@ so that results are the same for any number of workers. Between `sources.py` and
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import multiprocessing
 import os
@@ -24,8 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from transformers_backend.data.sources import Collection, Document, Encoder, encode_record
-
-_PR_SET_PDEATHSIG = 1  # of Linux' prctl
+from transformers_backend.signals import STOP_SIGNALS, die_with_parent, shield_child_process
 
 
 @dataclass(frozen=True)
@@ -151,12 +149,12 @@ def _as_it_is(item: Any) -> Any:
 
 @contextlib.contextmanager
 def _blocked_signals() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back from this thread; processes that it forks inherit that for good.
+    """Hold the stop signals back from this thread; processes that it forks inherit that until they shield themselves.
 
     Ctrl-C and a scheduler's SIGTERM reach the whole process group. The trainer finishes its step, for which it may
     still need data, saves, and ends its workers itself.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -164,21 +162,11 @@ def _blocked_signals() -> Iterator[None]:
 
 
 def _start_worker(worker_id: int, *, forked_by_main_thread: bool) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        threading.Thread(target=_end_when_the_parent_says, args=(os.getppid(),), daemon=True).start()
+    shield_child_process()
     # A killed trainer takes its workers along at once: they hold copies of its sockets, by which its peers and the next
     # run on this machine would think that it lives. (The signal comes when the thread ends that has forked.)
     if forked_by_main_thread:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
     # Each worker is one process of many; threads of the tokenizer in each would only get into each other's way. This
     # variable is the only switch that `tokenizers` has.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _end_when_the_parent_says(parent: int) -> None:
-    """Leave on a SIGTERM of the parent's own (so ends an interpreter its children), and let others' pass."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
