@@ -34,9 +34,12 @@ class StopRequest:
         self._time = 0.0
         self._previous: dict[signal.Signals, object] = {}
         self._exchange: tuple[dist.Work, torch.Tensor] | None = None
+        self._group: dist.ProcessGroup | None = None  # None: the default one
 
     def __enter__(self) -> StopRequest:
         self._process = os.getpid()
+        if dist.is_initialized() and "cpu:" not in dist.get_backend_config():  # somebody else's group, of NCCL alone
+            self._group = dist.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         return self
@@ -66,7 +69,7 @@ class StopRequest:
             work.wait()
             found = int(result)
         result = torch.tensor(int(mine))
-        self._exchange = (dist.all_reduce(result, op=dist.ReduceOp.MAX, async_op=True), result)
+        self._exchange = (dist.all_reduce(result, op=dist.ReduceOp.MAX, group=self._group, async_op=True), result)
         return signal.Signals(found) if found else None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

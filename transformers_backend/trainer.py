@@ -12,38 +12,35 @@ import logging
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from parallelize.distributed import (
-    collectives_written_on_error,
-    from_first_rank,
-    gather_objects,
-    has_fast_bfloat16,
-    initialize,
-    launched_world_size,
-    patience,
-    pick_device,
-    record_collectives,
-    set_timeout,
-    shutdown,
+from parallelize.distributed import launched_world_size, patience, pick_device, set_timeout
+from transformers_backend.assemble import (
+    build_model,
+    build_optimizers,
+    computation_dtype,
+    count_accumulation_steps,
+    count_tokens_per_step,
+    find_tokenizer,
+    flight_recorder,
+    flops_per_token,
+    load_start,
+    open_checkpointer,
+    open_data,
+    open_process_group,
+    own_dump_folder,
 )
-from transformers_backend.checkpoint import Checkpointer, is_remote, open_storage, start
-from transformers_backend.data import PackedBatches, build_batches, configured_sources, load_tokenizer
+from transformers_backend.checkpoint import is_remote
+from transformers_backend.data import PackedBatches
 from transformers_backend.decoder import learned_positions
-from transformers_backend.flops import model_flops_per_token
-from transformers_backend.folders import lock_folder
 from transformers_backend.generate import sample_text
 from transformers_backend.job_config import JobConfig, validate
 from transformers_backend.metrics import check_trackers_installed, setup_logging
-from transformers_backend.model import HFTransformerModel, HFTransformerModelArgs
-from transformers_backend.optimizer import build_optimizer, build_schedulers
 from transformers_backend.reporting import build_metrics, profilers
 from transformers_backend.run_summary import describe_run
 from transformers_backend.signals import StopRequest
-from transformers_backend.weights import load_hf_weights
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +68,7 @@ class Trainer:
             self._owns_process_group = not dist.is_initialized()
             if self._owns_process_group:
                 validate(job_config, world_size=launched_world_size())  # before anything starts
-                if job_config.comm.trace_buf_size > 0:
-                    record_collectives(self._trace_prefix, buffer_size=job_config.comm.trace_buf_size)
-                initialize(self.device, timeout_seconds=job_config.comm.init_timeout_seconds)
-                opened.callback(shutdown)
+                opened.enter_context(open_process_group(job_config, self.device))
             self._set_up(opened)
             self._opened = opened.pop_all()
 
@@ -84,52 +78,37 @@ class Trainer:
         setup_logging(self.rank)
         validate(config, world_size=self.world_size)
         check_trackers_installed(tensorboard=config.metrics.enable_tensorboard, wandb=config.metrics.enable_wandb)
-        self.dump_folder = Path(config.job.dump_folder).expanduser()
-        try:
-            self.dump_folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f'job.dump_folder = "{config.job.dump_folder}": cannot be made ({error.strerror}). Name another folder.'
-            ) from error
-        self._lock_dump_folder(opened)
+        self.dump_folder = opened.enter_context(own_dump_folder(config.job.dump_folder))
         torch.use_deterministic_algorithms(config.debug.deterministic, warn_only=config.debug.deterministic_warn_only)
         with patience(None, then_seconds=config.comm.init_timeout_seconds):  # rank 0 may download
-            self.model = self._build_model()
+            self.model = build_model(config, self.device)
         set_timeout(config.comm.init_timeout_seconds, self.model.mesh)
-        self._check_sequence_lengths()
-        self._say_what_attention_sees()
         torch.manual_seed(config.debug.seed + 1 + self.model.data_rank)  # dropout: different on different data
-        self.tokenizer = load_tokenizer(
-            config.model.hf_assets_path or config.hf_transformers.model,
-            revision=None if config.model.hf_assets_path else config.hf_transformers.revision,
-            trust_remote_code=config.hf_transformers.trust_remote_code,
-        )
-        self.accumulation_steps = self._count_accumulation_steps()
-        self.data = self._build_data(opened, validation=False)
-        self.validation_data = self._build_data(opened, validation=True) if config.validation.enable else None
+        self.tokenizer = find_tokenizer(config)
+        self.data = opened.enter_context(open_data(config, self.model, self.tokenizer, validation=False))
+        self.validation_data = None
+        if config.validation.enable:
+            self.validation_data = opened.enter_context(open_data(config, self.model, self.tokenizer, validation=True))
         self.data_wait_seconds = 0.0  # time that training steps have waited for their batches
-        self._build_optimizers()
-        self.flops_per_token = model_flops_per_token(self.model.hf_model, self.model.decoder, config.training.seq_len)
+        self.optimizers, self.schedulers = build_optimizers(config, self.model)
+        self.accumulation_steps = count_accumulation_steps(config, self.model.dims.data_parallel_size)
         self._describe()
-        self.step = 0  # optimizer steps done
-        self.checkpointer = self._build_checkpointer(opened) if config.checkpoint.enable else None
-        if self.checkpointer is not None:
-            self.step = start(
-                self.checkpointer,
-                self.model,
-                load_step=config.checkpoint.load_step,
-                exclude=config.checkpoint.exclude_from_loading,
-                initial_load_path=config.checkpoint.initial_load_path,
-                initial_load_in_hf=config.checkpoint.initial_load_in_hf,
-                initial_load_model_only=config.checkpoint.initial_load_model_only,
+        self.checkpointer = opened.enter_context(
+            open_checkpointer(
+                config, self.dump_folder,
+                model=self.model, optimizers=self.optimizers, schedulers=self.schedulers, data=self.data,
             )
+        )  # fmt: skip
+        self.step = load_start(config, self.checkpointer, self.model)  # optimizer steps done
         self._first_step = self.step + 1
         if self.rank == 0:
             config.save(self.dump_folder / "config.toml")
         self.metrics = opened.enter_context(
             build_metrics(
-                config, dump_folder=self.dump_folder, device=self.device, computes_in=self._computes_in,
-                flops_per_token=self.flops_per_token, rank=self.rank, world_size=self.world_size, steps_done=self.step,
+                config, dump_folder=self.dump_folder, device=self.device,
+                computes_in=computation_dtype(config, self.device),
+                flops_per_token=flops_per_token(config, self.model),
+                rank=self.rank, world_size=self.world_size, steps_done=self.step,
             )
         )  # fmt: skip
 
@@ -154,7 +133,7 @@ class Trainer:
             StopRequest() as stop,
             _no_automatic_garbage_collection(),
             watched as (profiler, memory_recorder),
-            self._flight_recorder(),
+            flight_recorder(config.comm, config.job.dump_folder, recording=self._owns_process_group),
         ):
             while self.step < config.training.steps:
                 result = self.train_step()
@@ -187,7 +166,7 @@ class Trainer:
             loss += self.model.forward_backward(**batch, num_items_in_batch=targets)
         grad_norm = self.model.clip_grad_norm_(self.job_config.training.max_norm)
         if self.checkpointer is not None:
-            self.checkpointer.wait_until_staged()
+            self.checkpointer.wait_until_staged()  # a save still copies the weights that the optimizer will change
         if self._is_finite(loss, grad_norm):
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -303,171 +282,10 @@ class Trainer:
             )
             logger.info("sample of the trained model:\n%s", text)
 
-    # -- set-up ---------------------------------------------------------------------------------------------------
-
-    def _build_model(self) -> HFTransformerModel:
-        config = self.job_config
-        model = HFTransformerModel(HFTransformerModelArgs().update_from_config(config))
-        return model.parallelize(
-            config.parallelism,
-            activation_checkpoint=config.activation_checkpoint,
-            compile=config.compile,
-            param_dtype=self._computation_dtype(),
-            cpu_offload=config.training.enable_cpu_offload,
-            seed=config.debug.seed,
-        )
-
-    def _check_sequence_lengths(self) -> None:
-        longest = learned_positions(self.model.hf_model, self.model.decoder)
-        made_for = self.model.hf_model.config.to_dict().get("max_position_embeddings")
-        lengths = {"training.seq_len": self.job_config.training.seq_len}
-        if self.job_config.validation.enable:
-            lengths["validation.seq_len"] = self.job_config.validation.seq_len or lengths["training.seq_len"]
-        for key, length in lengths.items():
-            if longest is not None and length > longest:
-                raise ValueError(
-                    f"{key} = {length}: {self.model.model_class.__name__} learns a table of {longest} positions, so it "
-                    f"must be at most {longest}."
-                )
-            if longest is None and made_for is not None and length > made_for:
-                logger.warning(
-                    "%s = %d: the model is made for max_position_embeddings = %d. What it makes of later positions may "
-                    "be poor. Use shorter sequences, or set rope_parameters and max_position_embeddings in "
-                    "hf_transformers.config_overrides.", key, length, made_for,
-                )  # fmt: skip
-
-    def _say_what_attention_sees(self) -> None:
-        if self.job_config.training.packing == "concat":
-            logger.info('training.packing = "concat": tokens attend to the documents before their own in a sequence')
-            return
-        isolation = self.model.isolate_documents()
-        if isolation.way is not None:
-            logger.info(
-                'training.packing = "documents": attention stays within each document, by %s (tried on the twin)',
-                isolation.way,
-            )
-        else:
-            logger.warning(
-                'training.packing = "documents": attention crosses documents, or may: %s. Another '
-                "hf_transformers.attn_implementation may keep them apart (docs/PACKING.md).",
-                isolation.reason,
-            )
-
-    def _computation_dtype(self) -> torch.dtype | None:
-        """training.mixed_precision_param, resolved; None where it is the parameters' own dtype."""
-        wanted = self.job_config.training.mixed_precision_param
-        if wanted == "auto":
-            wanted = "bfloat16" if has_fast_bfloat16(self.device) else "float32"
-        return None if wanted == self.job_config.training.dtype else getattr(torch, wanted)
-
-    @property
-    def _computes_in(self) -> torch.dtype:
-        return self._computation_dtype() or getattr(torch, self.job_config.training.dtype)
-
-    def _build_data(self, opened: contextlib.ExitStack, *, validation: bool) -> PackedBatches:
-        """The data of this rank, or the first rank's error on every rank: only one may have too little text."""
-        batches, message = None, None
-        try:
-            batches = self._open_data(validation=validation)
-            opened.callback(batches.close)
-        except ValueError as error:
-            message = str(error)
-        if (found := next(filter(None, gather_objects(message)), None)) is not None:
-            raise ValueError(found)
-        return batches
-
-    def _open_data(self, *, validation: bool) -> PackedBatches:
-        training = self.job_config.training
-        section = self.job_config.validation if validation else training
-        return build_batches(
-            *configured_sources(section),
-            tokenizer=self.tokenizer,
-            vocabulary_size=self.model.vocabulary_size,
-            seq_len=section.seq_len or training.seq_len,
-            batch_size=section.local_batch_size or training.local_batch_size,
-            batches_per_step=1 if validation else self.accumulation_steps,
-            data_rank=self.model.data_rank,
-            data_world_size=self.model.dims.data_parallel_size,
-            seed=self.job_config.debug.seed,
-            repeat=not validation,
-            packing=training.packing,
-            num_workers=training.num_workers,
-            prefetch_factor=training.prefetch_factor,
-        )
-
-    def _build_optimizers(self) -> None:
-        optimizer, schedule = self.job_config.optimizer, self.job_config.lr_scheduler
-        hidden = tuple(f"{layer}." for layer in self.model.decoder.layers)
-        self.optimizers = build_optimizer(
-            self.model.hf_model.named_parameters(),
-            name=optimizer.name,
-            lr=optimizer.lr,
-            beta1=optimizer.beta1,
-            beta2=optimizer.beta2,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            implementation=optimizer.implementation,
-            matrix_names={name for name, _ in self.model.hf_model.named_parameters() if name.startswith(hidden)},
-        )
-        self.schedulers = build_schedulers(
-            self.optimizers,
-            warmup_steps=schedule.warmup_steps,
-            total_steps=schedule.total_steps or self.job_config.training.steps,
-            decay_ratio=schedule.decay_ratio,
-            decay_type=schedule.decay_type,
-            min_lr_factor=schedule.min_lr_factor,
-        )
-
-    def _lock_dump_folder(self, opened: contextlib.ExitStack) -> None:
-        problem = None
-        if self.rank == 0:
-            try:
-                opened.enter_context(lock_folder(self.dump_folder))
-            except (ValueError, OSError) as error:
-                problem = str(error)
-        if (problem := from_first_rank(problem)) is not None:
-            raise ValueError(problem)
-
-    def _build_checkpointer(self, opened: contextlib.ExitStack) -> Checkpointer:
-        config = self.job_config
-        checkpointer = Checkpointer(
-            open_storage(config.checkpoint.folder, self.dump_folder),
-            model=self.model,
-            optimizers=self.optimizers,
-            schedulers=self.schedulers,
-            data=self.data,
-            data_rank=self.model.data_rank,
-            config_text=config.to_toml(),
-            keep_latest_k=config.checkpoint.keep_latest_k,
-            async_mode=config.checkpoint.async_mode,
-            on_save_error=config.checkpoint.on_save_error,
-            load_only=config.checkpoint.load_only,
-        )
-        opened.callback(checkpointer.close, config.comm.train_timeout_seconds)
-        return checkpointer
-
-    def _count_accumulation_steps(self) -> int:
-        training = self.job_config.training
-        per_forward = training.local_batch_size * self.model.dims.data_parallel_size
-        return 1 if training.global_batch_size == -1 else training.global_batch_size // per_forward
-
     @property
     def tokens_per_step(self) -> int:
         """Tokens that all ranks together see in one optimizer step."""
-        training = self.job_config.training
-        sequences = training.local_batch_size * self.model.dims.data_parallel_size * self.accumulation_steps
-        return sequences * training.seq_len
-
-    @property
-    def _trace_prefix(self) -> str:
-        comm = self.job_config.comm
-        folder = Path(self.job_config.job.dump_folder).expanduser() / comm.save_traces_folder
-        return str(folder / comm.save_traces_file_prefix)
-
-    def _flight_recorder(self) -> contextlib.AbstractContextManager[None]:
-        if self.job_config.comm.trace_buf_size == 0 or not self._owns_process_group:
-            return contextlib.nullcontext()
-        return collectives_written_on_error(self._trace_prefix)
+        return count_tokens_per_step(self.job_config, self.model.dims.data_parallel_size)
 
     def _describe(self) -> None:
         config = self.job_config
@@ -477,10 +295,10 @@ class Trainer:
             config,
             self.model,
             optimizers=self.optimizers,
-            computes_in=self._computes_in,
+            computes_in=computation_dtype(config, self.device),
             accumulation_steps=self.accumulation_steps,
             tokens_per_step=self.tokens_per_step,
-            flops_per_token=self.flops_per_token,
+            flops_per_token=flops_per_token(config, self.model),
             data_name=self.data.description,
         )
         logger.info("the run:\n%s", summary)
