@@ -161,7 +161,6 @@ def _wait_for_world_sizes(folder: Path, sizes: list[int], nodes: tuple[Node, ...
         time.sleep(0.1)
 
 
-@pytest.mark.skip(reason="needs a resume on another number of data ranks")
 def test_the_survivor_goes_on_alone_until_the_node_is_back(two_nodes: tuple[Node, Node], tmp_path: Path) -> None:
     """With NNODES=1:2; and a signal to the launcher of one node ends the run on both."""
     dies, survives = two_nodes

@@ -100,14 +100,11 @@ def read_events(run: Path) -> list[str]:
 # --- jobs that really train
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
-def test_two_nodes_train_to_the_end(
-    launcher: str, slurm: ModuleType, cluster: Path, config: Path, tmp_path: Path, capsys
-) -> None:
-    """Real processes, one on each of two nodes that are both this machine."""
+def test_two_nodes_train_to_the_end(slurm: ModuleType, cluster: Path, config: Path, tmp_path: Path, capsys) -> None:
+    """Real processes, one on each of two nodes that are both this machine; the torchrun form is in the next test."""
     run = tmp_path / "runs" / "one"
-    two_nodes = "--nodes 2 --gpus-per-node 1 --launcher".split()
-    assert slurm.main([config.name, *two_nodes, launcher, "--training.steps", "2"]) == 0
+    two_nodes = "--nodes 2 --gpus-per-node 1 --launcher srun --training.steps 2".split()
+    assert slurm.main([config.name, *two_nodes]) == 0
     state = wait_for_end(cluster)
     log = (run / "slurm" / "job-100.log").read_text()
     assert state == "COMPLETED", log
@@ -119,15 +116,14 @@ def test_two_nodes_train_to_the_end(
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["done", "2/2"]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("transformers_backend.signals") is None, reason="training does not stop on signals yet"
-)
 def test_training_stopped_before_its_limit_goes_on(
     slurm: ModuleType, cluster: Path, config: Path, tmp_path: Path
 ) -> None:
     """As Slurm does it: USR1 to the batch script, srun to both nodes, and the same job starts once more."""
     run = tmp_path / "runs" / "one"
-    two_nodes = "--nodes 2 --gpus-per-node 1 --training.steps 100 --checkpoint.interval 1000".split()
+    two_nodes = (
+        "--nodes 2 --gpus-per-node 1 --launcher torchrun --training.steps 100 --checkpoint.interval 1000".split()
+    )
     assert slurm.main([config.name, *two_nodes]) == 0
     wait_for(lambda: read_steps(run)[3:], "a few steps")
     signal_batch_script(cluster, signal.SIGUSR1)

@@ -19,7 +19,7 @@ _LISTED = 5  # names that an error lists
 _SECTIONS_THAT_MATTER = ("model", "hf_transformers", "training", "optimizer")
 _MAY_CHANGE = {  # how a run goes, not what it computes
     "hf_transformers": {"init", "trust_remote_code", "attn_implementation"},
-    "training": {"steps", "local_batch_size", "enable_cpu_offload", "gc_freq"},
+    "training": {"steps", "local_batch_size", "enable_cpu_offload", "gc_freq", "num_workers", "prefetch_factor"},
     "optimizer": {"implementation"},
 }
 

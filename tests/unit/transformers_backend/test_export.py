@@ -52,8 +52,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of the run that a test may damage; its data and its working folder are gone."""
     shutil.copytree(trained / "run", tmp_path / "run")
-    config = tmp_path / "run" / "config.toml"
-    config.write_text(config.read_text().replace(str(trained), "/gone"))
+    for config in (tmp_path / "run").rglob("config.toml"):
+        config.write_text(config.read_text().replace(str(trained), "/gone"))
     return tmp_path / "run"
 
 
@@ -267,6 +267,7 @@ def test_a_damaged_checkpoint_names_the_file(run: Path, name: str, damage, messa
 
 def test_without_a_config(run: Path, capsys: pytest.CaptureFixture[str]):
     (run / "config.toml").unlink()
+    (run / "checkpoint" / "step-1" / "config.toml").unlink()
     message = _refusal(capsys, run / "checkpoint")
     assert f"step-1: no config.toml there or in {run}, which would say what model it is of" in message
     (run / "config.toml").write_text("model_type =")
@@ -287,7 +288,7 @@ def test_without_a_config(run: Path, capsys: pytest.CaptureFixture[str]):
     ],
 )  # fmt: skip
 def test_the_config_of_another_model(run: Path, old: str, new: str, message: str, capsys: pytest.CaptureFixture[str]):
-    config = run / "config.toml"
+    config = run / "checkpoint" / "step-1" / "config.toml"
     assert old in config.read_text()
     config.write_text(config.read_text().replace(old, new))
     refusal = _refusal(capsys, run)
@@ -320,7 +321,7 @@ def test_a_disk_that_is_too_small(run: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_without_the_tokenizer_of_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    config = run / "config.toml"
+    config = run / "checkpoint" / "step-1" / "config.toml"
     config.write_text(config.read_text().replace('"byt5"', '"/moved/away"'))
     assert "/moved/away: no tokenizer there. Name one with --tokenizer" in _refusal(capsys, run)
     assert main([str(run), str(tmp_path / "out"), "--tokenizer", "byt5"]) == 0
