@@ -169,7 +169,8 @@ def check_python(arguments: list[str]) -> None:
 
 def check_file(arguments: list[str]) -> None:
     file, *options = arguments
-    text = Path(file).read_text()
+    program = Path("transformers_backend", Path(file).name)  # where a script is only the way to start a module
+    text = Path(file).read_text() + (program.read_text() if program.is_file() else "")
     names = [option.removeprefix("--").partition("=")[0] for option in options if option.startswith("--")]
     assert all(re.search(rf'"(--)?{name}"', text) for name in names), f"{file} knows not all of {names}"
 
