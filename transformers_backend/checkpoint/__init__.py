@@ -5,16 +5,18 @@
     state.py          what is saved of a run, and how it is put back
     writing.py        one write: by all ranks, now or beside training
     reading.py        is a checkpoint whole, and does it fit this run
-    storage.py        where checkpoints lie: a local folder
-    remote.py         or a remote one, through fsspec
+    storage.py        where checkpoints lie, as the files above see it
+    local.py          a folder of this machine or of a shared file system
+    remote.py         a bucket, through fsspec
+    places.py         which of the two a path or URL means
 
 Written with torch.distributed.checkpoint, every rank its own shards. For a folder that Transformers loads, see
 `weights/export.py`.
 """
 
 from transformers_backend.checkpoint.checkpointer import Checkpointer
+from transformers_backend.checkpoint.places import is_remote, open_storage
 from transformers_backend.checkpoint.start import start
-from transformers_backend.checkpoint.storage import is_remote, open_storage
 from transformers_backend.checkpoint.writing import SaveError
 
 __all__ = ["Checkpointer", "SaveError", "is_remote", "open_storage", "start"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from parallelize.distributed import first_rank_first
 from transformers_backend.checkpoint.checkpointer import Checkpointer
-from transformers_backend.checkpoint.storage import open_storage
+from transformers_backend.checkpoint.places import open_storage
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.weights import load_hf_weights, resolve_folder
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from transformers_backend.checkpoint.local import LocalStorage
+from transformers_backend.checkpoint.places import open_storage
 from transformers_backend.checkpoint.remote import RemoteStorage
-from transformers_backend.checkpoint.storage import Found, LocalStorage, Storage, StorageError, open_storage
+from transformers_backend.checkpoint.storage import Found, Storage, StorageError
 
 
 class _Local:

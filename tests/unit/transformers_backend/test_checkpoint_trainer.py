@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from tests.jobs import tiny_job
 from transformers_backend import JobConfig, Trainer, load_job_config
 from transformers_backend.checkpoint import SaveError
-from transformers_backend.checkpoint.storage import LocalStorage, NamesTheFile
+from transformers_backend.checkpoint.local import LocalStorage
+from transformers_backend.checkpoint.storage import NamesTheFile
 from transformers_backend.job_config import validate
 
 
