@@ -1,7 +1,7 @@
 """The parts of a run, each made as the job config says: what the trainer sets up before its first step.
 
 Between the trainer and the parts: these functions read the sections of a `JobConfig`, the parts below take flat values.
-In the order in which `Trainer` calls them; the logger and the profilers are made in `reporting.py`.
+In the order in which `Trainer` calls them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from parallelize.costs import peak_flops
 from parallelize.distributed import (
     collectives_written_on_error,
     from_first_rank,
@@ -29,9 +30,11 @@ from transformers_backend.data import PackedBatches, build_batches, configured_s
 from transformers_backend.decoder import learned_positions
 from transformers_backend.flops import model_flops_per_token
 from transformers_backend.folders import lock_folder
-from transformers_backend.job_config import Comm, JobConfig
+from transformers_backend.job_config import Comm, JobConfig, Profiling
+from transformers_backend.metrics import MetricsLogger, open_trackers
 from transformers_backend.model import HFTransformerModel, HFTransformerModelArgs
 from transformers_backend.optimizer import build_optimizer, build_schedulers
+from transformers_backend.profiling import Stepper, maybe_profile, maybe_record_memory
 
 logger = logging.getLogger(__name__)
 
@@ -269,6 +272,66 @@ def load_start(config: JobConfig, checkpointer: Checkpointer | None, model: HFTr
         initial_load_in_hf=checkpoint.initial_load_in_hf,
         initial_load_model_only=checkpoint.initial_load_model_only,
     )
+
+
+def open_metrics(config: JobConfig, dump_folder: Path, *, model: HFTransformerModel, steps_done: int) -> MetricsLogger:
+    """The logger of this rank; rank 0's has the trackers that [metrics] asks for.
+
+    steps_done: optimizer steps of the checkpoint that the run resumed from, 0 for a new run.
+    """
+    rank, device = dist.get_rank(), model.device
+    metrics = config.metrics
+    trackers = []
+    if rank == 0:
+        trackers = open_trackers(
+            dump_folder,
+            tensorboard_folder=dump_folder / metrics.save_tb_folder if metrics.enable_tensorboard else None,
+            wandb=metrics.enable_wandb,
+            description=config.job.description,
+            config=config.to_dict(),
+            steps_done=steps_done,
+        )
+    peak = None
+    if device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(device), computation_dtype(config, device))
+    return MetricsLogger(
+        dump_folder,
+        is_main=rank == 0,
+        device=device,
+        flops_per_token=flops_per_token(config, model),
+        peak_flops_per_device=peak,
+        world_size=dist.get_world_size(),
+        steps_done=steps_done,
+        total_steps=config.training.steps,
+        progress_bar=metrics.progress_bar,
+        trackers=trackers,
+    )
+
+
+@contextlib.contextmanager
+def profilers(
+    section: Profiling, dump_folder: Path, *, device: torch.device, steps_done: int
+) -> Iterator[tuple[Stepper, Stepper]]:
+    """The profiler and the memory recorder of this rank: call `.step()` on both after every optimizer step."""
+    rank = dist.get_rank()
+    is_chosen = section.max_ranks == -1 or rank < section.max_ranks
+    common = {"freq": section.profile_freq, "rank": rank, "first_step": steps_done}
+    with (
+        maybe_profile(
+            enabled=section.enable_profiling and is_chosen,
+            folder=dump_folder / section.save_traces_folder,
+            active=section.profiler_active,
+            warmup=section.profiler_warmup,
+            **common,
+        ) as profiler,
+        maybe_record_memory(
+            enabled=section.enable_memory_snapshot and is_chosen,
+            folder=dump_folder / section.save_memory_snapshot_folder,
+            device=device,
+            **common,
+        ) as memory_recorder,
+    ):
+        yield profiler, memory_recorder
 
 
 def _trace_prefix(comm: Comm, dump_folder: str) -> str:

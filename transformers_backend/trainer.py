@@ -29,8 +29,10 @@ from transformers_backend.assemble import (
     load_start,
     open_checkpointer,
     open_data,
+    open_metrics,
     open_process_group,
     own_dump_folder,
+    profilers,
 )
 from transformers_backend.checkpoint import is_remote
 from transformers_backend.data import PackedBatches
@@ -38,7 +40,6 @@ from transformers_backend.decoder import learned_positions
 from transformers_backend.generate import sample_text
 from transformers_backend.job_config import JobConfig, validate
 from transformers_backend.metrics import check_trackers_installed, setup_logging
-from transformers_backend.reporting import build_metrics, profilers
 from transformers_backend.run_summary import describe_run
 from transformers_backend.signals import StopRequest
 
@@ -104,13 +105,8 @@ class Trainer:
         if self.rank == 0:
             config.save(self.dump_folder / "config.toml")
         self.metrics = opened.enter_context(
-            build_metrics(
-                config, dump_folder=self.dump_folder, device=self.device,
-                computes_in=computation_dtype(config, self.device),
-                flops_per_token=flops_per_token(config, self.model),
-                rank=self.rank, world_size=self.world_size, steps_done=self.step,
-            )
-        )  # fmt: skip
+            open_metrics(config, self.dump_folder, model=self.model, steps_done=self.step)
+        )
 
     # -- the run --------------------------------------------------------------------------------------------------
 
@@ -126,9 +122,7 @@ class Trainer:
                 "job.dump_folder to start anew.", self.step, config.training.steps,
             )  # fmt: skip
         tokens_since_log, waited_until_log = 0, self.data_wait_seconds
-        watched = profilers(
-            config.profiling, dump_folder=self.dump_folder, device=self.device, rank=self.rank, steps_done=self.step
-        )
+        watched = profilers(config.profiling, self.dump_folder, device=self.device, steps_done=self.step)
         with (
             StopRequest() as stop,
             _no_automatic_garbage_collection(),
