@@ -19,10 +19,10 @@ from parallelize.costs import peak_flops
 from parallelize.distributed import (
     collectives_written_on_error,
     from_first_rank,
-    gather_objects,
     has_fast_bfloat16,
     initialize,
     record_collectives,
+    same_outcome,
     shutdown,
 )
 from transformers_backend.checkpoint import Checkpointer, open_storage, start
@@ -167,31 +167,27 @@ def flops_per_token(config: JobConfig, model: HFTransformerModel) -> int:
 def open_data(
     config: JobConfig, model: HFTransformerModel, tokenizer: PreTrainedTokenizerBase, *, validation: bool
 ) -> Iterator[PackedBatches]:
-    """This rank's batches, or the first error that a rank met on all of them: only one may have too little text."""
+    """This rank's batches, or an error that one rank met on all of them: only one may have too little text."""
     training = config.training
     section = config.validation if validation else training
-    batches, message = None, None
+    batches = None
     try:
-        batches = build_batches(
-            *configured_sources(section),
-            tokenizer=tokenizer,
-            vocabulary_size=model.vocabulary_size,
-            seq_len=section.seq_len or training.seq_len,
-            batch_size=section.local_batch_size or training.local_batch_size,
-            batches_per_step=1 if validation else count_accumulation_steps(config, model.dims.data_parallel_size),
-            data_rank=model.data_rank,
-            data_world_size=model.dims.data_parallel_size,
-            seed=config.debug.seed,
-            repeat=not validation,
-            packing=training.packing,
-            num_workers=training.num_workers,
-            prefetch_factor=training.prefetch_factor,
-        )
-    except ValueError as error:
-        message = str(error)
-    try:
-        if (found := next(filter(None, gather_objects(message)), None)) is not None:
-            raise ValueError(found)
+        with same_outcome(ValueError, OSError, ImportError):
+            batches = build_batches(
+                *configured_sources(section),
+                tokenizer=tokenizer,
+                vocabulary_size=model.vocabulary_size,
+                seq_len=section.seq_len or training.seq_len,
+                batch_size=section.local_batch_size or training.local_batch_size,
+                batches_per_step=1 if validation else count_accumulation_steps(config, model.dims.data_parallel_size),
+                data_rank=model.data_rank,
+                data_world_size=model.dims.data_parallel_size,
+                seed=config.debug.seed,
+                repeat=not validation,
+                packing=training.packing,
+                num_workers=training.num_workers,
+                prefetch_factor=training.prefetch_factor,
+            )
         assert batches is not None
         yield batches
     finally:
@@ -303,6 +299,7 @@ def open_metrics(config: JobConfig, dump_folder: Path, *, model: HFTransformerMo
         world_size=dist.get_world_size(),
         steps_done=steps_done,
         total_steps=config.training.steps,
+        keep_earlier=config.checkpoint.load_only,  # such a run is a look at another's checkpoint
         progress_bar=metrics.progress_bar,
         trackers=trackers,
     )

@@ -81,15 +81,17 @@ class Trainer:
         check_trackers_installed(tensorboard=config.metrics.enable_tensorboard, wandb=config.metrics.enable_wandb)
         self.dump_folder = opened.enter_context(own_dump_folder(config.job.dump_folder))
         torch.use_deterministic_algorithms(config.debug.deterministic, warn_only=config.debug.deterministic_warn_only)
-        with patience(None, then_seconds=config.comm.init_timeout_seconds):  # rank 0 may download
+        with patience(None, then_seconds=config.comm.init_timeout_seconds):  # one rank may download or convert for all
             self.model = build_model(config, self.device)
+            torch.manual_seed(config.debug.seed + 1 + self.model.data_rank)  # dropout: different on different data
+            self.tokenizer = find_tokenizer(config)
+            self.data = opened.enter_context(open_data(config, self.model, self.tokenizer, validation=False))
+            self.validation_data = None
+            if config.validation.enable:
+                self.validation_data = opened.enter_context(
+                    open_data(config, self.model, self.tokenizer, validation=True)
+                )
         set_timeout(config.comm.init_timeout_seconds, self.model.mesh)
-        torch.manual_seed(config.debug.seed + 1 + self.model.data_rank)  # dropout: different on different data
-        self.tokenizer = find_tokenizer(config)
-        self.data = opened.enter_context(open_data(config, self.model, self.tokenizer, validation=False))
-        self.validation_data = None
-        if config.validation.enable:
-            self.validation_data = opened.enter_context(open_data(config, self.model, self.tokenizer, validation=True))
         self.data_wait_seconds = 0.0  # time that training steps have waited for their batches
         self.optimizers, self.schedulers = build_optimizers(config, self.model)
         self.accumulation_steps = count_accumulation_steps(config, self.model.dims.data_parallel_size)
@@ -102,7 +104,7 @@ class Trainer:
         )  # fmt: skip
         self.step = load_start(config, self.checkpointer, self.model)  # optimizer steps done
         self._first_step = self.step + 1
-        if self.rank == 0:
+        if self.rank == 0 and not config.checkpoint.load_only:
             config.save(self.dump_folder / "config.toml")
         self.metrics = opened.enter_context(
             open_metrics(config, self.dump_folder, model=self.model, steps_done=self.step)

@@ -60,11 +60,15 @@ class MetricsLogger:
         world_size: int,
         steps_done: int,
         total_steps: int,
+        keep_earlier: bool = False,
         progress_bar: bool = False,
         trackers: Sequence[Tracker] = (),
     ) -> None:
-        """steps_done: optimizer steps of the checkpoint that the run resumed from, 0 for a new run. The trackers are
-        closed with the logger."""
+        """steps_done: optimizer steps of the checkpoint that the run resumed from, 0 for a new run.
+
+        keep_earlier: set the folder's earlier files aside, even those of the run that this one resumed from. The
+        trackers are closed with the logger.
+        """
         self._is_main = is_main
         self._device = device
         self._flops_per_token = flops_per_token
@@ -76,8 +80,9 @@ class MetricsLogger:
         self._trackers = list(trackers)
         self._bar = ProgressBar(steps_done=steps_done, total_steps=total_steps, enabled=progress_bar and is_main)
         if is_main:
-            self._metrics_lines = StepLines(dump_folder / "metrics.jsonl", steps_done=steps_done)
-            self._validation_lines = StepLines(dump_folder / "validation.jsonl", steps_done=steps_done)
+            lines_until = 0 if keep_earlier else steps_done
+            self._metrics_lines = StepLines(dump_folder / "metrics.jsonl", steps_done=lines_until)
+            self._validation_lines = StepLines(dump_folder / "validation.jsonl", steps_done=lines_until)
 
     def advance(self) -> None:
         """Say that an optimizer step is done, whether it is logged or not."""

@@ -244,6 +244,17 @@ def test_load_step_takes_an_earlier_one_and_names_what_there_is(job):
         _run(config)
 
 
+def test_a_look_at_a_checkpoint_leaves_the_figures_of_its_run(job):
+    config = job(training__steps=3, checkpoint__enable=True, checkpoint__interval=1)
+    _run(config)
+    before, resolved = _lines(config), Path(config.job.dump_folder, "config.toml").read_text()
+    config.checkpoint.load_step, config.checkpoint.load_only, config.optimizer.lr = 1, True, 3e-3
+    _run(config)
+    assert _lines(config, "metrics.jsonl.1") == before
+    assert [line["step"] for line in _lines(config)] == [2, 3]
+    assert Path(config.job.dump_folder, "config.toml").read_text() == resolved
+
+
 @pytest.mark.parametrize(("rank", "times"), [("0", 1), ("1", 0)])
 def test_the_first_rank_says_what_a_config_ignores(rank: str, times: int, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", rank)
