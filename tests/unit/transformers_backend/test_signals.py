@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.distributed.workers import Messages
 from tests.jobs import tiny_job
@@ -29,6 +30,22 @@ def test_a_signal_is_remembered_and_ends_nothing(number: signal.Signals, capfd: 
         assert stop.agreed() == number
     assert signal.getsignal(number) == before
     assert capfd.readouterr().err == f"{number.name}: the run stops after this step\n"
+
+
+def test_a_group_of_its_own_ends_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where somebody else has started a process group of NCCL alone, which has none for the CPU."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")
+        with StopRequest() as stop:
+            group = stop._group
+            assert dist.get_process_group_ranks(group) == [0]
+            assert stop.agreed() is None
+        with pytest.raises(KeyError):  # torch knows it no more
+            dist.get_process_group_ranks(group)
+        assert dist.is_initialized(), "theirs stays"
+    finally:
+        dist.destroy_process_group()
 
 
 def _run(code: str) -> subprocess.Popen:
