@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -132,6 +133,16 @@ def test_torchs_private_names_are_there(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("_monitor_workers", "_initialize_workers", "_restart_workers"):
         assert callable(getattr(LocalElasticAgent, name)), name
     agent._rdzv_handler.shutdown()
+
+
+def test_ranks_that_an_interrupt_ended_in_set_up_have_not_failed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """train.py ends with 130 then, where other signals kill the rank."""
+    interrupted = _failure(tmp_path, 0, 130, timestamp=10) | _failure(tmp_path, 1, -signal.SIGINT, timestamp=10)
+    agent = SimpleNamespace(stop_signal=signal.SIGINT, failures=interrupted)
+    assert launch._end_of_failure(agent) == 0
+    assert capsys.readouterr().err == "SIGINT: stopped before the first step; there is nothing to save\n"
+    agent.failures |= _failure(tmp_path, 2, 1, timestamp=10)
+    assert launch._end_of_failure(agent) == 1
 
 
 def _launch_apart(script: str) -> tuple[int, str]:
