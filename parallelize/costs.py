@@ -1,7 +1,8 @@
 """What training a model costs: floating point operations a token, device peaks, model FLOPs utilisation, and memory.
 
 A leaf: the caller counts parameters and describes each layer's attention, and everything here is arithmetic on those
-numbers. `transformers_backend/metrics.py` and `scripts/benchmark.py` report with it, so that there is one formula.
+numbers. `flops.py` and `memory.py` of transformers_backend do the counting, and training and `scripts/benchmark.py`
+report with it, so that there is one formula.
 
 The formula (PaLM, https://arxiv.org/abs/2204.02311, appendix B; torchtitan uses the same) counts the matrix products
 of one forward and one backward pass, the backward being twice the forward, and a multiply-add as two operations:

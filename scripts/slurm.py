@@ -181,6 +181,11 @@ def submit(options: argparse.Namespace, job_arguments: list[str]) -> int:
         config = load_job_config([*words, *job_arguments])
         validate(config, world_size=resources.nodes * resources.gpus_per_node)
         run_folder = Path(config.job.dump_folder).expanduser().resolve()
+    if config.checkpoint.create_seed_checkpoint:
+        raise ValueError(
+            "checkpoint.create_seed_checkpoint = true: a seed is written in a moment, by one process, and takes no "
+            "step; make it with NPROC=1 scripts/train.sh, then submit without this key."
+        )
     script = build_script(resources, run_folder, config.training.steps)
     if resources.max_requeues and not config.checkpoint.enable:
         _warn(

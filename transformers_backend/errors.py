@@ -12,10 +12,15 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import FrameType
 
 import torch.distributed as dist
 
-_OWN_FOLDERS = tuple(str(Path(__file__).parents[1] / name) for name in ("transformers_backend", "parallelize"))
+_OWN_PACKAGES = ("transformers_backend", "parallelize")
+_OWN_FOLDERS = tuple(str(Path(__file__).parents[1] / name) for name in _OWN_PACKAGES)
+_LOADERS = ("transformers", "huggingface_hub")
+# In whose functions an OSError is raised for the one that called them.
+_FILE_MODULES = ("pathlib", "os", "shutil", "tempfile", "codecs")
 
 # gloo raises RuntimeError; what a lost connection, and a collective that took too long, say:
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -25,13 +30,28 @@ _LATE_PEER = ("Timed out waiting", "Application timeout caused pair closure")
 def is_meant_for_the_user(error: BaseException) -> bool:
     """Whether this project raised the error, or Transformers because a model or file could not be found.
 
-    A ValueError from deep inside a library is a defect to be seen with its traceback, not a refusal.
+    An error from deep inside a library, such as a ValueError or a broken pipe, is a defect to be seen with its
+    traceback, not a refusal.
     """
-    if isinstance(error, OSError):
+    if type(error).__module__.partition(".")[0] in _OWN_PACKAGES:  # SaveError, which another thread may have raised
         return True
-    if not isinstance(error, (ValueError, ImportError, FloatingPointError)):
+    if not isinstance(error, (OSError, ValueError, ImportError, FloatingPointError)):
         return False
-    return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_OWN_FOLDERS)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, OSError):
+        while frames and _package(frames[-1]) in _FILE_MODULES:
+            frames.pop()
+        if frames and _package(frames[-1]) in _LOADERS:
+            return True
+    return bool(frames) and frames[-1].f_code.co_filename.startswith(_OWN_FOLDERS)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether this project refused the job, so that starting it again is no use.
+
+    Never a lost rank, a defect or an OSError (a file system may be away for a moment).
+    """
+    return isinstance(error, (ValueError, ImportError)) and is_meant_for_the_user(error)
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -65,6 +85,10 @@ def report(error: BaseException) -> bool:
     # Nearly always every rank found the same; a line of each shows the one that did not.
     print(f"error: {message}" if rank == "0" else f"error: rank {rank}: {message.splitlines()[0]}", file=sys.stderr)
     return True
+
+
+def _package(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]
 
 
 def _without_source_line(text: str) -> str:

@@ -34,13 +34,14 @@ from transformers_backend.signals import SECONDS_BETWEEN_INTERRUPTS, STOP_SIGNAL
 
 FAILED = 1
 CANNOT_WORK = 2
+INTERRUPTED = 128 + signal.SIGINT
 TRAINING = "transformers_backend.train"
 _SECONDS_TO_END = 30  # that the agent gives to the other ranks when one has failed
 _SECONDS_TO_SAVE = 600  # before a new node joins
 
 
 class StoppedEarly(Exception):
-    """A stop signal came while no ranks were running, or a second Ctrl-C."""
+    """A stop signal came while no ranks were running, or were ending because one had failed; or a second Ctrl-C."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -48,10 +49,15 @@ class StoppedEarly(Exception):
 
 
 class Agent(LocalElasticAgent):
-    """torch's agent, which starts, watches and restarts the ranks of this node; it keeps the node's last failure."""
+    """torch's agent, which starts, watches and restarts the ranks of this node; it keeps the node's last failure.
 
-    stop_signal: signal.Signals | None = None
-    failures: dict[int, ProcessFailure]  # by global rank
+    Beside public methods it uses some of torch's private names, which test_launch.py looks for. Tried with torch 2.13.
+    """
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.stop_signal: signal.Signals | None = None
+        self.failures: dict[int, ProcessFailure] = {}  # by global rank; of the ranks that end, or ended, last
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Signal handler: pass the first stop signal on to the ranks; a second Ctrl-C kills them."""
@@ -59,6 +65,10 @@ class Agent(LocalElasticAgent):
         if first:
             self.stop_signal, self._stop_time = signal.Signals(number), now
         if self._worker_group.state != WorkerState.HEALTHY:
+            if self.failures:  # what failed was not saved: the signal makes no success of it
+                raise StoppedEarly(
+                    f"{self.stop_signal.name}: not started again\n{describe(self.failures)}", exit_status(self.failures)
+                )
             raise StoppedEarly(f"{self.stop_signal.name}: stopped while no ranks were running", 0)
         if first:
             for handler in self._pcontext.subprocess_handlers.values():
@@ -66,7 +76,7 @@ class Agent(LocalElasticAgent):
         elif number == signal.SIGINT and now - self._stop_time > SECONDS_BETWEEN_INTERRUPTS:
             for handler in self._pcontext.subprocess_handlers.values():
                 handler.proc.kill()
-            raise StoppedEarly("second Ctrl-C: stopped at once; what was saved before is whole", 128 + signal.SIGINT)
+            raise StoppedEarly("second Ctrl-C: stopped at once; what was saved before is whole", INTERRUPTED)
 
     def _monitor_workers(self, worker_group) -> RunResult:
         result = super()._monitor_workers(worker_group)
@@ -83,6 +93,10 @@ class Agent(LocalElasticAgent):
                 number = restarts - self._remaining_restarts + 1
                 _say(f"{describe(self.failures)}\nrestart {number} of {restarts}, from the last checkpoint")
         return result
+
+    def _initialize_workers(self, worker_group) -> None:
+        super()._initialize_workers(worker_group)
+        self.failures = {}
 
     def _restart_workers(self, worker_group) -> None:
         if worker_group.state == WorkerState.HEALTHY:
@@ -202,7 +216,8 @@ def _make_agent(config: LaunchConfig, command: str, arguments: list[str]) -> Age
 
 
 def _end_of_failure(agent: Agent) -> int:
-    if agent.stop_signal is not None and all(-failure.exitcode in STOP_SIGNALS for failure in agent.failures.values()):
+    ended_by_signal = {INTERRUPTED, *(-number for number in STOP_SIGNALS)}
+    if agent.stop_signal is not None and ended_by_signal.issuperset(f.exitcode for f in agent.failures.values()):
         _say(f"{agent.stop_signal.name}: stopped before the first step; there is nothing to save")
         return 0
     _say(describe(agent.failures))

@@ -47,9 +47,12 @@ class StopRequest:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        if self._exchange is not None and kind is None:  # after an error the other ranks may be gone
-            self._exchange[0].wait()
-        self._exchange = None
+        if kind is None:  # after an error the other ranks may be gone, and what is under way would wait for them
+            if self._exchange is not None:
+                self._exchange[0].wait()
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+        self._exchange = self._group = None
 
     def agreed(self) -> signal.Signals | None:
         """The signal for which all ranks stop now, the same on every rank, or None. All ranks call it once a step.

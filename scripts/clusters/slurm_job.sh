@@ -10,9 +10,10 @@
 #   SRUN_OPTIONS     more options of srun, an array
 #
 # Slurm sends USR1 to this script some time before the limit, and TERM to the training processes when the job is to
-# make room for another. Training then finishes its step, saves and exits with 0: fewer steps in metrics.jsonl than
-# were wanted tell that from a run that is complete, and the job is put back into the queue. It goes on from its
-# checkpoint. Whatever happens is noted in slurm/events.jsonl, which `scripts/slurm.py --status` reads.
+# make room for another. Training then finishes its step, saves and exits with 0, and the job is put back into the
+# queue, from where it goes on from its checkpoint. What tells a stopped run from a complete one is the signal, or,
+# where only the training processes got it, that this start wrote fewer steps to metrics.jsonl than were wanted. Whatever
+# happens is noted in slurm/events.jsonl, which `scripts/slurm.py --status` reads.
 set -uo pipefail # no -e: exit statuses are looked at below
 
 restart="${SLURM_RESTART_COUNT:-0}"
@@ -25,6 +26,7 @@ main() {
     local status=0
     trap 'ask_to_stop USR1' USR1
     trap 'ask_to_stop TERM' TERM
+    touch "$RUN_FOLDER/slurm/started" # what metrics.jsonl is compared with: it may be that of an earlier run
     echo "=== job $SLURM_JOB_ID started, restart $restart, nodes $SLURM_JOB_NODELIST, $(date)"
     record started
     prepare || status=$?
@@ -102,8 +104,12 @@ last_step() {
     if [[ "$line" =~ \"step\":\ *([0-9]+) ]]; then echo "${BASH_REMATCH[1]}"; else echo 0; fi
 }
 
-is_finished() {
-    (($(last_step) >= STEPS))
+is_finished() { # of a start that ended with 0
+    if [[ "$RUN_FOLDER/metrics.jsonl" -nt "$RUN_FOLDER/slurm/started" ]]; then
+        (($(last_step) >= STEPS))
+    else # it trained no step: asked to stop before its first, or there was nothing to do
+        [[ -z "$signal" ]]
+    fi
 }
 
 # Back into the queue, under the same job id. A job that its user has cancelled is not RUNNING any more and stays away.

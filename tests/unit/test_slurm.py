@@ -232,6 +232,31 @@ def test_a_job_that_could_not_save_in_time_comes_back_too(
     assert "=== not requeued: it has been 1 times, and --max-requeues is 1" in log
 
 
+def test_an_earlier_runs_metrics_do_not_make_a_stopped_job_finished(
+    slurm: ModuleType, cluster: Path, config: Path, checkout: Path
+) -> None:
+    """The first start is stopped before its first step, in a folder where a run of 50 steps has been."""
+    checkout.mkdir(parents=True)
+    (checkout / "metrics.jsonl").write_text('{"step": 50, "loss": 1.0}\n')
+    set_up = 'if [[ ! -e "$RUN/waited" ]]; then touch "$RUN/waited" "$RUN/waiting"; trap "exit 0" USR1; while :; do '
+    set_up += 'sleep 0.1; done; fi\necho \'{"step": 3, "loss": 2.0}\' >"$RUN/metrics.jsonl"\n'
+    (checkout.parents[1] / "checkout" / "scripts" / "train.sh").write_text(f"#!/usr/bin/env bash\n{set_up}")
+    submit_stand_in(slurm, config)
+    wait_for_training(checkout)
+    signal_batch_script(cluster, signal.SIGUSR1)
+    assert wait_for_end(cluster) == "COMPLETED"
+    assert read_events(checkout) == ["submitted", "started", "ended", "requeued", "started", "ended"]
+
+
+def test_a_start_that_had_nothing_to_do_is_not_requeued(
+    slurm: ModuleType, cluster: Path, config: Path, checkout: Path
+) -> None:
+    (checkout.parents[1] / "checkout" / "scripts" / "train.sh").write_text("#!/usr/bin/env bash\nexit 0\n")
+    submit_stand_in(slurm, config)
+    assert wait_for_end(cluster) == "COMPLETED"
+    assert "requeued" not in (checkout / "slurm" / "job-100.log").read_text()
+
+
 def test_a_cancelled_job_stays_away(
     slurm: ModuleType, cluster: Path, config: Path, checkout: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -319,6 +344,12 @@ def test_a_config_is_checked_for_all_ranks(slurm: ModuleType, config: Path, clus
     )
     assert "training.stepz" in refuse(slurm, capsys, str(config), *ONE_NODE, "--training.stepz", "6")
     assert not list(cluster.glob("job-*")), "nothing was submitted"
+    assert not (config.parent / "runs").exists(), "nothing was written"
+
+
+def test_a_seed_is_not_made_by_a_job(slurm: ModuleType, config: Path, cluster: Path, capsys) -> None:
+    seed = "--nodes 1 --gpus-per-node 1 --checkpoint.create_seed_checkpoint".split()
+    assert "make it with NPROC=1 scripts/train.sh" in refuse(slurm, capsys, str(config), *seed)
     assert not (config.parent / "runs").exists(), "nothing was written"
 
 

@@ -266,6 +266,7 @@ def test_two_runs_in_one_folder_are_refused(job, monkeypatch: pytest.MonkeyPatch
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
     monkeypatch.setattr("transformers_backend.folders.fcntl.lockf", held)
+    monkeypatch.setattr("transformers_backend.folders.PATIENCE_SECONDS", 0)
     with pytest.raises(ValueError, match=r'job\.dump_folder = ".*run" is in use by another run: two runs would'):
         Trainer(job())
     assert not dist.is_initialized()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from transformers_backend import folders
 from transformers_backend.folders import lock_folder, replace_folder
 
 
@@ -30,19 +33,26 @@ def _hold(folder: Path, pids) -> None:
         time.sleep(120)
 
 
-def test_a_folder_has_one_owner_until_that_process_is_gone(tmp_path: Path):
+def test_a_folder_has_one_owner_until_that_process_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     context = multiprocessing.get_context("fork")
     pids, other_end = context.Pipe(duplex=False)
     process = context.Process(target=_hold, args=(tmp_path, other_end))
     process.start()
     worker = pids.recv()
     try:
+        monkeypatch.setattr(folders, "PATIENCE_SECONDS", 0)
         with pytest.raises(ValueError, match=rf"in use by process {process.pid} on .*: two runs would") as caught:
             lock_folder(tmp_path).__enter__()
         assert str(tmp_path) in str(caught.value)
-        process.kill()
-        process.join()
+        holder = (tmp_path / ".lock").read_text().strip()
+        monkeypatch.setattr(folders, "PATIENCE_SECONDS", 60)  # the run before may take a moment to die
+        caplog.set_level(logging.WARNING)
+        killing = threading.Timer(0.3, process.kill)
+        killing.start()
         with lock_folder(tmp_path):
+            assert caplog.messages == [f"{tmp_path} is in use by {holder}: waiting up to 60 s for it to end."]
             assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
     finally:
         os.kill(worker, signal.SIGKILL)

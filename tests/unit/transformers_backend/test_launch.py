@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from tests.jobs import tiny_job
@@ -101,6 +103,46 @@ def test_a_rank_is_started_again_unless_that_is_no_use(
     if status == "exit 3":
         assert said[1::2] == ["restart 1 of 2, from the last checkpoint", "restart 2 of 2, from the last checkpoint"]
     assert len(said) == {"exit 0": 0, "exit 2": 1, "exit 3": 5}[status]
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_signal_while_failed_ranks_are_taken_down_makes_no_success_of_them(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, restarts: int
+) -> None:
+    take_down = launch.Agent._stop_workers
+
+    def signalled(agent: launch.Agent, *arguments, **options) -> None:
+        if agent.stop_signal is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        take_down(agent, *arguments, **options)
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(launch.Agent, "_stop_workers", signalled)
+    assert _starts(tmp_path, "exit 3", restarts) == (1, 1)
+    said = capfd.readouterr().err.splitlines()
+    assert said[-2] == "SIGTERM: not started again"
+    assert said[-1].endswith("ended with status 3 and left no message")
+
+
+def test_torchs_private_names_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = launch.parse_args(["--standalone", "--rdzv-endpoint", "localhost:0", "--no-python", "/bin/true"])
+    options.rdzv_backend = "c10d"
+    agent = launch._make_agent(*launch.config_from_args(options))
+    assert {"_worker_group", "_pcontext", "_rdzv_handler", "_remaining_restarts"} <= vars(agent).keys()
+    for name in ("_monitor_workers", "_initialize_workers", "_restart_workers"):
+        assert callable(getattr(LocalElasticAgent, name)), name
+    agent._rdzv_handler.shutdown()
+
+
+def test_ranks_that_an_interrupt_ended_in_set_up_have_not_failed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """train.py ends with 130 then, where other signals kill the rank."""
+    interrupted = _failure(tmp_path, 0, 130, timestamp=10) | _failure(tmp_path, 1, -signal.SIGINT, timestamp=10)
+    agent = SimpleNamespace(stop_signal=signal.SIGINT, failures=interrupted)
+    assert launch._end_of_failure(agent) == 0
+    assert capsys.readouterr().err == "SIGINT: stopped before the first step; there is nothing to save\n"
+    agent.failures |= _failure(tmp_path, 2, 1, timestamp=10)
+    assert launch._end_of_failure(agent) == 1
 
 
 def _launch_apart(script: str) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,10 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.distributed.workers import Messages
-from tests.jobs import tiny_job
-from transformers_backend import Trainer
+from tests.jobs import restored_process, tiny_job
+from transformers_backend import HFTransformerModel, Trainer, train
+from transformers_backend import trainer as trainer_module
+from transformers_backend.checkpoint.checkpointer import Checkpointer
+from transformers_backend.checkpoint.writing import Writer
 from transformers_backend.signals import STOP_SIGNALS, StopRequest
 
 REPOSITORY = Path(__file__).parents[3]
@@ -29,6 +34,22 @@ def test_a_signal_is_remembered_and_ends_nothing(number: signal.Signals, capfd: 
         assert stop.agreed() == number
     assert signal.getsignal(number) == before
     assert capfd.readouterr().err == f"{number.name}: the run stops after this step\n"
+
+
+def test_a_group_of_its_own_ends_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where somebody else has started a process group of NCCL alone, which has none for the CPU."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")
+        with StopRequest() as stop:
+            group = stop._group
+            assert dist.get_process_group_ranks(group) == [0]
+            assert stop.agreed() is None
+        with pytest.raises(KeyError):  # torch knows it no more
+            dist.get_process_group_ranks(group)
+        assert dist.is_initialized(), "theirs stays"
+    finally:
+        dist.destroy_process_group()
 
 
 def _run(code: str) -> subprocess.Popen:
@@ -138,3 +159,72 @@ def test_a_stopped_run_goes_on_and_a_finished_one_says_so(tmp_path: Path, monkey
     step, said = _train(config, monkeypatch, signal_in_step=4)
     assert step == 4
     assert not any("SIGTERM" in text for text in said), "the last step was the last anyway"
+
+
+def _signal_in(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, number: signal.Signals, pause=0.0) -> None:
+    """Have the first call of a function begin with a signal to this process, and then a pause in seconds."""
+    original, calls = getattr(owner, name), []
+
+    def signalled(*arguments, **options):
+        calls.append(name)
+        if len(calls) == 1:
+            os.kill(os.getpid(), number)
+            time.sleep(pause)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, signalled)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "stops"),
+    [
+        (Trainer, "evaluate", True),
+        (Checkpointer, "save", True),
+        (Writer, "_write", True),  # in the thread that saves beside training
+        (HFTransformerModel, "save_pretrained", False),  # the export of a run that is at its end
+    ],
+    ids=["validation", "save", "save beside training", "export"],
+)
+def test_a_signal_beside_the_steps_cuts_nothing_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, stops: bool
+) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "0.txt").write_text("some text that is long enough\n" * 20)
+    options = {"checkpoint__enable": True, "checkpoint__interval": 2, "checkpoint__last_save_in_hf": True,
+               "checkpoint__keep_latest_k": 0, "training__steps": 200 if stops else 2, "validation__enable": True,
+               "validation__freq": 2, "validation__dataset_path": f"{tmp_path}/text"}  # fmt: skip
+    beside_training = owner is Writer
+    config = tiny_job(tmp_path, "run", **options)
+    config.checkpoint.async_mode = "async" if beside_training else "disabled"
+    _signal_in(monkeypatch, owner, name, signal.SIGUSR1, pause=0.5 if beside_training else 0.0)
+    step, said = _train(config, monkeypatch)
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoint").iterdir())
+    if not stops:
+        assert saved == ["step-2", "step-2-hf"]
+        assert (tmp_path / "run" / "checkpoint" / "step-2-hf" / "model.safetensors").is_file()
+        assert not any("SIGUSR1" in text for text in said), "there is nothing to go on with"
+        return
+    assert said[-1] == f"SIGUSR1: stopped after step {step} of 200; saved, the same command goes on from there"
+    assert saved == sorted({"step-2", f"step-{step}"}), "the save under way, and that of the stop"
+    assert beside_training or step == 2
+    config.training.steps = step + 1
+    step, _ = _train(config, monkeypatch)
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, step + 1))
+    assert step == config.training.steps
+
+
+def test_ctrl_c_in_set_up_is_one_line_and_the_command_works_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "0.txt").write_text("some text that is long enough\n" * 20)
+    tiny_job(tmp_path, "run", training__steps=1).save(tmp_path / "job.toml")
+    _signal_in(monkeypatch, trainer_module, "build_model", signal.SIGINT)
+    with restored_process():
+        assert train.main([str(tmp_path / "job.toml")]) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            "SIGINT: stopped before the first step; there is nothing to save"
+        )
+        assert not dist.is_initialized()
+        assert train.main([str(tmp_path / "job.toml")]) == 0
