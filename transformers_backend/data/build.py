@@ -207,7 +207,7 @@ def _open_hook(
     if isinstance(data, Collection):
         return data, encode
     fingerprint = {"dataset": keys.dataset, "split": keys.dataset_split}
-    return Stream(name, RepeatedIterable(name, data), fingerprint), encode
+    return Stream(name, RepeatedIterable(data), fingerprint), encode
 
 
 def _is_slow(encode: Encoder) -> bool:

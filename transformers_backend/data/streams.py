@@ -8,7 +8,7 @@ is opened in `hub.py`; `feeds.py` puts the reader into a worker.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -54,21 +54,15 @@ class RepeatedIterable:
     It is read from its start on a resume, and always in its own order (but for the shuffle inside windows).
     """
 
-    name: str
-    iterable: Any
+    iterable: Iterable[Any]
 
     def __call__(self, seed: int | None, epoch: int, data_rank: int, data_world_size: int) -> Records:
-        if epoch and iter(self.iterable) is self.iterable:
-            raise ValueError(
-                f"{self.name}: is an iterator, which ends after one epoch and cannot start over. Return an iterable "
-                "whose __iter__ starts a new pass, or set training.steps so that one pass is enough."
-            )
         return _EveryNth(self.iterable, data_rank, data_world_size)
 
 
 @dataclass
 class _EveryNth:
-    iterable: Any
+    iterable: Iterable[Any]
     first: int
     step: int
     taken: int = 0
@@ -145,7 +139,11 @@ class StreamReader(IterableDataset):
                 for chunk, position in self._read_part(part):
                     tokens += len(chunk.tokens)
                     yield StreamChunk(chunk, {"parts": [position, *parts], "next_epoch": next_epoch}, part["epoch"])
-                if self._repeat and tokens == 0 and part["stream"] is None:
+                if (
+                    self._repeat
+                    and tokens == 0
+                    and part == _whole_part(part["epoch"], part["rank"], part["world_size"])
+                ):
                     self._complain_of_no_tokens(part)
         except ValueError as error:
             yield Failure(str(error))
