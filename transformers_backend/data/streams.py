@@ -154,7 +154,7 @@ class StreamReader(IterableDataset):
         if stream is not None:
             dataset.load_state_dict(stream)
         records = iter(dataset)
-        while texts := self._next_window(records):
+        while texts := next_records(self._stream.name, records, SHUFFLE_WINDOW):
             numbers = np.arange(len(texts))
             if self._seed is not None:
                 numbers = np.random.default_rng((self._seed, part["epoch"], window)).permutation(numbers)
@@ -162,30 +162,34 @@ class StreamReader(IterableDataset):
                 position = part | {"window": window, "place": place, "stream": stream}
                 documents, tokens = [], 0
                 while place < len(texts) and tokens < _CHUNK_TOKENS:
-                    documents.append(self._document(texts[numbers[place]]))
+                    documents.append(encode_stream_record(self._encode, texts[numbers[place]], self._stream.name))
                     tokens += len(documents[-1].tokens)
                     place += 1
                 yield make_chunk(documents), position
             window, place, stream = window + 1, 0, dataset.state_dict()
-
-    def _next_window(self, records: Iterator[Any]) -> list[Any]:
-        try:
-            with _without_shuffle_buffer_message():
-                return list(islice(records, SHUFFLE_WINDOW))
-        except (OSError, ValueError) as error:  # a file that went away or is broken, a connection that is lost
-            raise ValueError(
-                f"{self._stream.name}: reading stopped ({type(error).__name__}: {error}). Mend the data or the "
-                "connection, and resume from the last checkpoint."
-            ) from error
-
-    def _document(self, record: Any) -> Document:
-        return encode_record(self._encode, record, lambda: f"{self._stream.name}: record {str(record)[:100]}")
 
     def _complain_of_no_tokens(self, part: dict[str, Any]) -> None:
         raise ValueError(
             f"{self._stream.name}: data rank {part['rank']} of {part['world_size']} gets no text in an epoch. "
             f"{NOT_EMPTY} Use more text or fewer data ranks."
         )
+
+
+def encode_stream_record(encode: Encoder, record: Any, name: str) -> Document:
+    """The document of a record of the stream of that name; a record has no number there, so errors show its start."""
+    return encode_record(encode, record, lambda: f"{name}: record {str(record)[:100]}")
+
+
+def next_records(name: str, records: Iterator[Any], count: int) -> list[Any]:
+    """The next `count` records of the stream of that name, fewer at its end; ValueError where it cannot be read."""
+    try:
+        with _without_shuffle_buffer_message():
+            return list(islice(records, count))
+    except (OSError, ValueError) as error:  # a file that went away or is broken, a connection that is lost
+        raise ValueError(
+            f"{name}: reading stopped ({type(error).__name__}: {error}). Mend the data or the connection, and resume "
+            "from the last checkpoint."
+        ) from error
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class WorkerIterator:
     def __init__(
         self,
         dataset: Dataset | IterableDataset,
-        requests: Iterable[Request] | None,
+        requests: Iterable[Any] | None,
         *,
         num_workers: int,
         prefetch_factor: int,
