@@ -69,7 +69,10 @@ def configured_sources(section: TextSource) -> tuple[dict[str, SourceKeys], list
     if isinstance(section, Training) and section.sources:
         sources = {source.name: source for source in section.sources}
         stages = [Stage(*stage) for stage in stage_weights(section.sources, section.stages)]
-    return {name: SourceKeys(**{key: getattr(s, key) for key in keys}) for name, s in sources.items()}, stages
+    values = {name: {key: getattr(source, key) for key in keys} for name, source in sources.items()}
+    if not isinstance(section, Training) and section.dataset is None:
+        values[""]["dataset"] = BUILT_IN_SOURCE
+    return {name: SourceKeys(**of_source) for name, of_source in values.items()}, stages
 
 
 def build_batches(
