@@ -209,8 +209,9 @@ def require_same_data(saved: dict[str, Any], here: dict[str, Any]) -> None:
     if differences:
         raise ValueError(
             f"The checkpoint's data state is of other data: {'; '.join(differences)}. Its position has a meaning "
-            "only in the same data: give dataset, dataset_path, text_column, tokenizer and seed as they were (a source "
-            "that is not wanted any more can be left out of a stage), or start a new run from the checkpoint's weights."
+            "only in the same data: give dataset, dataset_path, text_column, chat_template, tokenizer and seed as they "
+            "were (a source that is not wanted any more can be left out of a stage), or start a new run from the "
+            "checkpoint's weights."
         )
 
 

@@ -65,11 +65,13 @@ def hook_encoder(
     *, text: Encoder, tokenized: Encoder, chat: Encoder | None, text_column: str, messages_column: str | None
 ) -> Encoder:
     """The encoder that looks at each record: tokens, messages, or text. `text` gets strings."""
-    return _HookEncoder(text, tokenized, chat, text_column, messages_column)
+    return HookEncoder(text, tokenized, chat, text_column, messages_column)
 
 
 @dataclass(frozen=True)
-class _HookEncoder:
+class HookEncoder:
+    """What `hook_encoder` returns."""
+
     text: Encoder
     tokenized: Encoder
     chat: Encoder | None

@@ -18,13 +18,11 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from transformers_backend.data.sources import NOT_EMPTY, Document, Encoder, encode_record
-from transformers_backend.data.workers import Chunk, Failure, make_chunk
+from transformers_backend.data.workers import CHUNK_TOKENS, Chunk, Failure, make_chunk
 
 # Documents of a stream are shuffled inside windows of this many. `datasets` has a shuffle buffer of its own, but
 # loses its content on a resume; a window is simply read again.
 SHUFFLE_WINDOW = 1000
-# Tokens after which a chunk of documents is handed on.
-_CHUNK_TOKENS = 2**15
 
 
 class Records(Protocol):
@@ -161,7 +159,7 @@ class StreamReader(IterableDataset):
             while place < len(texts):
                 position = part | {"window": window, "place": place, "stream": stream}
                 documents, tokens = [], 0
-                while place < len(texts) and tokens < _CHUNK_TOKENS:
+                while place < len(texts) and tokens < CHUNK_TOKENS:
                     documents.append(encode_stream_record(self._encode, texts[numbers[place]], self._stream.name))
                     tokens += len(documents[-1].tokens)
                     place += 1

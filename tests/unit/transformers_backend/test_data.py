@@ -105,13 +105,15 @@ def test_load_tokenizer_reads_a_folder(tmp_path, byt5):
 
 
 def test_load_tokenizer_without_files(tmp_path):
-    with pytest.raises(ValueError, match=r'model.hf_assets_path = ".*": no tokenizer could be loaded.*"byt5"'):
+    with pytest.raises(
+        ValueError, match=r'".*" \(model.hf_assets_path, or without it hf_tr.*: no tokenizer could be loaded.*"byt5"'
+    ):
         data.load_tokenizer(str(tmp_path))
 
 
 def test_load_tokenizer_refuses_the_empty_one_of_a_model_config(tmp_path):
     Qwen3Config().save_pretrained(tmp_path)  # for which Transformers makes a tokenizer of one token
-    with pytest.raises(ValueError, match=r'model.hf_assets_path = ".*": its tokenizer has no vocabulary'):
+    with pytest.raises(ValueError, match=r'".*" \(model.hf_assets_path, .*: its tokenizer has no vocabulary'):
         data.load_tokenizer(str(tmp_path))
 
 
@@ -353,7 +355,9 @@ def test_slice_of_record_files(tmp_path, build, cache):
 
 
 def test_tokenizer_larger_than_the_vocabulary(build):
-    with pytest.raises(ValueError, match=r"model.hf_assets_path: the tokenizer has 384 tokens.* 383.*vocab_size = 384"):
+    with pytest.raises(
+        ValueError, match=r"the tokenizer has 384 tokens.* 383.*hf_transformers.model, or set vocab_size = 384"
+    ):
         build(vocabulary_size=383)
 
 

@@ -166,6 +166,9 @@ def test_a_registered_name(sources, monkeypatch):
     for name in ("", "a/b", "a:b"):
         with pytest.raises(ValueError, match=r"register_dataset\(.*a name must not be empty or hold"):
             register_dataset(name, list)
+    for name in ("python_stdlib", "c4"):
+        with pytest.raises(ValueError, match=rf'register_dataset\("{name}", .*has a meaning already. Choose another'):
+            register_dataset(name, list)
 
 
 def test_states_are_of_the_ranks_in_order(sources):

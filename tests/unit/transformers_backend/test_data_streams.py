@@ -223,6 +223,19 @@ def test_a_stream_that_cannot_be_opened(build, cache, monkeypatch):
         build(dataset="no/such")
 
 
+def test_an_alias_and_a_configuration_of_its_own(build, hub, monkeypatch):
+    import datasets
+
+    opened = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: opened.append((*a, k["name"])) or 1 / 0)
+    with pytest.raises(ValueError, match=r'dataset_name = "realnewslike": dataset = "c4" stands for "allenai/c4" with'):
+        build(dataset="c4", dataset_name="realnewslike")
+    for name in (None, "en"):
+        with pytest.raises(ZeroDivisionError):
+            build(dataset="c4", dataset_name=name)
+    assert opened == [("allenai/c4", "en")] * 2
+
+
 def test_streaming_needs_a_recent_datasets_package(build, cache, monkeypatch):
     monkeypatch.setattr("datasets.__version__", "4.8.1")
     with pytest.raises(ImportError, match=r"datasets >= 5, found 4.8.1"):
