@@ -411,6 +411,26 @@ def test_a_file_that_vanishes_or_changes_during_the_run(tmp_path, build, num_wor
     batches.close()
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_of_records_that_vanishes_or_changes_during_the_run(tmp_path, build, cache, num_workers):
+    """Its records can still be read, from a copy, but no resume could."""
+    for number in range(3):
+        write_json_lines(tmp_path / "data" / f"{number}.jsonl", [{"text": "some text"}] * 9)
+    batches = build(tmp_path / "data", num_workers=num_workers)
+    file = tmp_path / "data" / "1.jsonl"
+    content = file.read_text()
+    file.write_text(content[:-40])
+    with pytest.raises(ValueError, match=r"1.jsonl had 198 bytes when the run began and has 158 now: data must not"):
+        list(islice(batches, 100_000))
+    batches.close()
+    file.write_text(content)
+    batches = build(tmp_path / "data", num_workers=num_workers)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"1.jsonl was there when the run began, with 198 bytes, and cannot be read"):
+        list(islice(batches, 100_000))
+    batches.close()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
