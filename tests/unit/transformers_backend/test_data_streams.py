@@ -209,6 +209,13 @@ def test_the_same_iterator_again_is_refused(build, registry):
         build(dataset="mine")
 
 
+def test_a_stream_comes_in_chunks_as_large_as_a_collections(build, registry):
+    """What training.prefetch_factor counts: some 65,000 tokens, whatever is read."""
+    data.register_dataset("mine", lambda split: ("x" * 999 for _ in range(200)))
+    batches = build(dataset="mine")
+    assert len(batches.feeds._feeds[0].ready) == 66
+
+
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
