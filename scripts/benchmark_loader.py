@@ -18,16 +18,15 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))  # runs straight from a checkout
 
-from transformers_backend.data import build_batches, configured_sources, load_tokenizer
+from transformers_backend.assemble import find_tokenizer
+from transformers_backend.data import build_batches, configured_sources
 from transformers_backend.job_config import JobConfig, load_job_config
 
 
 def measure(config: JobConfig, seconds: float) -> dict[str, float | int | None]:
     """Read batches for `seconds` after the first; returns tokens/s, the first batch's time, and what was measured."""
     training = config.training
-    tokenizer = load_tokenizer(
-        config.model.hf_assets_path or config.hf_transformers.model, revision=config.hf_transformers.revision
-    )
+    tokenizer = find_tokenizer(config)
     sources, stages = configured_sources(training)
     start = time.perf_counter()
     batches = build_batches(

@@ -3,8 +3,9 @@
     python scripts/tokenize_corpus.py ./my_text --tokenizer Qwen/Qwen3-0.6B --output ./my_tokens
     scripts/train.sh my_run.toml --training.dataset_path ./my_tokens
 
-Documents keep their order, and become the tokens that training on the text itself would make of them. The folder is
-written beside its place, under a temporary name, and appears when it is whole.
+Documents keep their order, whatever the number of processes, and become the tokens that training on the text itself
+would make of them; empty ones are left out. The folder is written beside its place, under a temporary name, and appears
+when it is whole.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs straight from a checkout
 
 import numpy as np
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from transformers_backend.data.build import SourceKeys, open_source
 from transformers_backend.data.sources import Collection, Encoder
-from transformers_backend.data.streams import Stream, StreamReader, first_position
+from transformers_backend.data.streams import Stream, encode_stream_record, next_records
 from transformers_backend.data.token_file import TokenFileMeta, write_token_file
 from transformers_backend.data.tokens import load_tokenizer
-from transformers_backend.data.workers import Chunk, CollectionReader, Failure, Request, WorkerIterator
+from transformers_backend.data.workers import Chunk, CollectionReader, Failure, Request, WorkerIterator, make_chunk
 
 _DOCUMENTS_A_REQUEST = 64
 _PREFETCH = 4  # requests that each worker is ahead
@@ -117,6 +120,12 @@ def _documents(
                         f"{source.name}: holds token {highest}, and the tokenizer has {len(tokenizer)}. Name the one "
                         "that the data was made with."
                     )
+                if chunk.labels is not None and (chunk.labels != chunk.tokens).any():
+                    raise ValueError(
+                        f"{source.name}: has labels that are not its tokens, which a folder of tokens cannot hold: "
+                        "training on it would learn what they leave out. Train on the records themselves, as "
+                        "training.dataset_path or training.dataset, or remove the labels."
+                    )
                 yield chunk.tokens, chunk.lengths[chunk.lengths > 0]
                 progress.update(len(chunk.lengths))
 
@@ -136,23 +145,28 @@ def _collection_chunks(collection: Collection, encode: Encoder, num_workers: int
 
 
 def _stream_chunks(stream: Stream, encode: Encoder, num_workers: int) -> Iterator[Chunk | Failure]:
-    """Each worker reads a part of the stream; their documents are taken in turns."""
-    readers = [
-        StreamReader(stream, encode, first_position(), (None, part, num_workers), False) for part in range(num_workers)
-    ]
-    workers = [WorkerIterator(reader, None, num_workers=1, prefetch_factor=_PREFETCH) for reader in readers]
+    """This process reads the stream, once and in its order; the workers tokenize."""
+    records = iter(stream.part(None, 0, 0, 1))
+    requests = iter(lambda: next_records(stream.name, records, _DOCUMENTS_A_REQUEST), [])
+    reader = _RecordEncoder(stream.name, encode)
+    workers = WorkerIterator(reader, requests, num_workers=num_workers, prefetch_factor=_PREFETCH)
     try:
-        remaining = list(workers)
-        while remaining:
-            for worker in list(remaining):
-                answer = next(worker, None)
-                if answer is None:
-                    remaining.remove(worker)
-                else:
-                    yield answer if isinstance(answer, Failure) else answer.chunk
+        yield from workers
     finally:
-        for worker in workers:
-            worker.close()
+        workers.close()
+
+
+class _RecordEncoder(Dataset):
+    """What runs in a worker for a stream: makes a chunk of records that were read elsewhere."""
+
+    def __init__(self, name: str, encode: Encoder) -> None:
+        self._name, self._encode = name, encode
+
+    def __getitem__(self, records: list[Any]) -> Chunk | Failure:
+        try:
+            return make_chunk([encode_stream_record(self._encode, record, self._name) for record in records])
+        except ValueError as error:
+            return Failure(str(error))
 
 
 if __name__ == "__main__":

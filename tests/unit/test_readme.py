@@ -96,8 +96,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).save_pretrained(folder / "my_model")
     ByT5Tokenizer().save_pretrained(folder / "my_model")
-    (folder / "my_text").mkdir()
-    (folder / "my_text" / "a.txt").write_text("Some text of the reader's own. " * 40)
+    for text in ("my_text", "my_held_out_text"):
+        (folder / text).mkdir()
+        (folder / text / "a.txt").write_text("Some text of the reader's own. " * 40)
     (folder / "my_run.toml").write_text(blocks_of("README.md", "toml")[0])
     (folder / "my_training.py").write_text(blocks_of("README.md", "python")[1])
     (folder / "my_loop.py").write_text(blocks_of("docs/accelerate.md", "python")[0])

@@ -129,16 +129,42 @@ def test_what_is_asked_for_must_make_sense(
     assert message in capsys.readouterr().err
 
 
-def test_a_stream_is_read_in_parts_and_taken_in_turns(script: ModuleType, tmp_path: Path):
-    """As a hub data set is: each of two workers reads every second record."""
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_stream_is_read_once_and_in_its_order(script: ModuleType, tmp_path: Path, num_workers: int):
+    """As a hub data set is; on a machine with any number of cores the folder is the same."""
     (tmp_path / "hook.py").write_text(
-        "class Texts:\n    def __iter__(self):\n        return iter(['a', 'b', 'c', 'd', 'e'])\n"
-        "def make(split):\n    return Texts()\n"
+        "import pathlib\n"
+        "def make(split):\n"
+        "    for number in range(200):\n"
+        "        with pathlib.Path(__file__).with_suffix('.read').open('a') as file:\n"
+        "            file.write('x')\n"
+        "        yield str(number)\n"
     )
-    options = ("--dataset", f"{tmp_path}/hook.py:make", "--num_workers", "2")
+    options = ("--dataset", f"{tmp_path}/hook.py:make", "--num_workers", str(num_workers))
     assert run(script, tmp_path / "tokens", *options) == 0
-    tokens = {text: load_tokenizer("byt5")(text).input_ids for text in "abcde"}
-    assert documents_of(tmp_path / "tokens") == [tokens[text] for text in "acebd"]
+    encode = load_tokenizer("byt5")
+    assert documents_of(tmp_path / "tokens") == [encode(str(number)).input_ids for number in range(200)]
+    assert len((tmp_path / "hook.read").read_text()) == 200
+
+
+def test_a_record_of_a_stream_that_cannot_be_tokenized_is_told(script: ModuleType, tmp_path: Path, capsys):
+    (tmp_path / "hook.py").write_text("def make(split):\n    yield 'fine'\n    yield {'body': 'a'}\n")
+    options = ("--dataset", f"{tmp_path}/hook.py:make", "--num_workers", "1")
+    assert run(script, tmp_path / "tokens", *options) == 1
+    assert "record {'body': 'a'} cannot be tokenized: the record has body" in capsys.readouterr().err
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_labels_that_a_folder_of_tokens_cannot_hold_are_refused(script: ModuleType, tmp_path: Path, capsys):
+    masked = write_records(tmp_path / "x.jsonl", [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}])
+    assert run(script, tmp_path / "tokens", masked, "--num_workers", "1") == 1
+    error = capsys.readouterr().err
+    assert f'dataset_path = "{masked}": has labels that are not its tokens' in error
+    assert "Train on the records themselves" in error
+    assert not (tmp_path / "tokens").exists()
+    repeated = write_records(tmp_path / "y.jsonl", [{"input_ids": [5, 6], "labels": [5, 6]}])
+    assert run(script, tmp_path / "tokens", repeated, "--num_workers", "1") == 0
+    assert documents_of(tmp_path / "tokens") == [[5, 6]]
 
 
 def test_it_runs_from_a_checkout(tmp_path: Path):

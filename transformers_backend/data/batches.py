@@ -102,6 +102,7 @@ class PackedBatches:
             "sources": dict(zip(self.names, self.feeds.state_dicts(), strict=True)),
             "tokens_taken": dict(zip(self.names, self._tokens_taken, strict=True)),  # in this stage, by this rank
             "stage": self._stage,
+            "weights": self._weights_by_name(),
             "leftover": self._packer.state(),  # read and tokenized, but not yet part of a batch
             "batches": self._batches,
             "batches_per_step": self.batches_per_step,
@@ -138,7 +139,9 @@ class PackedBatches:
         if states[0]["batches_per_step"] != self.batches_per_step:
             batches = batches // states[0]["batches_per_step"] * self.batches_per_step
         self._start(batches)
-        if states[0]["stage"] == self._stage:
+        # Tokens that were taken by other weights say nothing about who is behind now: a new source would be all that is
+        # read until it has as many.
+        if (states[0]["stage"], states[0]["weights"]) == (self._stage, self._weights_by_name()):
             self._tokens_taken = [taken.get(name, 0) for name in self.names]
 
     def require_first_block(self) -> None:
@@ -169,6 +172,10 @@ class PackedBatches:
         self._weights = self.stages[stage].weights
         self._tokens_taken = [0] * len(self.names)
         self.feeds.read_ahead(self._weights)
+
+    def _weights_by_name(self) -> dict[str, float]:
+        """Of the sources that this stage reads."""
+        return {name: weight for name, weight in zip(self.names, self._weights, strict=True) if weight}
 
     def _read(self, tokens: int) -> None:
         """Put documents into the packer until it holds `tokens` tokens, or the data ends."""
@@ -202,8 +209,9 @@ def require_same_data(saved: dict[str, Any], here: dict[str, Any]) -> None:
     if differences:
         raise ValueError(
             f"The checkpoint's data state is of other data: {'; '.join(differences)}. Its position has a meaning "
-            "only in the same data: give dataset, dataset_path, text_column, tokenizer and seed as they were (a source "
-            "that is not wanted any more can be left out of a stage), or start a new run from the checkpoint's weights."
+            "only in the same data: give dataset, dataset_path, text_column, chat_template, tokenizer and seed as they "
+            "were (a source that is not wanted any more can be left out of a stage), or start a new run from the "
+            "checkpoint's weights."
         )
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from transformers_backend.data.batches import PackedBatches, Stage
-from transformers_backend.data.chat import chat_encoder
+from transformers_backend.data.chat import ChatEncoder, chat_encoder
 from transformers_backend.data.feeds import Feeds
 from transformers_backend.data.files import open_path, open_standard_library
-from transformers_backend.data.hook import hook_encoder, is_hook, open_hook
+from transformers_backend.data.hook import HookEncoder, hook_encoder, is_hook, open_hook
 from transformers_backend.data.hub import open_stream
 from transformers_backend.data.sources import (
     BUILT_IN_SOURCE,
+    HUB_ALIASES,
     NOT_EMPTY,
     ChooseFormat,
     Collection,
@@ -28,12 +29,10 @@ from transformers_backend.data.sources import (
     require_column,
 )
 from transformers_backend.data.streams import RepeatedIterable, Stream
-from transformers_backend.data.token_file import as_document, is_token_file, open_token_file
+from transformers_backend.data.token_file import as_document, is_token_file, open_token_file, tokenizer_digest
 from transformers_backend.data.tokenized import TokenizedEncoder, tokenized_encoder
-from transformers_backend.data.tokens import DocumentEncoder
+from transformers_backend.data.tokens import TOKENIZER_KEYS, DocumentEncoder
 from transformers_backend.job_config import TextSource, Training, stage_weights
-
-_ALIASES = {"c4": ("allenai/c4", "en")}  # as torchtitan's files name it
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,10 @@ def configured_sources(section: TextSource) -> tuple[dict[str, SourceKeys], list
     if isinstance(section, Training) and section.sources:
         sources = {source.name: source for source in section.sources}
         stages = [Stage(*stage) for stage in stage_weights(section.sources, section.stages)]
-    return {name: SourceKeys(**{key: getattr(s, key) for key in keys}) for name, s in sources.items()}, stages
+    values = {name: {key: getattr(source, key) for key in keys} for name, source in sources.items()}
+    if not isinstance(section, Training) and section.dataset is None:
+        values[""]["dataset"] = BUILT_IN_SOURCE
+    return {name: SourceKeys(**of_source) for name, of_source in values.items()}, stages
 
 
 def build_batches(
@@ -131,8 +133,8 @@ def build_batches(
         positions=packing == "documents",
         fill_token=next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0),
         fingerprint={
-            "sources": {name: _fingerprint(source) for name, (source, _) in opened.items()},
-            "tokenizer": f"{type(tokenizer).__name__} with {len(tokenizer)} tokens",
+            "sources": {name: _fingerprint(source, encode) for name, (source, encode) in opened.items()},
+            "tokenizer": f"{type(tokenizer).__name__} with {len(tokenizer)} tokens, {tokenizer_digest(tokenizer)[:16]}",
             "seed": seed if repeat else None,
             "repeat": repeat,
         },
@@ -150,7 +152,7 @@ def open_source(
 ) -> tuple[Collection | Stream, Encoder]:
     """Open what the keys of one source name, and choose how its records become documents."""
     choose_format = _choose_format(keys, tokenizer, vocabulary_size)
-    dataset, configuration = _ALIASES.get(keys.dataset, (keys.dataset, keys.dataset_name))
+    dataset, configuration = _hub_names(keys)
     source: Collection | Stream
     is_path = not is_hook(dataset) and dataset != BUILT_IN_SOURCE and Path(dataset).expanduser().exists()
     path = keys.dataset_path or (dataset if is_path else None)
@@ -167,6 +169,19 @@ def open_source(
     if isinstance(source, Collection) and source.count == 0:
         raise ValueError(f"{source.name}: holds no documents. {NOT_EMPTY}")
     return source, encode
+
+
+def _hub_names(keys: SourceKeys) -> tuple[str, str | None]:
+    """The data set and its configuration, with an alias resolved."""
+    if keys.dataset not in HUB_ALIASES:
+        return keys.dataset, keys.dataset_name
+    dataset, configuration = HUB_ALIASES[keys.dataset]
+    if keys.dataset_name not in (None, configuration):
+        raise ValueError(
+            f'dataset_name = "{keys.dataset_name}": dataset = "{keys.dataset}" stands for "{dataset}" with '
+            f'dataset_name = "{configuration}". Write dataset = "{dataset}" for another one.'
+        )
+    return dataset, configuration
 
 
 def _choose_format(keys: SourceKeys, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> ChooseFormat:
@@ -207,7 +222,7 @@ def _open_hook(
     if isinstance(data, Collection):
         return data, encode
     fingerprint = {"dataset": keys.dataset, "split": keys.dataset_split}
-    return Stream(name, RepeatedIterable(name, data), fingerprint), encode
+    return Stream(name, RepeatedIterable(data), fingerprint), encode
 
 
 def _is_slow(encode: Encoder) -> bool:
@@ -217,14 +232,20 @@ def _is_slow(encode: Encoder) -> bool:
     return encode is not as_document and not isinstance(encode, TokenizedEncoder)
 
 
-def _fingerprint(source: Collection | Stream) -> dict[str, object]:
-    return source.fingerprint | ({"documents": source.count} if isinstance(source, Collection) else {})
+def _fingerprint(source: Collection | Stream, encode: Encoder) -> dict[str, object]:
+    found = dict(source.fingerprint)
+    if isinstance(source, Collection):
+        found["documents"] = source.count
+    chat = encode.chat if isinstance(encode, HookEncoder) else encode
+    if isinstance(chat, ChatEncoder):
+        found["chat_template"] = chat.template_digest
+    return found
 
 
 def require_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> None:
     if len(tokenizer) > vocabulary_size:
         raise ValueError(
-            f"model.hf_assets_path: the tokenizer has {len(tokenizer)} tokens, and the model's vocabulary "
-            f"{vocabulary_size}: it must have at least as many. Use the model's own tokenizer, or set vocab_size = "
-            f"{len(tokenizer)} in hf_transformers.config_overrides."
+            f"the tokenizer has {len(tokenizer)} tokens, and the model's vocabulary {vocabulary_size}: it must have at "
+            f"least as many. Name the model's own tokenizer in {TOKENIZER_KEYS}, or set vocab_size = {len(tokenizer)} "
+            "in hf_transformers.config_overrides."
         )

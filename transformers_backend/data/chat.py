@@ -7,6 +7,7 @@ So such a template is refused before the run starts.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def chat_encoder(tokenizer: PreTrainedTokenizerBase, column: str, template_file:
             "before what the assistant writes, its end token included, and {% endgeneration %} after it. "
             f"{_REMEDY}."
         )
-    encode = _ChatEncoder(tokenizer, column, template)
+    encode = ChatEncoder(tokenizer, column, template)
     try:
         encode(_PROBE)
     except ValueError as error:
@@ -75,10 +76,17 @@ def _template(tokenizer: PreTrainedTokenizerBase, template_file: str | None) -> 
 
 
 @dataclass(frozen=True)
-class _ChatEncoder:
+class ChatEncoder:
+    """What `chat_encoder` returns."""
+
     tokenizer: PreTrainedTokenizerBase
     column: str
     template: str
+
+    @property
+    def template_digest(self) -> str:
+        """Tells whether another run makes the same text of a conversation."""
+        return hashlib.sha256(self.template.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def __call__(self, record: Any) -> Document:
         tools = None

@@ -16,11 +16,9 @@ import numpy as np
 from transformers_backend.data.order import Cursor, documents_at, merge_cursors
 from transformers_backend.data.sources import Collection, Document, Encoder
 from transformers_backend.data.streams import Stream, StreamReader, first_position, merge_positions
-from transformers_backend.data.workers import Chunk, CollectionReader, Failure, Request, WorkerIterator
+from transformers_backend.data.workers import CHUNK_TOKENS, Chunk, CollectionReader, Failure, Request, WorkerIterator
 
-# A worker reads documents of about so many tokens at a time: little beside a batch of a large model, and enough that
-# the queue between processes costs next to nothing. At most so many documents, for those without any token.
-_CHUNK_TOKENS = 2**16
+# Documents in a chunk at most, for those without any token.
 _CHUNK_DOCUMENTS = 256
 
 
@@ -47,11 +45,11 @@ class _CollectionFeed:
     @property
     def _mean_tokens(self) -> float:
         """Before the first document is read, one of a fourth of a chunk is assumed."""
-        return (self._tokens_read + _CHUNK_TOKENS / 4) / (self._documents_read + 1)
+        return (self._tokens_read + CHUNK_TOKENS / 4) / (self._documents_read + 1)
 
     def next_numbers(self) -> np.ndarray:
         """The documents to read next, none after the end; they count as requested."""
-        wanted = int(min(max(_CHUNK_TOKENS / max(self._mean_tokens, 1), 1), _CHUNK_DOCUMENTS))
+        wanted = int(min(max(CHUNK_TOKENS / max(self._mean_tokens, 1), 1), _CHUNK_DOCUMENTS))
         places = self.cursor.places(self.cursor.taken + self._requested, wanted)
         if not self._repeat:
             places = places[places < self._count]

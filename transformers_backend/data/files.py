@@ -64,11 +64,17 @@ def open_path(dataset_path: str, split: str, choose_format: ChooseFormat) -> tup
                 "each split into a folder of its own."
             )
         return _TextPieces(name, files, sizes).collection(fingerprint), choose_format(None, name).encode
-    return _open_records(kind, files, split, name, fingerprint, choose_format)
+    return _open_records(kind, files, sizes, split, name, fingerprint, choose_format)
 
 
 def _open_records(
-    kind: str, files: list[Path], split: str, name: str, fingerprint: dict[str, Any], choose_format: ChooseFormat
+    kind: str,
+    files: list[Path],
+    sizes: list[int],
+    split: str,
+    name: str,
+    fingerprint: dict[str, Any],
+    choose_format: ChooseFormat,
 ) -> tuple[Collection, Encoder]:
     split_name, bracket, bounds = split.partition("[")
     datasets = import_datasets(name)
@@ -83,8 +89,26 @@ def _open_records(
     fingerprint |= {"columns": ", ".join(record_format.columns), "slice": bracket + bounds}
     records = records.select_columns(list(record_format.columns))
     places = _RecordPlaces(kind, tuple(files), split if bracket else None)
-    collection = Collection(name, records.__getitem__, len(records), fingerprint, places)
-    return collection, record_format.encode
+    reader = _Records(name, files, sizes, records)
+    return Collection(name, reader, len(records), fingerprint, places), record_format.encode
+
+
+class _Records:
+    """Row number -> record. Every read looks at one of the files, in turns, so that a change is not found out only by
+    the resume that refuses it: `datasets` itself reads its copy in the cache."""
+
+    def __init__(self, name: str, files: list[Path], sizes: list[int], records: Any) -> None:
+        self._name, self._files, self._sizes, self._records = name, files, sizes, records
+        self._turn = 0
+
+    def __call__(self, number: int) -> Any:
+        index = self._turn % len(self._files)
+        self._turn += 1
+        try:
+            _require_size(self._name, self._files[index], self._sizes[index], self._files[index].stat().st_size)
+        except OSError as error:
+            raise _unreadable(self._name, self._files[index], self._sizes[index], error) from error
+        return self._records[number]
 
 
 @dataclass(frozen=True)
@@ -126,13 +150,10 @@ class _TextPieces:
         index, piece = self._place(number)
         try:
             with self._files[index].open("rb") as file:
-                self._require_size(index, os.fstat(file.fileno()).st_size)
+                _require_size(self._name, self._files[index], self._sizes[index], os.fstat(file.fileno()).st_size)
                 content = file.read() if self._whole else self._read_piece(file, piece)
         except OSError as error:
-            raise ValueError(
-                f"{self._name}: {self._files[index]} was there when the run began, with {self._sizes[index]:,} bytes, "
-                f"and cannot be read now ({error.strerror}). Put it back and resume from the last checkpoint."
-            ) from error
+            raise _unreadable(self._name, self._files[index], self._sizes[index], error) from error
         try:
             return content.decode("utf-8" if piece else "utf-8-sig")  # without a byte order mark at the file's start
         except UnicodeDecodeError as error:
@@ -150,20 +171,27 @@ class _TextPieces:
         index = bisect.bisect_right(self._ends, number)
         return index, number - (self._ends[index - 1] if index else 0)
 
-    def _require_size(self, index: int, size: int) -> None:
-        if size != self._sizes[index]:
-            raise ValueError(
-                f"{self._name}: {self._files[index]} had {self._sizes[index]:,} bytes when the run began and has "
-                f"{size:,} now: data must not change during a run. Restore the file and resume from the last "
-                "checkpoint, or start a new run."
-            )
-
     def _read_piece(self, file: BinaryIO, piece: int) -> bytes:
         """From the first line that begins at or after the piece's start to the one that ends it."""
         start = _line_start(file, piece * self._piece)
         end = _line_start(file, (piece + 1) * self._piece)
         file.seek(start)
         return file.read(end - start)
+
+
+def _require_size(name: str, file: Path, at_start: int, now: int) -> None:
+    if now != at_start:
+        raise ValueError(
+            f"{name}: {file} had {at_start:,} bytes when the run began and has {now:,} now: data must not change "
+            "during a run. Restore the file and resume from the last checkpoint, or start a new run."
+        )
+
+
+def _unreadable(name: str, file: Path, at_start: int, error: OSError) -> ValueError:
+    return ValueError(
+        f"{name}: {file} was there when the run began, with {at_start:,} bytes, and cannot be read now "
+        f"({error.strerror}). Put it back and resume from the last checkpoint."
+    )
 
 
 def _data_files(root: Path, name: str) -> tuple[str, list[Path]]:

@@ -1,7 +1,7 @@
 """A user's own data: a Python function that returns it, named as "module:function" or "path/to/file.py:function".
 
     def make_dataset(split):                        # training.dataset = "my_data.py:make_dataset"
-        return ["a document", "another one"]        # anything with a length and numbers, or an iterable
+        return ["a document", "another one"]        # anything with a length and numbers, an iterable or a generator
 
 Its records may be strings, dicts (with the text, messages or input_ids in their columns) or arrays of tokens.
 """
@@ -12,11 +12,11 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,7 +33,8 @@ def is_hook(dataset: str) -> bool:
 
 
 def open_hook(spec: str, name: str, split: str = "train") -> Collection | Iterable[Any]:
-    """Call the function with `split`; what has a length is a Collection, and other iterables are given back.
+    """Call the function with `split`; what has a length is a Collection, and other iterables are given back, as ones
+    that start over with each `iter()`: for iterators (a generator, say) each of them calls the function again.
 
     spec: "module:function" or "file.py:function". name: for messages. A Collection's records are read by number in
     worker processes, each of which calls the function for itself if the data cannot be copied to it. Raises ValueError
@@ -46,10 +47,12 @@ def open_hook(spec: str, name: str, split: str = "train") -> Collection | Iterab
         if len(data) == 0:
             raise ValueError(f'{name}: it returned no documents for split "{split}". Return data that is not empty.')
         fingerprint = {"dataset": spec, "split": split, "documents": len(data)}
-        if (own := getattr(data, "fingerprint", None)) is not None and isinstance(own, str | int | dict):
-            fingerprint["fingerprint"] = own
+        if isinstance(data, _WithFingerprint) and isinstance(data.fingerprint, str | int | dict):
+            fingerprint["fingerprint"] = data.fingerprint
         reader = _Reader(spec, name, split, data)
         return Collection(name, reader, len(data), fingerprint, reader.where)
+    if isinstance(data, Iterator):
+        return _NewIterators(spec, name, split, data)
     if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
         return data
     raise ValueError(
@@ -62,11 +65,13 @@ def hook_encoder(
     *, text: Encoder, tokenized: Encoder, chat: Encoder | None, text_column: str, messages_column: str | None
 ) -> Encoder:
     """The encoder that looks at each record: tokens, messages, or text. `text` gets strings."""
-    return _HookEncoder(text, tokenized, chat, text_column, messages_column)
+    return HookEncoder(text, tokenized, chat, text_column, messages_column)
 
 
 @dataclass(frozen=True)
-class _HookEncoder:
+class HookEncoder:
+    """What `hook_encoder` returns."""
+
     text: Encoder
     tokenized: Encoder
     chat: Encoder | None
@@ -117,9 +122,37 @@ class _Reader:
         return self.__dict__ | {"_data": None}
 
 
+class _NewIterators:
+    """An iterable from a function that returns iterators: each pass is over a new one, which starts at the start."""
+
+    def __init__(self, spec: str, name: str, split: str, first: Iterator[Any]) -> None:
+        self._spec, self._name, self._split, self._first = spec, name, split, first
+
+    def __iter__(self) -> Iterator[Any]:
+        data = _make(self._spec, self._name, self._split)
+        if data is self._first or not isinstance(data, Iterator):
+            raise ValueError(
+                f"{self._name}: called again, it returned the same iterator or something else: must be a new iterator "
+                "each time, because each epoch and each resume starts over. Make the iterator inside the function."
+            )
+        return data
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_first": None}
+
+
+@runtime_checkable
+class _Numbered(Protocol):
+    def __getitem__(self, number: int) -> Any: ...
+
+
+@runtime_checkable
+class _WithFingerprint(Protocol):
+    fingerprint: Any
+
+
 def _is_sequence(data: Any) -> bool:
-    methods = dir(type(data))
-    return "__len__" in methods and "__getitem__" in methods and not isinstance(data, str | bytes | Mapping)
+    return isinstance(data, Sized) and isinstance(data, _Numbered) and not isinstance(data, str | bytes | Mapping)
 
 
 def _make(spec: str, name: str, split: str) -> Any:

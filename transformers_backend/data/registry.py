@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from transformers_backend.data.sources import BUILT_IN_SOURCE, HUB_ALIASES
+
 _FACTORIES: dict[str, Callable[[str], Any]] = {}
 
 
@@ -14,6 +16,8 @@ def register_dataset(name: str, factory: Callable[[str], Any]) -> None:
     For a program that makes its own `Trainer`; every rank registers. Registering a name again replaces its factory.
     Raises ValueError for a name that would be read as something else.
     """
+    if name == BUILT_IN_SOURCE or name in HUB_ALIASES:
+        raise ValueError(f'register_dataset("{name}", ...): the name has a meaning already. Choose another one.')
     if not name or any(character in name for character in ":/\\~"):
         raise ValueError(
             f'register_dataset("{name}", ...): a name must not be empty or hold ":", "/", "\\" or "~", as functions, '

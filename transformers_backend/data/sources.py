@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 BUILT_IN_SOURCE = "python_stdlib"
+HUB_ALIASES = {"c4": ("allenai/c4", "en")}  # dataset and configuration; as torchtitan's files name it
 NOT_EMPTY = "Point it to data that is not empty."
 
 

@@ -8,7 +8,7 @@ is opened in `hub.py`; `feeds.py` puts the reader into a worker.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -18,13 +18,11 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from transformers_backend.data.sources import NOT_EMPTY, Document, Encoder, encode_record
-from transformers_backend.data.workers import Chunk, Failure, make_chunk
+from transformers_backend.data.workers import CHUNK_TOKENS, Chunk, Failure, make_chunk
 
 # Documents of a stream are shuffled inside windows of this many. `datasets` has a shuffle buffer of its own, but
 # loses its content on a resume; a window is simply read again.
 SHUFFLE_WINDOW = 1000
-# Tokens after which a chunk of documents is handed on.
-_CHUNK_TOKENS = 2**15
 
 
 class Records(Protocol):
@@ -54,21 +52,15 @@ class RepeatedIterable:
     It is read from its start on a resume, and always in its own order (but for the shuffle inside windows).
     """
 
-    name: str
-    iterable: Any
+    iterable: Iterable[Any]
 
     def __call__(self, seed: int | None, epoch: int, data_rank: int, data_world_size: int) -> Records:
-        if epoch and iter(self.iterable) is self.iterable:
-            raise ValueError(
-                f"{self.name}: is an iterator, which ends after one epoch and cannot start over. Return an iterable "
-                "whose __iter__ starts a new pass, or set training.steps so that one pass is enough."
-            )
         return _EveryNth(self.iterable, data_rank, data_world_size)
 
 
 @dataclass
 class _EveryNth:
-    iterable: Any
+    iterable: Iterable[Any]
     first: int
     step: int
     taken: int = 0
@@ -145,7 +137,11 @@ class StreamReader(IterableDataset):
                 for chunk, position in self._read_part(part):
                     tokens += len(chunk.tokens)
                     yield StreamChunk(chunk, {"parts": [position, *parts], "next_epoch": next_epoch}, part["epoch"])
-                if self._repeat and tokens == 0 and part["stream"] is None:
+                if (
+                    self._repeat
+                    and tokens == 0
+                    and part == _whole_part(part["epoch"], part["rank"], part["world_size"])
+                ):
                     self._complain_of_no_tokens(part)
         except ValueError as error:
             yield Failure(str(error))
@@ -156,38 +152,42 @@ class StreamReader(IterableDataset):
         if stream is not None:
             dataset.load_state_dict(stream)
         records = iter(dataset)
-        while texts := self._next_window(records):
+        while texts := next_records(self._stream.name, records, SHUFFLE_WINDOW):
             numbers = np.arange(len(texts))
             if self._seed is not None:
                 numbers = np.random.default_rng((self._seed, part["epoch"], window)).permutation(numbers)
             while place < len(texts):
                 position = part | {"window": window, "place": place, "stream": stream}
                 documents, tokens = [], 0
-                while place < len(texts) and tokens < _CHUNK_TOKENS:
-                    documents.append(self._document(texts[numbers[place]]))
+                while place < len(texts) and tokens < CHUNK_TOKENS:
+                    documents.append(encode_stream_record(self._encode, texts[numbers[place]], self._stream.name))
                     tokens += len(documents[-1].tokens)
                     place += 1
                 yield make_chunk(documents), position
             window, place, stream = window + 1, 0, dataset.state_dict()
-
-    def _next_window(self, records: Iterator[Any]) -> list[Any]:
-        try:
-            with _without_shuffle_buffer_message():
-                return list(islice(records, SHUFFLE_WINDOW))
-        except (OSError, ValueError) as error:  # a file that went away or is broken, a connection that is lost
-            raise ValueError(
-                f"{self._stream.name}: reading stopped ({type(error).__name__}: {error}). Mend the data or the "
-                "connection, and resume from the last checkpoint."
-            ) from error
-
-    def _document(self, record: Any) -> Document:
-        return encode_record(self._encode, record, lambda: f"{self._stream.name}: record {str(record)[:100]}")
 
     def _complain_of_no_tokens(self, part: dict[str, Any]) -> None:
         raise ValueError(
             f"{self._stream.name}: data rank {part['rank']} of {part['world_size']} gets no text in an epoch. "
             f"{NOT_EMPTY} Use more text or fewer data ranks."
         )
+
+
+def encode_stream_record(encode: Encoder, record: Any, name: str) -> Document:
+    """The document of a record of the stream of that name; a record has no number there, so errors show its start."""
+    return encode_record(encode, record, lambda: f"{name}: record {str(record)[:100]}")
+
+
+def next_records(name: str, records: Iterator[Any], count: int) -> list[Any]:
+    """The next `count` records of the stream of that name, fewer at its end; ValueError where it cannot be read."""
+    try:
+        with _without_shuffle_buffer_message():
+            return list(islice(records, count))
+    except (OSError, ValueError) as error:  # a file that went away or is broken, a connection that is lost
+        raise ValueError(
+            f"{name}: reading stopped ({type(error).__name__}: {error}). Mend the data or the connection, and resume "
+            "from the last checkpoint."
+        ) from error
 
 
 @contextmanager

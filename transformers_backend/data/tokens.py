@@ -8,6 +8,9 @@ import re
 import numpy as np
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
+TOKENIZER_KEYS = "model.hf_assets_path, or without it hf_transformers.model"
+"""Where a job names its tokenizer, for messages."""
+
 
 def load_tokenizer(
     name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
@@ -26,13 +29,13 @@ def load_tokenizer(
         )
     except (OSError, ValueError, TypeError) as error:  # missing; not a tokenizer; a slow one without its vocabulary
         raise ValueError(
-            f'model.hf_assets_path = "{name_or_path}": no tokenizer could be loaded from it. {remedy} '
+            f'"{name_or_path}" ({TOKENIZER_KEYS}): no tokenizer could be loaded from it. {remedy} '
             f"({type(error).__name__}: {error})"
         ) from error
     special = {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens}
     if len(tokenizer.get_vocab().keys() - special) < 2:
         raise ValueError(
-            f'model.hf_assets_path = "{name_or_path}": its tokenizer has no vocabulary, only special tokens; the '
+            f'"{name_or_path}" ({TOKENIZER_KEYS}): its tokenizer has no vocabulary, only special tokens; the '
             f"vocabulary file is missing. {remedy}"
         )
     return tokenizer

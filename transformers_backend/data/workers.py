@@ -25,6 +25,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers_backend.data.sources import Collection, Document, Encoder, encode_record
 from transformers_backend.signals import STOP_SIGNALS, die_with_parent, shield_child_process
 
+# Documents of about so many tokens are read at a time: little beside a batch of a large model, and enough that the
+# queue between processes costs next to nothing.
+CHUNK_TOKENS = 2**16
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -98,7 +102,7 @@ class WorkerIterator:
     def __init__(
         self,
         dataset: Dataset | IterableDataset,
-        requests: Iterable[Request] | None,
+        requests: Iterable[Any] | None,
         *,
         num_workers: int,
         prefetch_factor: int,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig, check
+from transformers_backend.job_config.data_sections import held_out_problems
 from transformers_backend.job_config.run_sections import Comm, Debug, Metrics, Profiling
 from transformers_backend.job_config.sections import (
     Checkpoint,
@@ -91,6 +92,8 @@ def find_problems(config: JobConfig, world_size: int | None = None) -> list[str]
         found += problems
         if not problems:
             sound.add(name)
+    if {"training", "validation"} <= sound and config.validation.enable:
+        found += held_out_problems("validation", config.validation, config.training.sources or [config.training])
     if {"hf_transformers", "model"} <= sound:
         found += _tokenizer_problems(config)
     if world_size is not None and {"parallelism", "training"} <= sound:

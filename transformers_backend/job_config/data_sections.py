@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +45,8 @@ class TextSource:
     """File with a jinja chat template that is used in place of the tokenizer's. none means the tokenizer's own."""
 
     def text_problems(self, section: str) -> list[str]:
-        found = empty_strings(section, self, "dataset", "dataset_split", "text_column")
+        named = () if self.dataset is None else ("dataset",)  # None in [validation] alone
+        found = empty_strings(section, self, *named, "dataset_split", "text_column")
         if self.dataset_path is not None and not Path(self.dataset_path).expanduser().exists():
             found.append(
                 f'{section}.dataset_path = "{self.dataset_path}": no such file or folder from {Path.cwd()}; correct '
@@ -85,6 +87,20 @@ class Stage:
 
     weights: list[float] = field(default_factory=list)
     """Their weights in this stage, in the order of sources. An empty list means the weights of the sources."""
+
+
+def held_out_problems(section: str, held_out: TextSource, training: Sequence[TextSource]) -> list[str]:
+    """Where no held-out text is named it is the built-in one, whose loss says little of a training on other text."""
+    if held_out.dataset is not None or held_out.dataset_path is not None:
+        return []
+    built_in = TextSource.dataset
+    if any(source.dataset_path is None and source.dataset == built_in for source in training):
+        return []
+    return [
+        f"{section}.dataset is missing: without it held-out text is that of {built_in}, and training reads other text; "
+        f"set {section}.dataset_path, or {section}.dataset with a split that is there (dataset_split = "
+        f'"{held_out.dataset_split}").'
+    ]
 
 
 def mixture_problems(section: str, sources: list[Source], stages: list[Stage], has_dataset: str | None) -> list[str]:

@@ -360,6 +360,9 @@ class Validation(TextSource):
     enable: bool = False
     """Measure the loss on held-out text during the run."""
 
+    dataset: str | None = None
+    """The text, as training.dataset. none means "python_stdlib", if training reads it too; else this must be set."""
+
     dataset_split: str = "validation"
     """Split of the data set."""
 

@@ -105,13 +105,15 @@ def test_load_tokenizer_reads_a_folder(tmp_path, byt5):
 
 
 def test_load_tokenizer_without_files(tmp_path):
-    with pytest.raises(ValueError, match=r'model.hf_assets_path = ".*": no tokenizer could be loaded.*"byt5"'):
+    with pytest.raises(
+        ValueError, match=r'".*" \(model.hf_assets_path, or without it hf_tr.*: no tokenizer could be loaded.*"byt5"'
+    ):
         data.load_tokenizer(str(tmp_path))
 
 
 def test_load_tokenizer_refuses_the_empty_one_of_a_model_config(tmp_path):
     Qwen3Config().save_pretrained(tmp_path)  # for which Transformers makes a tokenizer of one token
-    with pytest.raises(ValueError, match=r'model.hf_assets_path = ".*": its tokenizer has no vocabulary'):
+    with pytest.raises(ValueError, match=r'".*" \(model.hf_assets_path, .*: its tokenizer has no vocabulary'):
         data.load_tokenizer(str(tmp_path))
 
 
@@ -353,7 +355,9 @@ def test_slice_of_record_files(tmp_path, build, cache):
 
 
 def test_tokenizer_larger_than_the_vocabulary(build):
-    with pytest.raises(ValueError, match=r"model.hf_assets_path: the tokenizer has 384 tokens.* 383.*vocab_size = 384"):
+    with pytest.raises(
+        ValueError, match=r"the tokenizer has 384 tokens.* 383.*hf_transformers.model, or set vocab_size = 384"
+    ):
         build(vocabulary_size=383)
 
 
@@ -403,6 +407,26 @@ def test_a_file_that_vanishes_or_changes_during_the_run(tmp_path, build, num_wor
     batches = build(path, seq_len=2, batch_size=1, num_workers=num_workers)
     (path / "000.txt").unlink()
     with pytest.raises(ValueError, match=r"000.txt was there when the run began, with 9 bytes, and cannot be read now"):
+        list(islice(batches, 100_000))
+    batches.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_of_records_that_vanishes_or_changes_during_the_run(tmp_path, build, cache, num_workers):
+    """Its records can still be read, from a copy, but no resume could."""
+    for number in range(3):
+        write_json_lines(tmp_path / "data" / f"{number}.jsonl", [{"text": "some text"}] * 9)
+    batches = build(tmp_path / "data", num_workers=num_workers)
+    file = tmp_path / "data" / "1.jsonl"
+    content = file.read_text()
+    file.write_text(content[:-40])
+    with pytest.raises(ValueError, match=r"1.jsonl had 198 bytes when the run began and has 158 now: data must not"):
+        list(islice(batches, 100_000))
+    batches.close()
+    file.write_text(content)
+    batches = build(tmp_path / "data", num_workers=num_workers)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"1.jsonl was there when the run began, with 198 bytes, and cannot be read"):
         list(islice(batches, 100_000))
     batches.close()
 

@@ -10,6 +10,7 @@ import pytest
 from tests.jobs import SEQUENCE, tiny_job
 from tests.texts import write_text_files
 from transformers_backend import Trainer
+from transformers_backend.data import configured_sources
 from transformers_backend.job_config import Source, Stage, load_job_config, stage_weights
 
 MINIMAL = '[hf_transformers]\nmodel = "Qwen/Qwen3-0.6B"\n'
@@ -106,6 +107,28 @@ def test_what_cannot_work_is_refused(tmp_path: Path, text: str, message: str) ->
     with pytest.raises(ValueError, match="Invalid configuration") as raised:
         load_job_config([write(tmp_path, MINIMAL + text)])
     assert message in str(raised.value)
+
+
+HELD_OUT = "[validation]\nenable = true\n"
+
+
+@pytest.mark.parametrize(
+    "training", ["dataset = 'c4'", "dataset_path = '.'", "[[training.sources]]\nname='a'\ndataset='c4'"]
+)
+def test_held_out_text_must_be_named_where_training_reads_other_text_than_the_default(tmp_path, training) -> None:
+    """It would be the Python standard library, without a word."""
+    job = f"{MINIMAL}[training]\n{training}\n{HELD_OUT}"
+    with pytest.raises(ValueError, match=r"validation\.dataset is missing: .* is that of python_stdlib, and training"):
+        load_job_config([write(tmp_path, job)])
+    for named in ("dataset = 'c4'", "dataset = 'python_stdlib'", "dataset_path = '.'"):
+        load_job_config([write(tmp_path, job + named)])
+
+
+def test_held_out_text_of_a_training_on_the_default_is_its_own(tmp_path) -> None:
+    for training in ("", "[[training.sources]]\nname='a'\ndataset='c4'\n[[training.sources]]\nname='b'\n"):
+        config = load_job_config([write(tmp_path, MINIMAL + training + HELD_OUT)])
+        keys = configured_sources(config.validation)[0][""]
+        assert (keys.dataset, keys.dataset_split) == ("python_stdlib", "validation")
 
 
 def test_help_lists_the_keys_of_sources_and_stages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.jobs import tiny_job
 from transformers_backend import JobConfig, Trainer
-from transformers_backend.data import SourceKeys, load_tokenizer
+from transformers_backend.data import SourceKeys, build_batches, load_tokenizer
 from transformers_backend.data.build import open_source
 from transformers_backend.data.chat import chat_encoder
 from transformers_backend.data.token_file import write_token_file
@@ -167,6 +168,27 @@ def test_a_run_on_conversations(tmp_path: Path, job: Callable[..., JobConfig]):
         assert trainer.step == 2
     finally:
         trainer.close()
+
+
+@pytest.mark.parametrize("kind", ["file", "function"])
+def test_a_resume_with_another_template_is_refused(tmp_path: Path, kind: str):
+    talk = [{"role": "user", "content": "how many"}, {"role": "assistant", "content": "three"}]
+    dataset = {"dataset_path": write_records(tmp_path / "x.jsonl", [{"messages": talk}] * 9)}
+    if kind == "function":
+        (tmp_path / "mine.py").write_text(f"def make(split):\n    return [{{'messages': {talk!r}}}] * 9\n")
+        dataset = {"dataset": f"{tmp_path}/mine.py:make"}
+    tokenizer = load_tokenizer(write_words_tokenizer(tmp_path / "words", TEMPLATE))
+    arguments = {
+        "tokenizer": tokenizer, "vocabulary_size": len(tokenizer), "seq_len": 4, "batch_size": 1, "data_rank": 0,
+        "data_world_size": 1, "seed": 7, "num_workers": 0,
+    }  # fmt: skip
+    own = SourceKeys(**dataset, messages_column="messages")
+    state = build_batches({"": own}, **arguments).state_dict()
+    build_batches({"": own}, **arguments).load_state_dict([state])
+    (tmp_path / "more.jinja").write_text(TEMPLATE + "four")
+    other = replace(own, chat_template=str(tmp_path / "more.jinja"))
+    with pytest.raises(ValueError, match=r"other data: chat_template = '\w{16}' there and '\w{16}' here"):
+        build_batches({"": other}, **arguments).load_state_dict([state])
 
 
 def test_a_run_on_conversations_without_marks_is_refused(tmp_path: Path, job: Callable[..., JobConfig]):

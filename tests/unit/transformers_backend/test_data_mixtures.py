@@ -113,6 +113,30 @@ def test_sources_may_be_added_and_not_removed(sources):
         build_batches(sources=fewer).load_state_dict([after.state_dict()])
 
 
+def taken_later(batches, before: dict[str, int], steps: int) -> dict[str, int]:
+    list(islice(batches, steps))
+    now = batches.state_dict()["tokens_taken"]
+    return {name: now[name] - before.get(name, 0) for name in now}
+
+
+def test_shares_hold_at_once_where_a_resume_changes_them(sources):
+    """A source that is new, or weighs more, is not read alone until it has caught up with the past."""
+    before = build_batches(sources={name: sources[name] for name in "ab"})
+    list(islice(before, 200))
+    state = before.state_dict()
+    added = build_batches(sources=sources)
+    added.load_state_dict([state])
+    parts = taken_later(added, {}, 60)
+    assert [parts[name] / sum(parts.values()) for name in "abc"] == pytest.approx([1 / 3] * 3, abs=0.05)
+    heavier = build_batches(sources={name: sources[name] for name in "ab"}, stages=[Stage(1, (1.0, 4.0))])
+    heavier.load_state_dict([state])
+    parts = taken_later(heavier, {}, 60)
+    assert parts["a"] / sum(parts.values()) == pytest.approx(0.2, abs=0.05)
+    same_weights = build_batches(sources=sources, stages=[Stage(1, (1.0, 1.0, 0.0))])
+    same_weights.load_state_dict([state])
+    assert same_weights.state_dict()["tokens_taken"] == state["tokens_taken"] | {"c": 0}
+
+
 def test_every_source_is_tried_before_the_run(sources, tmp_path, cache):
     path = write_json_lines(tmp_path / "x.jsonl", [{"text": ""}])
     late = [Stage(1, (1.0, 1.0, 1.0, 0.0)), Stage(1000, (0.0, 0.0, 0.0, 1.0))]
@@ -141,6 +165,9 @@ def test_a_registered_name(sources, monkeypatch):
     assert bytes(token - OFFSET for token in tokens if token != EOS) == b"test xtest ytest z"
     for name in ("", "a/b", "a:b"):
         with pytest.raises(ValueError, match=r"register_dataset\(.*a name must not be empty or hold"):
+            register_dataset(name, list)
+    for name in ("python_stdlib", "c4"):
+        with pytest.raises(ValueError, match=rf'register_dataset\("{name}", .*has a meaning already. Choose another'):
             register_dataset(name, list)
 
 

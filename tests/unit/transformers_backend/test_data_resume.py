@@ -9,6 +9,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from transformers import ByT5Tokenizer
 
 from tests.texts import (
     EOS,
@@ -122,6 +123,14 @@ def test_resume_in_other_data_is_refused(tmp_path, build):
     (tmp_path / "texts" / "000.txt").write_text("another length")
     with pytest.raises(ValueError, match=r"other data: files = "):
         build(tmp_path / "texts").load_state_dict([state])
+
+
+def test_resume_with_another_tokenizer_of_the_same_kind_and_size_is_refused(tmp_path, build):
+    path = write_text_files(tmp_path / "texts", ["abcdefghij"] * 4)
+    state, other = build(path).state_dict(), ByT5Tokenizer()
+    other.eos_token = "<unk>"
+    with pytest.raises(ValueError, match=r"other data: tokenizer = 'ByT5Tokenizer with 384 tokens, .* and 'ByT5Token"):
+        build(path, tokenizer=other).load_state_dict([state])
 
 
 # --- another number of ranks ----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from tests.texts import (
     tokens_of,
     write_json_lines,
 )
+from transformers_backend import data
 from transformers_backend.data import streams
 from transformers_backend.data.streams import RepeatedIterable, merge_positions
 
@@ -25,6 +26,11 @@ from transformers_backend.data.streams import RepeatedIterable, merge_positions
 @pytest.fixture
 def build():
     return build_batches
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr("transformers_backend.data.registry._FACTORIES", {})
 
 
 def write_stream(folder: Path, records: tuple[int, ...] = (6, 6, 6, 6)) -> str:
@@ -154,15 +160,60 @@ class _Numbers:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_any_iterable_is_split_and_resumed(rank):
-    part = RepeatedIterable("numbers", _Numbers())
+    part = RepeatedIterable(_Numbers())
     records = part(7, 1, rank, 2)
     first = list(islice(iter(records), 4))
     state = pickle.loads(pickle.dumps(records.state_dict()))
     again = part(7, 1, rank, 2)
     again.load_state_dict(state)
     assert first + list(again) == [f"n{number}" for number in range(rank, 30, 2)]
-    with pytest.raises(ValueError, match="numbers: is an iterator, which ends after one epoch"):
-        RepeatedIterable("numbers", iter([1]))(7, 1, 0, 1)
+
+
+class _Texts:
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __iter__(self):
+        return iter(self.texts)
+
+
+@pytest.mark.parametrize("repeat", [True, False])
+@pytest.mark.parametrize("kind", ["iterable", "generator"])
+def test_a_small_iterable_resumes_wherever_it_was_saved(build, registry, kind, repeat):
+    """Also at the end of an epoch, with the whole part in one window."""
+    texts = ["abc", "defg", "h" * 20, "ijklmnopq"]
+    data.register_dataset("mine", (lambda split: _Texts(texts)) if kind == "iterable" else (lambda split: iter(texts)))
+    assert_resumes(functools.partial(build, dataset="mine", repeat=repeat), steps=12 if repeat else 3)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_generator_is_made_anew_for_every_pass(build, registry, num_workers):
+    """None of its documents is lost by a look at the first ones, a resume, a reset or the end of an epoch."""
+    names = [f"n{number:04d}" for number in range(1500)]
+    data.register_dataset("mine", lambda split: (name for name in names))
+    batches = build(dataset="mine", num_workers=num_workers, seq_len=6, batch_size=1500)
+    state = batches.state_dict()
+    epochs = [documents_of(tokens_of([next(batches)])) for _ in range(2)]
+    batches.load_state_dict([state])
+    epochs.append(documents_of(tokens_of([next(batches)])))
+    batches.reset()
+    epochs.append(documents_of(tokens_of([next(batches)])))
+    batches.close()
+    assert [sorted(epoch) for epoch in epochs] == [names] * 4
+
+
+def test_the_same_iterator_again_is_refused(build, registry):
+    shared = iter(["some text"] * 9)
+    data.register_dataset("mine", lambda split: shared)
+    with pytest.raises(ValueError, match=r'"mine": called again, it returned the same iterator .*inside the function'):
+        build(dataset="mine")
+
+
+def test_a_stream_comes_in_chunks_as_large_as_a_collections(build, registry):
+    """What training.prefetch_factor counts: some 65,000 tokens, whatever is read."""
+    data.register_dataset("mine", lambda split: ("x" * 999 for _ in range(200)))
+    batches = build(dataset="mine")
+    assert len(batches.feeds._feeds[0].ready) == 66
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
@@ -177,6 +228,19 @@ def test_a_stream_that_cannot_be_opened(build, cache, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(ValueError, match=r'dataset = "no/such" .*"python_stdlib" or a dataset of the.*dataset_path'):
         build(dataset="no/such")
+
+
+def test_an_alias_and_a_configuration_of_its_own(build, hub, monkeypatch):
+    import datasets
+
+    opened = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: opened.append((*a, k["name"])) or 1 / 0)
+    with pytest.raises(ValueError, match=r'dataset_name = "realnewslike": dataset = "c4" stands for "allenai/c4" with'):
+        build(dataset="c4", dataset_name="realnewslike")
+    for name in (None, "en"):
+        with pytest.raises(ZeroDivisionError):
+            build(dataset="c4", dataset_name=name)
+    assert opened == [("allenai/c4", "en")] * 2
 
 
 def test_streaming_needs_a_recent_datasets_package(build, cache, monkeypatch):

@@ -42,6 +42,17 @@ def tokens(split):
 def endless(split):
     return Endless()
 
+class Unsized(Endless):
+    __len__ = None
+    def __getitem__(self, number):
+        raise NotImplementedError
+
+def unsized(split):
+    return Unsized()
+
+def generated(split):
+    yield from ["made", "anew"]
+
 def empty(split):
     return []
 
@@ -123,6 +134,9 @@ def test_a_dataset_of_the_datasets_package(tmp_path: Path):
 def test_iterables_and_collections_are_given_back(file: str, tmp_path: Path):
     endless = open_it(file, "endless")
     assert list(endless) == list(endless) == ["again", "and", "again"]
+    assert list(open_it(file, "unsized")) == ["again", "and", "again"]
+    generated = open_it(file, "generated")
+    assert list(generated) == list(generated) == list(pickle.loads(pickle.dumps(generated))) == ["made", "anew"]
     (tmp_path / "own.py").write_text(
         "from transformers_backend.data.sources import Collection\n"
         "def make(split):\n    return Collection('mine', str, 9, {'a': 1}, str)\n"
