@@ -12,7 +12,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from transformers_backend.checkpoint.storage import METADATA, Storage, StorageError
+from transformers_backend.checkpoint.storage import DamagedFileError, Storage, StorageError
 from transformers_backend.job_config.values import to_toml, toml_reader
 
 _LISTED = 5  # names that an error lists
@@ -30,22 +30,12 @@ class DamagedCheckpoint(ValueError):
 
 def read_metadata(storage: Storage, name: str) -> Metadata:
     """The index of a checkpoint whose files are all there in full, or DamagedCheckpoint. Call it on one rank."""
-    location = storage.locate(name)
-    sizes = storage.sizes(name)
-    if METADATA not in sizes:
-        raise DamagedCheckpoint(f"{location} is damaged: {METADATA} is missing.")
     try:
-        metadata = storage.reader(name).read_metadata()
-    except StorageError as error:
-        raise DamagedCheckpoint(f"{location} is damaged: {METADATA} cannot be read ({error}).") from error
-    needed: dict[str, int] = {}
-    for part in metadata.storage_data.values():
-        needed[part.relative_path] = max(needed.get(part.relative_path, 0), part.offset + part.length)
-    for file, size in sorted(needed.items()):
-        if file not in sizes:
-            raise DamagedCheckpoint(f"{location} is damaged: {file} is missing.")
-        if sizes[file] < size:
-            raise DamagedCheckpoint(f"{location} is damaged: {file} has {sizes[file]} bytes of {size}.")
+        metadata = storage.read_index(name)
+    except DamagedFileError as error:
+        raise DamagedCheckpoint(f"{storage.locate(name)} is damaged: {error}.") from error
+    if not storage.is_whole(name):
+        raise DamagedCheckpoint(f"{storage.locate(name)} is incomplete: its save or its deletion was cut off.")
     return metadata
 
 
@@ -53,7 +43,7 @@ def read_state(state: dict[str, Any], storage: Storage, name: str, metadata: Met
     """Fill `state` from a checkpoint, on all ranks. ValueError if it does not fit, DamagedCheckpoint if it is damaged
     after all."""
     location = storage.locate(name)
-    if misfits := _find_misfits(state, metadata):
+    if misfits := find_misfits(state, metadata):
         raise ValueError(
             f"{location} cannot be resumed from ({misfits}): it was saved by another model or optimizer. Give the "
             "settings that it was saved with, another checkpoint.load_step or job.dump_folder, or name what to leave "
@@ -68,20 +58,31 @@ def read_state(state: dict[str, Any], storage: Storage, name: str, metadata: Met
         raise DamagedCheckpoint(f"{location} is damaged: rank {rank} cannot read {cause}.") from None
 
 
-def _find_misfits(state: dict[str, Any], metadata: Metadata) -> str:
+def find_misfits(state: dict[str, Any], metadata: Metadata) -> str:
+    """What of `state` is not in a checkpoint as it is here, and which of its weights are not in `state`; "" if it fits.
+
+    Tensors of `state` may be on the meta device.
+    """
     saved = metadata.state_dict_metadata
     flat, _ = flatten_state_dict(state)
     missing = sorted(key for key in flat if key not in saved)
+    unexpected = (
+        sorted(key for key in saved if key.startswith("model.") and key not in flat) if "model" in state else []
+    )
     reshaped = [
         f"{key} (here {tuple(value.shape)}, saved {tuple(saved[key].size)})"
-        for key, value in flat.items()
+        for key, value in sorted(flat.items())
         if isinstance(value, torch.Tensor)
         and isinstance(saved.get(key), TensorStorageMetadata)
         and value.shape != saved[key].size
     ]
     texts = [
         f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{' ...' if len(names) > _LISTED else ''}"
-        for kind, names in (("values that it does not have", missing), ("of another shape", reshaped))
+        for kind, names in (
+            ("values that it does not have", missing),
+            ("weights that the model does not have", unexpected),
+            ("of another shape", reshaped),
+        )
         if names
     ]
     return "; ".join(texts)
