@@ -125,7 +125,10 @@ class Storage(ABC):
         sizes = self.sizes(name)
         if METADATA not in sizes:
             raise DamagedFileError(f"{METADATA} is missing")
-        metadata = self.reader(name).read_metadata()
+        try:
+            metadata = self.reader(name).read_metadata()
+        except DamagedFileError as error:
+            raise DamagedFileError(f"{METADATA} cannot be read ({error})") from error
         needed: dict[str, int] = {}
         for part in metadata.storage_data.values():
             needed[part.relative_path] = max(needed.get(part.relative_path, 0), part.offset + part.length)
@@ -199,10 +202,8 @@ def errors_in_file(
     except (*_NOT_OF_FILES, StorageError):
         raise
     except (*_ERRORS_OF_CONTENT, *storage_errors) as error:
-        cause = _find_os_error(error)
-        is_damage = isinstance(cause, FileNotFoundError) or (cause is None and isinstance(error, _ERRORS_OF_CONTENT))
-        kind = DamagedFileError if reading and is_damage else StorageError
-        raise kind(f"{path}: {reason_of(cause or error)}") from error
+        kind = DamagedFileError if reading and _is_of_content(error) else StorageError
+        raise kind(f"{path}: {reason_of(_find_os_error(error) or error)}") from error
 
 
 # Memory and devices: RuntimeErrors too, and nothing that a file could help.
@@ -218,6 +219,18 @@ _ERRORS_OF_CONTENT = (
     EOFError,
     UnpicklingError,
 )
+
+# What torch says of an archive that is none; its other RuntimeErrors, such as "can't allocate memory", are not of it.
+_BROKEN_ARCHIVE = ("PytorchStreamReader", "corrupt", "wrong byte size")
+
+
+def _is_of_content(error: BaseException) -> bool:
+    """Whether an error in reading is the file's own, and no passing one of the storage or of memory."""
+    if (cause := _find_os_error(error)) is not None:
+        return isinstance(cause, FileNotFoundError)
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in _BROKEN_ARCHIVE)
+    return isinstance(error, _ERRORS_OF_CONTENT)
 
 
 def _find_os_error(error: BaseException) -> OSError | None:
