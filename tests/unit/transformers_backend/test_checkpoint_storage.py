@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from tests.jobs import tiny_job
+from transformers_backend import Trainer
 from transformers_backend.checkpoint.local import LocalStorage
 from transformers_backend.checkpoint.places import locate_folder, open_storage, require_shared
 from transformers_backend.checkpoint.reading import DamagedCheckpoint, read_metadata
@@ -222,6 +224,31 @@ def test_every_failure_of_a_remote_storage_is_a_storage_error(monkeypatch: pytes
     for action in actions.values():
         with pytest.raises(StorageError, match=r"memory://bucket.*: Could not connect to the endpoint"):
             action()
+
+
+def test_training_goes_on_without_a_lost_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    place = _Remote()
+    trainer = Trainer(
+        tiny_job(tmp_path, "run", training__steps=3, checkpoint__enable=True, checkpoint__interval=1,
+                 checkpoint__folder=place.storage.url, checkpoint__on_save_error="continue")
+    )  # fmt: skip
+    open_file, failed = type(place.storage._fs).open, []
+
+    def fail_once(self, path, mode="rb", **keywords):
+        if "step-2" in path and "w" in mode:
+            failed.append(path)
+            raise _NoConnection("Could not connect to the endpoint")
+        return open_file(self, path, mode, **keywords)
+
+    monkeypatch.setattr(type(place.storage._fs), "open", fail_once)
+    try:
+        trainer.train()
+        assert failed
+        assert trainer.checkpointer.steps() == [1, 3]
+    finally:
+        trainer.close()
 
 
 def test_ranges_that_cannot_be_fetched_name_their_file(monkeypatch: pytest.MonkeyPatch):
