@@ -22,6 +22,7 @@ from transformers_backend.checkpoint.reading import (
 from transformers_backend.checkpoint.state import (
     DATA_KEY,
     RANDOM_KEY,
+    blank_optimizer_state,
     get_model_state,
     get_optimizer_state,
     get_random_state,
@@ -243,7 +244,9 @@ class Checkpointer:
         if "model" in parts:
             state["model"] = get_model_state(self._model)
         if "optimizer" in parts:
-            state["optimizer"] = get_optimizer_state(self._model, self._optimizers)
+            prefix = "optimizer."
+            keys = {key.removeprefix(prefix) for key in metadata.state_dict_metadata if key.startswith(prefix)}
+            state["optimizer"] = blank_optimizer_state(self._model, self._optimizers, keys)
         if "lr_scheduler" in parts:
             state["schedulers"] = ""
         if "dataloader" in parts:

@@ -451,3 +451,40 @@ def test_a_moved_folder_of_checkpoints_is_still_one(job, tmp_path: Path):
     shutil.move(_folder(config), tmp_path / "elsewhere")
     trainer = _run(job(checkpoint__folder=str(tmp_path / "elsewhere")))
     _assert_equal(trainer.model.full_state_dict(), expected)
+
+
+# -- optimizer state that not every parameter has -------------------------------------------------------------------
+
+
+def _without_gradient(trainer: Trainer) -> None:
+    """As in a model that does not use its last norm: no step ever sees a gradient of it."""
+    optimizer, weight = trainer.optimizers[0], trainer.model.hf_model.model.norm.weight
+    optimizer.register_step_pre_hook(lambda *_: setattr(weight, "grad", None))
+
+
+def test_a_parameter_that_never_gets_a_gradient_is_resumed_without_state(job):
+    states = {}
+    for name, lives in (("whole", (4,)), ("parts", (2, 4))):
+        for steps in lives:
+            trainer = Trainer(job(name, training__steps=steps, lr_scheduler__total_steps=6))
+            _without_gradient(trainer)
+            trainer.train()
+            assert trainer.model.hf_model.model.norm.weight not in trainer.optimizers[0].state
+            states[name] = trainer.model.full_state_dict()
+            trainer.close()
+    _assert_equal(states["parts"], states["whole"])
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step\\(\\)` before:UserWarning")
+def test_a_run_whose_first_step_was_skipped_is_resumed(job):
+    states = {}
+    for name, lives in (("whole", (3,)), ("parts", (1, 3))):
+        for steps in lives:
+            trainer = Trainer(job(name, training__steps=steps, lr_scheduler__total_steps=6))
+            is_finite = trainer._is_finite
+            trainer._is_finite = lambda *args, one=trainer, plain=is_finite: one.step > 0 and plain(*args)
+            assert not trainer.optimizers[0].state
+            trainer.train()
+            states[name] = trainer.model.full_state_dict()
+            trainer.close()
+    _assert_equal(states["parts"], states["whole"])
