@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pickle import UnpicklingError
 
+import torch
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 METADATA = ".metadata"
@@ -30,6 +31,10 @@ _STEP = re.compile(r"step-(\d+)")
 
 class StorageError(Exception):
     """A file of a checkpoint could not be written or read; the message names it."""
+
+
+class DamagedFileError(StorageError):
+    """A file of a checkpoint is missing, short, or not what torch wrote: reading it again helps nobody."""
 
 
 @dataclass
@@ -105,8 +110,11 @@ class NamesTheFile:
         try:
             with super().create_stream(path, mode) as stream:
                 yield stream
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # met while tensors are copied: not the file's
         except _ERRORS_IN_FILES as error:
-            raise StorageError(f"{path}: {_reason(error)}") from error
+            kind = DamagedFileError if mode == "rb" and _is_of_content(error) else StorageError
+            raise kind(f"{path}: {_reason(error)}") from error
 
 
 # Of the file system, of torch's archives and of pickles that are none.
@@ -122,11 +130,26 @@ _ERRORS_IN_FILES = (
 )
 
 
+# What torch says of an archive that is none; its other RuntimeErrors, such as "can't allocate memory", are not of it.
+_BROKEN_ARCHIVE = ("PytorchStreamReader", "corrupt", "wrong byte size")
+
+
+def _is_of_content(error: BaseException) -> bool:
+    """Whether an error in reading is the file's own, and no passing one of the file system or of memory."""
+    if (cause := _of_file_system(error)) is not None:
+        return isinstance(cause, FileNotFoundError)
+    return not isinstance(error, RuntimeError) or any(words in str(error) for words in _BROKEN_ARCHIVE)
+
+
 def _reason(error: BaseException) -> str:
-    """What an error says; torch's archive writer hides that of the file system behind one of its own."""
+    if (cause := _of_file_system(error)) is not None:
+        return cause.strerror or str(cause)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _of_file_system(error: BaseException) -> OSError | None:
+    """The error of the file system that torch's archives hide behind one of their own."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
-    if cause is not None:
-        return cause.strerror or str(cause)
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return cause
