@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,17 +15,36 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from transformers_backend.checkpoint.storage import DamagedFileError, Storage, StorageError
 from transformers_backend.job_config.values import to_toml, toml_reader
 
+T = TypeVar("T")
+
 _LISTED = 5  # names that an error lists
 _SECTIONS_THAT_MATTER = ("model", "hf_transformers", "training", "optimizer")
 _MAY_CHANGE = {  # how a run goes, not what it computes
     "hf_transformers": {"init", "trust_remote_code", "attn_implementation"},
-    "training": {"steps", "local_batch_size", "enable_cpu_offload", "gc_freq", "num_workers", "prefetch_factor"},
+    "training": {
+        "steps", "local_batch_size", "global_batch_size", "enable_cpu_offload", "gc_freq", "num_workers",
+        "prefetch_factor",
+    },
     "optimizer": {"implementation"},
-}
+}  # fmt: skip
 
 
 class DamagedCheckpoint(ValueError):
-    """Files are missing, too short or unreadable; the message names one."""
+    """Files are missing, too short or not what was written; the message names one."""
+
+
+class LoadError(OSError):
+    """Storage failed while a checkpoint was read, which says nothing of the checkpoint: it may be whole."""
+
+    def __init__(self, location: str, reason: str) -> None:
+        super().__init__(location, reason)
+
+    def __str__(self) -> str:
+        location, reason = self.args
+        return (
+            f"{location} cannot be read: {reason}. It may be whole, and nothing was set aside: when the storage "
+            "answers again, the same command goes on."
+        )
 
 
 def read_metadata(storage: Storage, name: str) -> Metadata:
@@ -41,7 +60,7 @@ def read_metadata(storage: Storage, name: str) -> Metadata:
 
 def read_state(state: dict[str, Any], storage: Storage, name: str, metadata: Metadata, group) -> None:
     """Fill `state` from a checkpoint, on all ranks. ValueError if it does not fit, DamagedCheckpoint if it is damaged
-    after all."""
+    after all, LoadError if storage fails."""
     location = storage.locate(name)
     if misfits := find_misfits(state, metadata):
         raise ValueError(
@@ -52,9 +71,14 @@ def read_state(state: dict[str, Any], storage: Storage, name: str, metadata: Met
     try:
         dcp.load(state, storage_reader=storage.reader(name), process_group=group)
     except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        if not isinstance(cause, StorageError):
-            raise cause from None
+        causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
+        for cause in causes.values():
+            if not isinstance(cause, (StorageError, OSError)):
+                raise cause from None
+        for rank, cause in causes.items():  # before any damage: what cannot be read now may do so tomorrow
+            if not isinstance(cause, DamagedFileError):
+                raise LoadError(location, f"rank {rank}: {cause}") from None
+        rank, cause = min(causes.items())
         raise DamagedCheckpoint(f"{location} is damaged: rank {rank} cannot read {cause}.") from None
 
 
@@ -105,6 +129,37 @@ def find_changes(saved_toml: str, now_toml: str) -> list[str]:
     ]
 
 
+def find_new_batch_size(saved_toml: str, saved_ranks: int, now_toml: str, now_ranks: int) -> list[str]:
+    """At most one sentence: the sequences of an optimizer step, where they are not as many as there.
+
+    saved_ranks, now_ranks: data ranks, which make the batch where training.global_batch_size is -1.
+    """
+    toml = toml_reader()
+    before = _sequences_per_step(toml.loads(saved_toml)["training"], saved_ranks)
+    after = _sequences_per_step(toml.loads(now_toml)["training"], now_ranks)
+    if before == after:
+        return []
+    return [
+        f"{before} sequences in an optimizer step there, {after} here (training.global_batch_size = {before} keeps "
+        "them on any number of ranks)"
+    ]
+
+
+def _sequences_per_step(training: Mapping[str, Any], ranks: int) -> int:
+    fixed = training["global_batch_size"]
+    return fixed if fixed != -1 else training["local_batch_size"] * ranks
+
+
+def is_same_job(saved_toml: str, now_toml: str, *, load_step: int, exclude: Collection[str]) -> bool:
+    """Whether a checkpoint comes from this job: it computed the same, and had started from the same place."""
+    checkpoint = toml_reader().loads(saved_toml)["checkpoint"]
+    return (
+        checkpoint["load_step"] == load_step
+        and set(checkpoint["exclude_from_loading"]) == set(exclude)
+        and not find_changes(saved_toml, now_toml)
+    )
+
+
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     keys = sorted(saved.keys() | now.keys())
     return [(key, saved.get(key), now.get(key)) for key in keys if saved.get(key) != now.get(key)]
@@ -114,11 +169,20 @@ def _shown(value: Any) -> str:
     return "none" if value is None else to_toml(value)
 
 
-def agree(value: Any, problem: str | None, group) -> Any:
-    """Rank 0's value on every rank, or its problem as DamagedCheckpoint."""
-    objects = [(value, problem)]
+def read_on_first_rank(read: Callable[[], T], location: str, group) -> T:
+    """What rank 0 reads, on every rank; or its error: a ValueError as it is, one of the storage as LoadError."""
+    value: T | None = None
+    error: ValueError | LoadError | None = None
+    if dist.get_rank() == 0:
+        try:
+            value = read()
+        except ValueError as problem:
+            error = problem
+        except (OSError, StorageError) as problem:
+            error = LoadError(location, str(problem))
+    objects = [(value, error)]
     dist.broadcast_object_list(objects, src=0, group=group)
-    value, problem = objects[0]
-    if problem is not None:
-        raise DamagedCheckpoint(problem)
+    value, error = objects[0]
+    if error is not None:
+        raise error
     return value
