@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from parallelize.config import ActivationCheckpointConfig
 from parallelize.costs import MemoryEstimate
 from parallelize.model import needs_fsdp
+from transformers_backend.checkpoint import is_remote, locate_folder
 from transformers_backend.decoder import parameter_kind
 from transformers_backend.job_config import JobConfig
 from transformers_backend.memory import estimate_memory, local_bytes
@@ -256,14 +257,15 @@ def _schedule_lines(config: JobConfig) -> list[str]:
 
 def _checkpoint_lines(config: JobConfig) -> list[str]:
     checkpoint = config.checkpoint
-    folder = Path(config.job.dump_folder) / checkpoint.folder
+    folder = locate_folder(checkpoint.folder, Path(config.job.dump_folder))
     if not checkpoint.enable:
         lines = ["none: checkpoint.enable = true makes a run that can be resumed"]
     else:
         kept = f"the newest {checkpoint.keep_latest_k} are kept" if checkpoint.keep_latest_k else "all are kept"
         lines = [f"{_every(checkpoint.interval)} to {folder}, {kept}"]
     if checkpoint.last_save_in_hf:
-        lines.append(f"at the end exported in {checkpoint.export_dtype} to {folder}/step-{config.training.steps}-hf")
+        exports = locate_folder("checkpoint", Path(config.job.dump_folder)) if is_remote(folder) else folder
+        lines.append(f"at the end exported in {checkpoint.export_dtype} to {exports}/step-{config.training.steps}-hf")
     return lines
 
 

@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from tests.distributed.workers import Messages, WorkerPool
 from tests.jobs import tiny_job
 from transformers_backend import JobConfig, Trainer
-from transformers_backend.checkpoint import SaveError
+from transformers_backend.checkpoint import SaveError, require_shared
+from transformers_backend.checkpoint.local import LocalStorage
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,44 @@ def test_one_rank_that_cannot_write_holds_up_nobody(two: WorkerPool, folder: str
     assert "checkpoint/step-2 could not be written (rank 1: " in messages[0]
     assert {"disk": "__1_0.distcp: No space left on device", "memory": "cannot allocate"}[where] in messages[0]
     assert _names(config) == {"step-1"}
+
+
+def _save_to_folders_of_their_own(config: JobConfig, folder: str) -> str:
+    """The second rank's folder has the same name and lies on another machine."""
+    trainer = Trainer(config)
+    if trainer.rank == 1:
+        trainer.checkpointer.storage.root = Path(folder) / "other machine"
+    trainer.train_step()
+    try:
+        with pytest.raises(SaveError) as caught:
+            trainer.checkpointer.save_last(1)
+    finally:
+        trainer.close()
+    return str(caught.value)
+
+
+def test_half_a_checkpoint_is_none(two: WorkerPool, folder: str):
+    config = _job(folder, "halves")
+    for message in two.run(_save_to_folders_of_their_own, config, folder):
+        assert "(rank 0: __1_0.distcp is missing, although it was written: checkpoint.folder must be" in message
+    assert _names(config) == set()
+
+
+def _require_shared(folder: str, own: bool) -> str | None:
+    storage = LocalStorage(Path(folder) / (f"machine {dist.get_rank()}" if own else "shared"))
+    try:
+        require_shared(storage, patience=0.0)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_a_folder_on_each_machine_is_refused_before_work_starts(two: WorkerPool, tmp_path: Path):
+    assert two.run(_require_shared, str(tmp_path), False) == [None, None]
+    first, second = two.run(_require_shared, str(tmp_path), True)
+    assert "is not the same place for all ranks: what rank 0 writes there, rank 1 cannot see (it is missing" in first
+    assert "Name a folder that all machines share" in second
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def _resume_and_say(config: JobConfig) -> tuple[int, list[str]]:

@@ -8,15 +8,24 @@
     storage.py        where checkpoints lie, as the files above see it
     local.py          a folder of this machine or of a shared file system
     remote.py         a bucket, through fsspec
-    places.py         which of the two a path or URL means
+    places.py         which of the two a path or URL means, and whether all machines share it
 
 Written with torch.distributed.checkpoint, every rank its own shards. For a folder that Transformers loads, see
 `weights/export.py`.
 """
 
-from transformers_backend.checkpoint.checkpointer import Checkpointer
-from transformers_backend.checkpoint.places import is_remote, open_storage
+from transformers_backend.checkpoint.checkpointer import CONFIG_FILE, Checkpointer
+from transformers_backend.checkpoint.places import is_remote, locate_folder, open_storage, require_shared
 from transformers_backend.checkpoint.start import start
 from transformers_backend.checkpoint.writing import SaveError
 
-__all__ = ["Checkpointer", "SaveError", "is_remote", "open_storage", "start"]
+__all__ = [
+    "CONFIG_FILE",
+    "Checkpointer",
+    "SaveError",
+    "is_remote",
+    "locate_folder",
+    "open_storage",
+    "require_shared",
+    "start",
+]

@@ -13,15 +13,18 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from transformers_backend.checkpoint.reading import (
     DamagedCheckpoint,
-    agree,
     count_ranks,
     find_changes,
+    find_new_batch_size,
+    is_same_job,
     read_metadata,
+    read_on_first_rank,
     read_state,
 )
 from transformers_backend.checkpoint.state import (
     DATA_KEY,
     RANDOM_KEY,
+    blank_optimizer_state,
     get_model_state,
     get_optimizer_state,
     get_random_state,
@@ -31,7 +34,7 @@ from transformers_backend.checkpoint.state import (
     set_schedulers_state,
     without_live_buffers,
 )
-from transformers_backend.checkpoint.storage import Found, Storage
+from transformers_backend.checkpoint.storage import Found, Storage, StorageError, step_of
 from transformers_backend.checkpoint.writing import SaveError, Writer
 from transformers_backend.data import PackedBatches
 from transformers_backend.job_config import CHECKPOINT_PARTS
@@ -72,6 +75,7 @@ class Checkpointer:
         self._goes_on_without = on_save_error == "continue"
         self._writer = Writer(storage, beside_training=self._is_async, pinned=async_mode == "async_with_pinned_mem")
         self._saved_step: int | None = None  # the newest that was written, or is being written
+        self._left_behind: int | None = None  # step of what this run started from as its own step 0, until it saves
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
@@ -88,13 +92,23 @@ class Checkpointer:
         if not self._is_async:
             self.wait()
 
-    def save_last(self, step: int) -> None:
-        """Have `step` on the storage when this returns, or raise SaveError: nothing is left to go on with."""
-        self.wait()
+    def save_last(self, step: int) -> bool:
+        """Have `step` on the storage when this returns, or raise SaveError: nothing is left to go on with.
+
+        Returns whether it is there: not with `load_only`.
+        """
+        if self._load_only:
+            return False
+        try:
+            self._writer.wait()
+        except SaveError as error:  # of an earlier step, or of this one beside training: it has one more chance
+            self._saved_step = None
+            logger.warning("%s Step %d is written all the same.", error, step)
         if self._saved_step != step:
             self._write(f"step-{step}", self._state(step))
             self._writer.wait()
             self._saved_step = step
+        return True
 
     def save_model(self, step: int) -> None:
         """Write the weights alone, to `step-N-model`, which no run resumes from."""
@@ -103,7 +117,13 @@ class Checkpointer:
         self._writer.wait()
 
     def save_seed(self) -> None:
-        """Write `step-0`, which holds weights only: a start for any mesh."""
+        """Write `step-0`, which holds weights only: a start for any mesh. ValueError where a run has begun already."""
+        found = self._find()
+        if steps := [*found.whole, *found.damaged, *found.abandoned]:
+            raise ValueError(
+                f"checkpoint.create_seed_checkpoint = true: {self.storage.locate('')} holds step-{max(steps)}, and a "
+                "seed is made before a run. Leave the key out to go on with that run, or name another job.dump_folder."
+            )
         self._write("step-0", {"model": get_model_state(self._model), "step": 0})
         self._writer.wait()
 
@@ -124,7 +144,13 @@ class Checkpointer:
     def _write(self, name: str, state: dict[str, Any]) -> None:
         if self._load_only:
             return
-        self._writer.write(name, state, {CONFIG_FILE: self._config_text}, then=self._delete_old)
+        # What is left behind stays until a checkpoint of this run is whole, but for one whose name that takes.
+        left_behind, self._left_behind = self._left_behind, None
+        if left_behind is not None and name == f"step-{left_behind}":
+            self._abandon([left_behind])
+            left_behind = None
+        files = {CONFIG_FILE: self._config_text}
+        self._writer.write(name, state, files, then=lambda: self._clean_up(left_behind))
 
     def _fail(self, error: SaveError) -> None:
         self._saved_step = None
@@ -140,19 +166,22 @@ class Checkpointer:
             "schedulers": get_schedulers_state(self._schedulers),
             "step": step,
             f"{DATA_KEY}{self._data_rank}": json.dumps(self._data.state_dict()),
-            f"{RANDOM_KEY}{dist.get_rank()}": get_random_state(),
+            f"{RANDOM_KEY}{self._data_rank}": get_random_state(),
         }
 
-    def _delete_old(self) -> None:
-        if self.keep_latest_k == 0:
-            return
+    def _clean_up(self, left_behind: int | None) -> None:
+        """On rank 0, when a checkpoint is whole."""
         try:
+            if left_behind is not None:
+                self.storage.abandon(left_behind)
+            if self.keep_latest_k == 0:
+                return
             found = self.storage.find()
             for step in found.whole[: -self.keep_latest_k]:
                 self.storage.delete(step)
             for step in found.abandoned[: -self.keep_latest_k]:
                 self.storage.delete(step, abandoned=True)
-        except OSError as error:
+        except (OSError, StorageError) as error:
             logger.warning("Old checkpoints could not be deleted: %s", error)
 
     # -- restoring ------------------------------------------------------------------------------------------------
@@ -165,43 +194,70 @@ class Checkpointer:
         """Restore the checkpoint of `load_step` (-1: the newest whole one) and return its step; None if there is none.
 
         exclude: parts that are left as they are, of "model", "optimizer", "lr_scheduler", "dataloader" and
-        "train_state" (step and random numbers). Raises ValueError for a step that there is not, that is damaged, or
-        that does not fit this run.
+        "train_state" (step and random numbers: the run begins at step 0). Both act once: where the newest checkpoint
+        was written by this job, started in this way, the job goes on from it, whole. Raises ValueError for a step that
+        there is not, that is damaged, or that does not fit this run, and LoadError where storage fails.
         """
         found = self._find()
-        step = self._load_newest(found, exclude) if load_step == -1 else self._load_step(load_step, found, exclude)
-        if step is not None:
-            self._abandon([other for other in (*found.whole, *found.damaged) if other > step])
-            self._saved_step = step
+        if (load_step != -1 or exclude) and found.whole and self._goes_on(found.whole[-1], load_step, exclude):
+            load_step, exclude = -1, ()
+        loaded = self._load_newest(found, exclude) if load_step == -1 else self._load_step(load_step, found, exclude)
+        if loaded is None:
+            return None
+        name, step = loaded
+        if step != step_of(name):
+            self._left_behind = step_of(name)
+        self._abandon([other for other in (*found.whole, *found.damaged) if other > step and other != step_of(name)])
+        self._saved_step = step
         return step
+
+    def _goes_on(self, newest: int, load_step: int, exclude: Collection[str]) -> bool:
+        """Whether this job wrote `newest` after it had started as `load_step` and `exclude` say."""
+        name = f"step-{newest}"
+        text = read_on_first_rank(
+            lambda: self.storage.read_text(name, CONFIG_FILE), self.storage.locate(name), self._writer.group
+        )
+        if text is None or not is_same_job(text, self._config_text, load_step=load_step, exclude=exclude):
+            return False
+        logger.info(
+            "%s was written by this job, so it goes on from there: checkpoint.load_step = %d and exclude_from_loading "
+            "= %s have had their effect. For them to act once more, move the later checkpoints away.",
+            self.storage.locate(name), load_step, sorted(exclude),
+        )  # fmt: skip
+        return True
 
     def load_initial(self, storage: Storage, name: str, *, model_only: bool, exclude: Collection[str] = ()) -> int:
         """Start from another run's checkpoint; returns the step to go on from, 0 with `model_only`."""
-        parts = {"model"} if model_only else _ALL_PARTS
-        return self._restore(storage, name, parts - frozenset(exclude))
+        parts = (frozenset({"model"}) if model_only else _ALL_PARTS) - frozenset(exclude)
+        location = storage.locate(name)
+        if not read_on_first_rank(lambda: _is_there(storage, name), location, self._writer.group):
+            raise ValueError(
+                f'checkpoint.initial_load_path = "{location}": there is no such checkpoint. Name the folder step-N of '
+                "a run, or set checkpoint.initial_load_in_hf = true for a Hugging Face folder or hub id."
+            )
+        return self._restore(storage, name, parts)
 
     def _find(self) -> Found:
-        found, problem = None, None
-        if dist.get_rank() == 0:
-            try:
-                found = self.storage.find()
-            except OSError as error:
-                problem = f"checkpoint.folder {self.storage.locate('')} cannot be listed: {error}"
-        return agree(found, problem, self._writer.group)
+        return read_on_first_rank(self.storage.find, f"checkpoint.folder {self.storage.locate('')}", self._writer.group)
 
-    def _load_step(self, step: int, found: Found, exclude: Collection[str]) -> int:
+    @property
+    def _data_ranks(self) -> int:
+        return self._model.dims.data_parallel_size
+
+    def _load_step(self, step: int, found: Found, exclude: Collection[str]) -> tuple[str, int]:
         if step not in (*found.whole, *found.damaged):
             raise ValueError(
                 f"checkpoint.load_step = {step}: {self.storage.locate('')} holds no such step; there are "
                 f"{', '.join(map(str, found.whole)) or 'none'}. -1 means the latest."
             )
-        return self._restore(self.storage, f"step-{step}", _parts_of(step, exclude))
+        name = f"step-{step}"
+        return name, self._restore(self.storage, name, _parts_of(step, exclude))
 
-    def _load_newest(self, found: Found, exclude: Collection[str]) -> int | None:
-        problems = []
+    def _load_newest(self, found: Found, exclude: Collection[str]) -> tuple[str, int] | None:
+        problems = [f"step-{step} was set aside as step-{step}.abandoned." for step in found.abandoned]
         for step in sorted((*found.whole, *found.damaged), reverse=True):
             try:
-                return self._restore(self.storage, f"step-{step}", _parts_of(step, exclude))
+                return self._load_step(step, found, exclude)
             except DamagedCheckpoint as error:
                 problems.append(str(error))
                 logger.warning("%s The one before is tried.", error)
@@ -214,28 +270,28 @@ class Checkpointer:
 
     def _restore(self, storage: Storage, name: str, parts: Collection[str]) -> int:
         group = self._writer.group
-        metadata, config_text, problem = None, None, None
-        if dist.get_rank() == 0:
-            try:
-                metadata, config_text = read_metadata(storage, name), storage.read_text(name, CONFIG_FILE)
-            except DamagedCheckpoint as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"{storage.locate(name)} cannot be read: {error}."
-        metadata, config_text = agree((metadata, config_text), problem, group)
+        metadata, config_text = read_on_first_rank(
+            lambda: (read_metadata(storage, name), storage.read_text(name, CONFIG_FILE)), storage.locate(name), group
+        )
         if parts != {"model"} and config_text is not None:
-            for change in find_changes(config_text, self._config_text):
-                logger.warning("%s was saved with another setting: %s.", storage.locate(name), change)
+            self._warn_of_changes(config_text, count_ranks(metadata, DATA_KEY), storage.locate(name))
         state = self._wanted(metadata, parts)
         read_state(state, storage, name, metadata, group)
         self._put_back(state)
-        if "step" in state and (saved := count_ranks(metadata, RANDOM_KEY)) != dist.get_world_size():
+        if "step" in state and (saved := count_ranks(metadata, RANDOM_KEY)) != (ranks := self._data_ranks):
             logger.info(
                 "%s holds the random states of %d ranks, and this run has %d: those without one are seeded anew.",
-                storage.locate(name), saved, dist.get_world_size(),
+                storage.locate(name), saved, ranks,
             )  # fmt: skip
         logger.info("resumed from %s", storage.locate(name))
         return state.get("step", 0)
+
+    def _warn_of_changes(self, config_text: str, data_ranks: int, location: str) -> None:
+        changes = find_changes(config_text, self._config_text)
+        if data_ranks > 0:
+            changes += find_new_batch_size(config_text, data_ranks, self._config_text, self._data_ranks)
+        for change in changes:
+            logger.warning("%s was saved with another setting: %s.", location, change)
 
     def _wanted(self, metadata: Metadata, parts: Collection[str]) -> dict[str, Any]:
         """The state to be filled: tensors of this run in place, strings and numbers as placeholders."""
@@ -243,14 +299,16 @@ class Checkpointer:
         if "model" in parts:
             state["model"] = get_model_state(self._model)
         if "optimizer" in parts:
-            state["optimizer"] = get_optimizer_state(self._model, self._optimizers)
+            prefix = "optimizer."
+            keys = {key.removeprefix(prefix) for key in metadata.state_dict_metadata if key.startswith(prefix)}
+            state["optimizer"] = blank_optimizer_state(self._model, self._optimizers, keys)
         if "lr_scheduler" in parts:
             state["schedulers"] = ""
         if "dataloader" in parts:
             state |= {f"{DATA_KEY}{rank}": "" for rank in range(count_ranks(metadata, DATA_KEY))}
         if "train_state" in parts:
             state["step"] = 0
-            key = f"{RANDOM_KEY}{dist.get_rank()}"
+            key = f"{RANDOM_KEY}{self._data_rank}"
             saved = metadata.state_dict_metadata
             state[key] = {kind: value for kind, value in get_random_state().items() if f"{key}.{kind}" in saved}
         return state
@@ -264,7 +322,7 @@ class Checkpointer:
         if positions := [json.loads(state[key]) for key in _in_order(state, DATA_KEY)]:
             self._set_position(positions)
         if "step" in state:
-            random = state[f"{RANDOM_KEY}{dist.get_rank()}"]
+            random = state[f"{RANDOM_KEY}{self._data_rank}"]
             set_random_state(random)
             if not random:
                 torch.manual_seed(torch.initial_seed() + state["step"])  # not the numbers of the first steps again
@@ -295,6 +353,13 @@ class Checkpointer:
 def _parts_of(step: int, exclude: Collection[str]) -> frozenset[str]:
     """What is restored of a checkpoint: of step 0, a seed, the weights only."""
     return (frozenset({"model"}) if step == 0 else _ALL_PARTS) - frozenset(exclude)
+
+
+def _is_there(storage: Storage, name: str) -> bool:
+    try:
+        return bool(storage.sizes(name))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _in_order(state: dict[str, Any], prefix: str) -> list[str]:

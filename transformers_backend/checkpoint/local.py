@@ -10,11 +10,23 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
-from transformers_backend.checkpoint.storage import METADATA, Found, NamesTheFile, Storage, step_of
+from transformers_backend.checkpoint.storage import (
+    METADATA,
+    Found,
+    NamesTheFile,
+    ReadsItsIndexOnce,
+    Storage,
+    model_step_of,
+    step_of,
+)
 from transformers_backend.folders import replace_folder
 
 
 class _LocalFileSystem(NamesTheFile, FileSystem):
+    pass
+
+
+class _Reader(ReadsItsIndexOnce, FileSystemReader):
     pass
 
 
@@ -32,8 +44,9 @@ class LocalStorage(Storage):
                 (found.whole if (path / METADATA).is_file() else found.damaged).append(step)
             elif path.suffix == ".abandoned" and (step := step_of(path.stem)) is not None:
                 found.abandoned.append(step)
-        for steps in (found.whole, found.damaged, found.abandoned):
-            steps.sort()
+            elif (step := model_step_of(path.name)) is not None and (path / METADATA).is_file():
+                found.models.append(step)
+        found.sort()
         return found
 
     def begin(self, name: str) -> None:
@@ -48,6 +61,7 @@ class LocalStorage(Storage):
         return writer
 
     def commit(self, name: str, files: dict[str, str]) -> None:
+        self.check_written(self._temporary(name).name)
         for file, text in files.items():
             with open(self._temporary(name) / file, "w", encoding="utf-8") as opened:
                 opened.write(text)
@@ -61,12 +75,15 @@ class LocalStorage(Storage):
         shutil.rmtree(self._temporary(name), ignore_errors=True)
 
     def reader(self, name: str) -> StorageReader:
-        reader = FileSystemReader(self.root / name)
+        reader = _Reader(self.root / name)
         reader.fs = _LocalFileSystem()
         return reader
 
     def sizes(self, name: str) -> dict[str, int]:
-        return {path.name: path.stat().st_size for path in (self.root / name).iterdir() if path.is_file()}
+        folder = self.root / name
+        if not folder.is_dir():
+            return {}
+        return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
 
     def read_text(self, name: str, file: str) -> str | None:
         path = self.root / name / file
@@ -80,6 +97,16 @@ class LocalStorage(Storage):
         shutil.rmtree(going, ignore_errors=True)
         (self.root / f"step-{step}{'.abandoned' if abandoned else ''}").rename(going)
         shutil.rmtree(going)
+
+    def leave_mark(self, mark: str) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        (self.root / mark).touch()
+
+    def sees_mark(self, mark: str) -> bool:
+        return (self.root / mark).exists()
+
+    def remove_mark(self, mark: str) -> None:
+        (self.root / mark).unlink(missing_ok=True)
 
     def _temporary(self, name: str) -> Path:
         return self.root / f"{name}.tmp"

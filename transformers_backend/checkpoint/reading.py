@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,48 +12,57 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from transformers_backend.checkpoint.storage import METADATA, Storage, StorageError
+from transformers_backend.checkpoint.storage import DamagedFileError, Storage, StorageError
 from transformers_backend.job_config.values import to_toml, toml_reader
+
+T = TypeVar("T")
 
 _LISTED = 5  # names that an error lists
 _SECTIONS_THAT_MATTER = ("model", "hf_transformers", "training", "optimizer")
 _MAY_CHANGE = {  # how a run goes, not what it computes
     "hf_transformers": {"init", "trust_remote_code", "attn_implementation"},
-    "training": {"steps", "local_batch_size", "enable_cpu_offload", "gc_freq", "num_workers", "prefetch_factor"},
+    "training": {
+        "steps", "local_batch_size", "global_batch_size", "enable_cpu_offload", "gc_freq", "num_workers",
+        "prefetch_factor",
+    },
     "optimizer": {"implementation"},
-}
+}  # fmt: skip
 
 
 class DamagedCheckpoint(ValueError):
-    """Files are missing, too short or unreadable; the message names one."""
+    """Files are missing, too short or not what was written; the message names one."""
+
+
+class LoadError(OSError):
+    """Storage failed while a checkpoint was read, which says nothing of the checkpoint: it may be whole."""
+
+    def __init__(self, location: str, reason: str) -> None:
+        super().__init__(location, reason)
+
+    def __str__(self) -> str:
+        location, reason = self.args
+        return (
+            f"{location} cannot be read: {reason}. It may be whole, and nothing was set aside: when the storage "
+            "answers again, the same command goes on."
+        )
 
 
 def read_metadata(storage: Storage, name: str) -> Metadata:
     """The index of a checkpoint whose files are all there in full, or DamagedCheckpoint. Call it on one rank."""
-    location = storage.locate(name)
-    sizes = storage.sizes(name)
-    if METADATA not in sizes:
-        raise DamagedCheckpoint(f"{location} is damaged: {METADATA} is missing.")
     try:
-        metadata = storage.reader(name).read_metadata()
-    except StorageError as error:
-        raise DamagedCheckpoint(f"{location} is damaged: {METADATA} cannot be read ({error}).") from error
-    needed: dict[str, int] = {}
-    for part in metadata.storage_data.values():
-        needed[part.relative_path] = max(needed.get(part.relative_path, 0), part.offset + part.length)
-    for file, size in sorted(needed.items()):
-        if file not in sizes:
-            raise DamagedCheckpoint(f"{location} is damaged: {file} is missing.")
-        if sizes[file] < size:
-            raise DamagedCheckpoint(f"{location} is damaged: {file} has {sizes[file]} bytes of {size}.")
+        metadata = storage.read_index(name)
+    except DamagedFileError as error:
+        raise DamagedCheckpoint(f"{storage.locate(name)} is damaged: {error}.") from error
+    if not storage.is_whole(name):
+        raise DamagedCheckpoint(f"{storage.locate(name)} is incomplete: its save or its deletion was cut off.")
     return metadata
 
 
 def read_state(state: dict[str, Any], storage: Storage, name: str, metadata: Metadata, group) -> None:
     """Fill `state` from a checkpoint, on all ranks. ValueError if it does not fit, DamagedCheckpoint if it is damaged
-    after all."""
+    after all, LoadError if storage fails."""
     location = storage.locate(name)
-    if misfits := _find_misfits(state, metadata):
+    if misfits := find_misfits(state, metadata):
         raise ValueError(
             f"{location} cannot be resumed from ({misfits}): it was saved by another model or optimizer. Give the "
             "settings that it was saved with, another checkpoint.load_step or job.dump_folder, or name what to leave "
@@ -62,26 +71,42 @@ def read_state(state: dict[str, Any], storage: Storage, name: str, metadata: Met
     try:
         dcp.load(state, storage_reader=storage.reader(name), process_group=group)
     except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        if not isinstance(cause, StorageError):
-            raise cause from None
+        causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
+        for cause in causes.values():
+            if not isinstance(cause, (StorageError, OSError)):
+                raise cause from None
+        for rank, cause in causes.items():  # before any damage: what cannot be read now may do so tomorrow
+            if not isinstance(cause, DamagedFileError):
+                raise LoadError(location, f"rank {rank}: {cause}") from None
+        rank, cause = min(causes.items())
         raise DamagedCheckpoint(f"{location} is damaged: rank {rank} cannot read {cause}.") from None
 
 
-def _find_misfits(state: dict[str, Any], metadata: Metadata) -> str:
+def find_misfits(state: dict[str, Any], metadata: Metadata) -> str:
+    """What of `state` is not in a checkpoint as it is here, and which of its weights are not in `state`; "" if it fits.
+
+    Tensors of `state` may be on the meta device.
+    """
     saved = metadata.state_dict_metadata
     flat, _ = flatten_state_dict(state)
     missing = sorted(key for key in flat if key not in saved)
+    unexpected = (
+        sorted(key for key in saved if key.startswith("model.") and key not in flat) if "model" in state else []
+    )
     reshaped = [
         f"{key} (here {tuple(value.shape)}, saved {tuple(saved[key].size)})"
-        for key, value in flat.items()
+        for key, value in sorted(flat.items())
         if isinstance(value, torch.Tensor)
         and isinstance(saved.get(key), TensorStorageMetadata)
         and value.shape != saved[key].size
     ]
     texts = [
         f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{' ...' if len(names) > _LISTED else ''}"
-        for kind, names in (("values that it does not have", missing), ("of another shape", reshaped))
+        for kind, names in (
+            ("values that it does not have", missing),
+            ("weights that the model does not have", unexpected),
+            ("of another shape", reshaped),
+        )
         if names
     ]
     return "; ".join(texts)
@@ -104,6 +129,37 @@ def find_changes(saved_toml: str, now_toml: str) -> list[str]:
     ]
 
 
+def find_new_batch_size(saved_toml: str, saved_ranks: int, now_toml: str, now_ranks: int) -> list[str]:
+    """At most one sentence: the sequences of an optimizer step, where they are not as many as there.
+
+    saved_ranks, now_ranks: data ranks, which make the batch where training.global_batch_size is -1.
+    """
+    toml = toml_reader()
+    before = _sequences_per_step(toml.loads(saved_toml)["training"], saved_ranks)
+    after = _sequences_per_step(toml.loads(now_toml)["training"], now_ranks)
+    if before == after:
+        return []
+    return [
+        f"{before} sequences in an optimizer step there, {after} here (training.global_batch_size = {before} keeps "
+        "them on any number of ranks)"
+    ]
+
+
+def _sequences_per_step(training: Mapping[str, Any], ranks: int) -> int:
+    fixed = training["global_batch_size"]
+    return fixed if fixed != -1 else training["local_batch_size"] * ranks
+
+
+def is_same_job(saved_toml: str, now_toml: str, *, load_step: int, exclude: Collection[str]) -> bool:
+    """Whether a checkpoint comes from this job: it computed the same, and had started from the same place."""
+    checkpoint = toml_reader().loads(saved_toml)["checkpoint"]
+    return (
+        checkpoint["load_step"] == load_step
+        and set(checkpoint["exclude_from_loading"]) == set(exclude)
+        and not find_changes(saved_toml, now_toml)
+    )
+
+
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     keys = sorted(saved.keys() | now.keys())
     return [(key, saved.get(key), now.get(key)) for key in keys if saved.get(key) != now.get(key)]
@@ -113,11 +169,20 @@ def _shown(value: Any) -> str:
     return "none" if value is None else to_toml(value)
 
 
-def agree(value: Any, problem: str | None, group) -> Any:
-    """Rank 0's value on every rank, or its problem as DamagedCheckpoint."""
-    objects = [(value, problem)]
+def read_on_first_rank(read: Callable[[], T], location: str, group) -> T:
+    """What rank 0 reads, on every rank; or its error: a ValueError as it is, one of the storage as LoadError."""
+    value: T | None = None
+    error: ValueError | LoadError | None = None
+    if dist.get_rank() == 0:
+        try:
+            value = read()
+        except ValueError as problem:
+            error = problem
+        except (OSError, StorageError) as problem:
+            error = LoadError(location, str(problem))
+    objects = [(value, error)]
     dist.broadcast_object_list(objects, src=0, group=group)
-    value, problem = objects[0]
-    if problem is not None:
-        raise DamagedCheckpoint(problem)
+    value, error = objects[0]
+    if error is not None:
+        raise error
     return value

@@ -7,7 +7,7 @@ out anew for any mesh), `schedulers` and `data_rank_N` as JSON, `random_rank_N`,
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers_backend.model import HFTransformerModel
 from transformers_backend.weights import named_tensors
 
 DATA_KEY, RANDOM_KEY = "data_rank_", "random_rank_"  # followed by the data rank, by the rank
+_STATE = "state."  # begins torch's keys of what an optimizer holds of a parameter
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -43,15 +44,47 @@ def get_optimizer_state(model: HFTransformerModel, optimizers: Sequence[torch.op
     return get_optimizer_state_dict(model.hf_model, optimizers, options=_OPTIONS)
 
 
+def blank_optimizer_state(
+    model: HFTransformerModel, optimizers: Sequence[torch.optim.Optimizer], saved: Collection[str]
+) -> dict[str, Any]:
+    """Drop what the optimizers hold; returns new state to be filled, of those parameters that a checkpoint has it of.
+
+    saved: keys of the checkpoint's optimizer state. A parameter that never got a gradient has none, and in a run that
+    skipped every step so far no parameter has.
+    """
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+        optimizer.state.clear()  # or torch would not make it for every parameter
+    with_state, state = _names_with_state(saved), get_optimizer_state(model, optimizers)
+    return {key: value for key, value in state.items() if not key.startswith(_STATE) or _name(key) in with_state}
+
+
 def set_optimizer_state(
     model: HFTransformerModel, optimizers: Sequence[torch.optim.Optimizer], state: dict[str, Any]
 ) -> None:
-    """Take over running means and counts; learning rate, weight decay ... stay those of this job."""
+    """Take over running means and counts; learning rate, weight decay ... stay those of this job.
+
+    state: what `blank_optimizer_state` returned, filled. Parameters that it leaves out have no state afterwards.
+    """
     chosen = [_hyperparameters(optimizer) for optimizer in optimizers]
-    set_optimizer_state_dict(model.hf_model, optimizers, optim_state_dict=state, options=_OPTIONS)
+    everything = get_optimizer_state(model, optimizers) | state  # torch wants all parameters
+    set_optimizer_state_dict(model.hf_model, optimizers, optim_state_dict=everything, options=_OPTIONS)
+    with_state = _names_with_state(state)
+    kept = {id(tensor) for name, tensor in named_tensors(model.hf_model).items() if name in with_state}
     for optimizer, groups in zip(optimizers, chosen, strict=True):
         for group, values in zip(optimizer.param_groups, groups, strict=True):
             group.update(values)
+        for parameter in [parameter for parameter in optimizer.state if id(parameter) not in kept]:
+            del optimizer.state[parameter]
+
+
+def _names_with_state(keys: Iterable[str]) -> set[str]:
+    return {_name(key) for key in keys if key.startswith(_STATE)}
+
+
+def _name(key: str) -> str:
+    """The parameter of a key state.<parameter>.<what>."""
+    return key.removeprefix(_STATE).rpartition(".")[0]
 
 
 def _hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from transformers_backend.checkpoint.storage import Storage, StorageError
 logger = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(hours=4)  # one rank writing to a slow disk while the others wait
+_MEETING_SECONDS = 5.0  # ranks that end together, apart by what a loaded machine makes of it
 
 
 class SaveError(OSError):
@@ -44,10 +45,14 @@ class Writer:
         """beside_training: `write` returns at once. pinned: stage CUDA tensors in page-locked memory."""
         self._storage = storage
         self.group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._closing = dist.new_group(backend="gloo")  # the other one is the thread's
         self._beside_training = beside_training
         self._stager: DefaultStager | None = None
+        self._stream: torch.cuda.Stream | None = None
         if beside_training:
             on_cuda = torch.cuda.is_available()
+            # Copies run beside the computation, on the device of this rank.
+            self._stream = torch.cuda.Stream() if on_cuda else None
             self._stager = DefaultStager(
                 StagingOptions(
                     use_pinned_memory=pinned and on_cuda,
@@ -61,15 +66,16 @@ class Writer:
         self._in_flight: Future[None] | None = None
 
     def write(self, name: str, state: dict[str, Any], files: dict[str, str], then: Callable[[], None]) -> None:
-        """Write `state` and text files as checkpoint `name`, then call `then` on rank 0. `wait` says how it went."""
+        """Write `state` and text files as checkpoint `name`, then call `then` on rank 0, while the others wait.
+        `wait` says how it went."""
         assert self._in_flight is None, "wait for the last one first"
         self._in_flight = Future()
         arguments = (self._in_flight, name, state, files, then)
         if not self._beside_training:
             self._run(*arguments)
             return
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()  # the optimizer step that the state comes from
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())  # the optimizer step that the state comes from
         self._staged.clear()
         threading.Thread(target=self._run, args=arguments, name=f"save {name}", daemon=True).start()
 
@@ -87,10 +93,25 @@ class Writer:
             if error is not None:
                 raise error
 
-    def close(self, timeout_seconds: float) -> None:
-        """Wait for the write under way, and free what staging holds; what fails or takes longer is logged."""
+    def _wait_as_long_as_all_do(self, timeout_seconds: float) -> None:
+        """`wait`, and beyond that time where all ranks are here: then storage is slow, and no rank is lost."""
         try:
             self.wait(timeout_seconds)
+        except TimeoutError:
+            try:
+                dist.monitored_barrier(self._closing, timeout=timedelta(seconds=max(timeout_seconds, _MEETING_SECONDS)))
+            except RuntimeError:
+                raise TimeoutError from None
+            logger.info("a checkpoint is still being written, and waited for")
+            self.wait(_PATIENCE.total_seconds())
+
+    def close(self, timeout_seconds: float) -> None:
+        """Wait for the write under way, and free what staging holds; what fails is logged.
+
+        timeout_seconds: how long to wait where a rank does not close too; it may be lost.
+        """
+        try:
+            self._wait_as_long_as_all_do(timeout_seconds)
         except SaveError as error:
             logger.error("%s", error)
         except TimeoutError:
@@ -101,13 +122,14 @@ class Writer:
         if self._stager is not None:
             self._stager.close()
         dist.destroy_process_group(self.group)
+        dist.destroy_process_group(self._closing)
 
     def _run(self, outcome: Future[None], *arguments) -> None:
         try:
             self._write(*arguments)
         except BaseException as error:  # `wait` raises it, in the thread that trains
             if self._beside_training:  # that may be much later
-                logger.error("%s", error)
+                logger.error("%s", error, exc_info=None if isinstance(error, SaveError) else error)
             outcome.set_exception(error)
         else:
             outcome.set_result(None)
@@ -125,19 +147,19 @@ class Writer:
             self._on_first_rank(lambda: self._storage.commit(name, files))
         except (CheckpointException, StorageError) as error:
             if dist.get_rank() == 0:
-                with contextlib.suppress(OSError):  # what stays is not whole, and the next save removes it
+                # What stays is not whole, and the next save removes it.
+                with contextlib.suppress(OSError, StorageError):
                     self._storage.discard(name)
             raise self._save_error(name, error) from None
         logger.info("checkpoint saved: %s", self._storage.locate(name))
-        if dist.get_rank() == 0:
-            then()
+        self._on_first_rank(then)  # the others wait in a group that has the time for it
 
     def _stage(self, state: dict[str, Any]) -> dict[str, Any]:
         if self._stager is None:
             return state
         problem = None
         try:
-            state = self._stager.stage(state)
+            state = self._stage_on_device(state, self._stager)
         except RuntimeError as error:  # out of memory
             problem = f"rank {dist.get_rank()}: {error}"
         finally:
@@ -148,13 +170,21 @@ class Writer:
             raise StorageError("; ".join(filter(None, problems)))
         return state
 
+    def _stage_on_device(self, state: dict[str, Any], stager: DefaultStager) -> dict[str, Any]:
+        if self._stream is None:
+            return stager.stage(state)
+        # A new thread is on device 0, and the stager ends by waiting for the device that its thread is on.
+        torch.cuda.set_device(self._stream.device)
+        with torch.cuda.stream(self._stream):
+            return stager.stage(state)
+
     def _on_first_rank(self, action: Callable[[], None]) -> None:
         """Do it on rank 0; StorageError on every rank if it could not be done."""
         problem = [None]
         if dist.get_rank() == 0:
             try:
                 action()
-            except OSError as error:
+            except (OSError, StorageError) as error:
                 problem = [f"rank 0: {error}"]
         dist.broadcast_object_list(problem, src=0, group=self.group)
         if problem[0] is not None:

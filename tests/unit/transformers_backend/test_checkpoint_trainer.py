@@ -20,6 +20,7 @@ from tests.jobs import tiny_job
 from transformers_backend import JobConfig, Trainer, load_job_config
 from transformers_backend.checkpoint import SaveError
 from transformers_backend.checkpoint.local import LocalStorage
+from transformers_backend.checkpoint.reading import LoadError
 from transformers_backend.checkpoint.storage import NamesTheFile
 from transformers_backend.job_config import validate
 
@@ -124,6 +125,27 @@ def test_a_save_beside_training_does_not_hold_the_step(job, slow_disk: float):
     assert seconds["async"] <= 0.1 * seconds["disabled"] + 0.1  # the last for a machine that does other things
 
 
+def test_the_end_of_a_run_waits_for_a_slow_storage(job, slow_disk: float):
+    trainer = Trainer(job(checkpoint__async_mode="async"))
+    trainer.checkpointer.save(1)
+    trainer.job_config.comm.train_timeout_seconds = 0.05
+    trainer.close()
+    assert trainer.checkpointer.steps() == [1]
+
+
+def test_a_defect_in_a_save_beside_training_shows_its_traceback(job, monkeypatch, caplog: pytest.LogCaptureFixture):
+    def defect(self, name):
+        raise KeyError("defect")
+
+    monkeypatch.setattr(LocalStorage, "begin", defect)
+    trainer = Trainer(job(checkpoint__async_mode="async"))
+    trainer.checkpointer.save(1)
+    with pytest.raises(KeyError):
+        trainer.checkpointer.wait()
+    assert "in defect" in caplog.text
+    trainer.close()
+
+
 def test_the_weights_wait_until_they_are_copied(job, monkeypatch: pytest.MonkeyPatch):
     trainer = Trainer(job(checkpoint__async_mode="async"))
     trainer.train_step()
@@ -139,7 +161,7 @@ def test_the_weights_wait_until_they_are_copied(job, monkeypatch: pytest.MonkeyP
     trainer.checkpointer.save(1)
     optimizer_step, stepped = trainer.optimizers[0].step, []
     monkeypatch.setattr(
-        trainer.optimizers[0], "step", lambda: (stepped.append(time.perf_counter()), optimizer_step())[1]
+        trainer.optimizers[0], "step", lambda **_: (stepped.append(time.perf_counter()), optimizer_step())[1]
     )
     trainer.train_step()
     assert copied[0] < stepped[0]
@@ -151,7 +173,7 @@ def test_the_weights_wait_until_they_are_copied(job, monkeypatch: pytest.MonkeyP
 
 def test_the_oldest_go_also_those_set_aside(job):
     config = job(checkpoint__interval=1, checkpoint__keep_latest_k=2, checkpoint__async_mode="async")
-    _folder(config).mkdir(parents=True)
+    _run(job(training__steps=1, checkpoint__interval=1))
     for step in (20, 30, 40):
         (_folder(config) / f"step-{step}.abandoned").mkdir()
     _run(config)
@@ -202,8 +224,15 @@ def test_a_run_starts_from_the_checkpoint_of_another(job, caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO):
         assert _run(everything).step == 6
     assert "initial_load_path is not read: this run has checkpoints of its own" in caplog.text
-    with pytest.raises(ValueError, match=r"nowhere/step-1 cannot be read: .*No such file"):
+    with pytest.raises(ValueError, match=r'initial_load_path = ".*nowhere/step-1": there is no such checkpoint. Name'):
         Trainer(job("other", checkpoint__initial_load_path="nowhere/step-1"))
+
+
+def test_a_home_folder_is_found(job, monkeypatch: pytest.MonkeyPatch):
+    first = job("first", training__steps=2)
+    _run(first)
+    monkeypatch.setenv("HOME", first.job.dump_folder)
+    _run(job("second", checkpoint__initial_load_path="~/checkpoint/step-2", training__steps=1))
 
 
 def test_a_run_starts_from_a_hugging_face_folder(job):
@@ -246,8 +275,85 @@ def test_load_only_saves_nothing_and_the_first_step_is_saved_when_asked(job):
     _run(config)
     assert _names(config) == {"step-1", "step-2", "step-3"}
     config.training.steps, config.checkpoint.load_only, config.checkpoint.load_step = 6, True, 1
+    trainer = Trainer(config)
+    assert not trainer.checkpointer.save_last(1)
+    trainer.close()
     assert _run(config).step == 6
     assert _names(config) == {"step-1", "step-2", "step-3"}
+
+
+def _branch(job, **changes) -> JobConfig:
+    """A job that goes back to step 2 of one that came to step 6."""
+    _run(job())
+    return job(checkpoint__load_step=2, lr_scheduler__total_steps=6, optimizer__lr=2e-2, **changes)
+
+
+def test_load_step_acts_once(job, caplog: pytest.LogCaptureFixture):
+    """Restarts go on from the branch's own checkpoints; another job that names the step goes back to it."""
+    config = _branch(job, training__steps=4)
+    Trainer(config).close()
+    assert _names(config) == {"step-2", "step-4.abandoned", "step-6.abandoned"}
+    _run(config)
+    with caplog.at_level(logging.INFO):
+        trainer = Trainer(config)
+    assert trainer.step == 4
+    assert "step-4 was written by this job, so it goes on from there: checkpoint.load_step = 2" in caplog.text
+    assert "step-4" in _names(config)
+    trainer.close()
+    config.optimizer.lr = 3e-2
+    trainer = Trainer(config)
+    assert trainer.step == 2
+    trainer.close()
+
+
+def test_exclude_from_loading_acts_once(job):
+    _run(job(training__steps=2))
+    config = job(training__steps=4, optimizer__lr=2e-2, checkpoint__exclude_from_loading=["dataloader"])
+    trainer = _run(config)
+    position = trainer.data.state_dict()
+    config.training.steps = 6
+    trainer = Trainer(config)
+    assert trainer.step == 4
+    assert trainer.data.state_dict() == position
+    trainer.close()
+
+
+@pytest.mark.parametrize("interval", [2, 6])
+def test_what_a_run_starts_anew_from_is_kept_until_it_saves(job, interval: int):
+    """Without the train state it begins at step 0, with all of the loaded weights behind it."""
+    _run(job())
+    config = job(
+        checkpoint__exclude_from_loading=["train_state", "lr_scheduler"], checkpoint__interval=interval,
+        training__steps=6, optimizer__lr=2e-2,
+    )  # fmt: skip
+    for _ in range(2):  # the first is lost before it saves
+        trainer = Trainer(config)
+        assert (trainer.step, "step-6" in _names(config)) == (0, True)
+        trainer.close()
+    trainer = Trainer(config)
+    trainer.checkpointer.save(interval)
+    trainer.close()
+    left = {"step-2.abandoned", "step-4.abandoned", "step-6.abandoned", f"step-{interval}"}
+    assert _names(config) == left
+    trainer = Trainer(config)
+    assert trainer.step == interval
+    trainer.close()
+
+
+def test_a_run_whose_checkpoints_are_all_set_aside_does_not_start_over(job):
+    config = job(training__steps=2)
+    _run(config)
+    (_folder(config) / "step-2").rename(_folder(config) / "step-2.abandoned")
+    with pytest.raises(ValueError, match=r"holds no whole checkpoint: step-2 was set aside as step-2\.abandoned\. "):
+        Trainer(config)
+
+
+def test_no_seed_is_made_of_a_run(job):
+    _run(job(training__steps=2))
+    trainer = Trainer(job(checkpoint__create_seed_checkpoint=True))
+    with pytest.raises(ValueError, match=r"create_seed_checkpoint = true: .*checkpoint holds step-2, and a seed is"):
+        trainer.train()
+    trainer.close()
 
 
 def test_settings_that_changed_are_told(job, caplog: pytest.LogCaptureFixture):
@@ -270,6 +376,15 @@ def test_two_runs_in_one_folder_are_refused(job, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match=r'job\.dump_folder = ".*run" is in use by another run: two runs would'):
         Trainer(job())
     assert not dist.is_initialized()
+
+
+def test_another_number_of_sequences_in_a_step_is_told(job, caplog: pytest.LogCaptureFixture):
+    _run(job(training__steps=2))
+    with caplog.at_level(logging.WARNING):
+        _run(job(training__steps=3, training__local_batch_size=1, training__global_batch_size=2))
+        assert "sequences in an optimizer step" not in caplog.text
+        _run(job(training__steps=4, training__local_batch_size=4))
+    assert "was saved with another setting: 2 sequences in an optimizer step there, 4 here" in caplog.text
 
 
 # -- damaged --------------------------------------------------------------------------------------------------------
@@ -329,6 +444,35 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(job):
         _cut(_folder(config) / f"step-{step}")
     with pytest.raises(ValueError, match=r"holds no whole checkpoint: .*step-6 is damaged.*step-2 is damaged"):
         Trainer(config)
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
+def test_a_passing_error_sets_nothing_aside(job, monkeypatch: pytest.MonkeyPatch, file: str):
+    """Neither the file system's nor that of memory says that a checkpoint is damaged."""
+    config = job(training__steps=4)
+    _run(config)
+    plain = FileSystem.create_stream
+    for failure, expected, message in (
+        (OSError(errno.EIO, "Input/output error"), LoadError, rf"step-4 cannot be read: .*{file}: Input/output error"),
+        (RuntimeError("can't allocate memory"), LoadError, rf"step-4 cannot be read: .*{file}: can't allocate"),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "CUDA out of memory"),
+    ):
+
+        @contextmanager
+        def failing(self, path, mode, failure=failure):
+            with plain(self, path, mode) as stream:
+                if Path(path).name == file:
+                    raise failure
+                yield stream
+
+        monkeypatch.setattr(FileSystem, "create_stream", failing)
+        with pytest.raises(expected, match=message):
+            Trainer(config)
+        assert _names(config) == {"step-2", "step-4"}
+    monkeypatch.setattr(FileSystem, "create_stream", plain)
+    trainer = Trainer(config)
+    assert trainer.step == 4
+    trainer.close()
 
 
 # -- a disk that is full --------------------------------------------------------------------------------------------
@@ -399,6 +543,21 @@ def test_training_goes_on_where_the_job_says_so(job, disk, caplog: pytest.LogCap
     assert _names(config) == {"step-2", "step-4"}
 
 
+def test_the_last_checkpoint_is_written_after_one_that_failed(job, disk, caplog: pytest.LogCaptureFixture):
+    config = job(checkpoint__async_mode="async")
+    trainer = Trainer(config)
+    trainer.checkpointer.wait_until_staged()
+    disk["full"] = True
+    trainer.checkpointer.save(2)
+    trainer.checkpointer._writer._in_flight.exception()
+    disk["full"] = False
+    with caplog.at_level(logging.WARNING):
+        assert trainer.checkpointer.save_last(3)
+    assert "step-2 could not be written" in caplog.text
+    assert _names(config) == {"step-3"}
+    trainer.close()
+
+
 def test_the_last_checkpoint_must_be_written(job, disk):
     trainer = Trainer(job(training__steps=1, checkpoint__on_save_error="continue"))
     disk["full"] = True
@@ -441,7 +600,7 @@ def test_a_folder_that_cannot_be_listed_is_told(job, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(LocalStorage, "find", refuse)
-    with pytest.raises(ValueError, match=r"checkpoint\.folder .* cannot be listed: .*Permission denied"):
+    with pytest.raises(LoadError, match=r"checkpoint\.folder .* cannot be read: .*Permission denied"):
         Trainer(job())
 
 
@@ -452,3 +611,40 @@ def test_a_moved_folder_of_checkpoints_is_still_one(job, tmp_path: Path):
     shutil.move(_folder(config), tmp_path / "elsewhere")
     trainer = _run(job(checkpoint__folder=str(tmp_path / "elsewhere")))
     _assert_equal(trainer.model.full_state_dict(), expected)
+
+
+# -- optimizer state that not every parameter has -------------------------------------------------------------------
+
+
+def _without_gradient(trainer: Trainer) -> None:
+    """As in a model that does not use its last norm: no step ever sees a gradient of it."""
+    optimizer, weight = trainer.optimizers[0], trainer.model.hf_model.model.norm.weight
+    optimizer.register_step_pre_hook(lambda *_: setattr(weight, "grad", None))
+
+
+def test_a_parameter_that_never_gets_a_gradient_is_resumed_without_state(job):
+    states = {}
+    for name, lives in (("whole", (4,)), ("parts", (2, 4))):
+        for steps in lives:
+            trainer = Trainer(job(name, training__steps=steps, lr_scheduler__total_steps=6))
+            _without_gradient(trainer)
+            trainer.train()
+            assert trainer.model.hf_model.model.norm.weight not in trainer.optimizers[0].state
+            states[name] = trainer.model.full_state_dict()
+            trainer.close()
+    _assert_equal(states["parts"], states["whole"])
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step\\(\\)` before:UserWarning")
+def test_a_run_whose_first_step_was_skipped_is_resumed(job):
+    states = {}
+    for name, lives in (("whole", (3,)), ("parts", (1, 3))):
+        for steps in lives:
+            trainer = Trainer(job(name, training__steps=steps, lr_scheduler__total_steps=6))
+            is_finite = trainer._is_finite
+            trainer._is_finite = lambda *args, one=trainer, plain=is_finite: one.step > 0 and plain(*args)
+            assert not trainer.optimizers[0].state
+            trainer.train()
+            states[name] = trainer.model.full_state_dict()
+            trainer.close()
+    _assert_equal(states["parts"], states["whole"])

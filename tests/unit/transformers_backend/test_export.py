@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+import uuid
 from pathlib import Path
 
 import fsspec
@@ -21,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from tests.jobs import tiny_job
 from transformers_backend import Trainer, export, generate
 from transformers_backend.export import export_checkpoint, main
-from transformers_backend.saved_checkpoint import SavedCheckpoint, find_checkpoint
+from transformers_backend.saved_checkpoint import NoCheckpointError, SavedCheckpoint, find_checkpoint
 from transformers_backend.twin import build_twin
 
 STEP = "run/checkpoint/step-1"
@@ -164,10 +165,33 @@ def test_the_newest_whole_checkpoint_is_found(run: Path):
     shutil.copytree(folder / "step-1", folder / "step-12.abandoned")
     (folder / "step-13").mkdir()  # its metadata, written last, is not there
     for location in (run, folder, f"{run}/"):
-        assert find_checkpoint(str(location))[1] == str(folder / "step-10")
-    assert find_checkpoint(str(folder / "step-9"))[1] == str(folder / "step-9")
+        assert _found(location) == str(folder / "step-10")
+    assert _found(folder / "step-9") == str(folder / "step-9")
+    assert _found(folder / "step-12.abandoned") == str(folder / "step-12.abandoned"), "asked for by name"
+    shutil.copytree(folder / "step-1", folder / "step-10-model")
+    assert _found(run) == str(folder / "step-10")
     shutil.copytree(folder / "step-1", folder / "step-20-model")
-    assert find_checkpoint(str(run))[1] == str(folder / "step-20-model")
+    assert _found(run) == str(folder / "step-20-model")
+
+
+def _found(location: object) -> str:
+    storage, name = find_checkpoint(str(location))
+    return storage.locate(name)
+
+
+def test_the_newest_whole_checkpoint_is_found_in_a_bucket():
+    """There a checkpoint is written in place, and a mark says that it is not whole, or was set aside."""
+    memory, root = fsspec.filesystem("memory"), f"/newest-{uuid.uuid4().hex}"
+    for name, files in {"step-1": [], "step-2-model": [], "step-3": [".incomplete"], "step-4": [".abandoned"]}.items():
+        for file in (".metadata", "config.toml", *files):
+            memory.pipe_file(f"{root}/run/{name}/{file}", b"")
+    url = f"memory:/{root}"
+    assert _found(f"{url}/run") == f"{url}/run/step-2-model"
+    assert _found(f"{url}/run/step-1/") == f"{url}/run/step-1"
+    with pytest.raises(NoCheckpointError, match=r"run/step-3: its save or its deletion was cut off"):
+        find_checkpoint(f"{url}/run/step-3")
+    memory.pipe_file(f"{root}/step-7/.metadata", b"")
+    assert _found(url) == f"{url}/step-7", "a whole bucket"
 
 
 def test_a_checkpoint_folder_of_another_name(run: Path, trained: Path):
@@ -176,7 +200,7 @@ def test_a_checkpoint_folder_of_another_name(run: Path, trained: Path):
     (run / "saved").mkdir()
     (run / "checkpoint").rename(run / "saved" / "here")
     shutil.copy(config, run / "saved" / "here" / "step-1" / "config.toml")
-    assert find_checkpoint(str(run))[1] == str(run / "saved" / "here" / "step-1")
+    assert _found(run) == str(run / "saved" / "here" / "step-1")
 
 
 def test_weights_alone(tmp_path: Path):
@@ -211,7 +235,9 @@ def test_a_checkpoint_behind_a_url(run: Path, trained: Path, tmp_path: Path, cap
         _assert_same_folders(folder, trained / "run-live")
         memory.rm("/bucket/run/checkpoint/step-1/__0_0.distcp")
         assert main(["memory://bucket/run", str(tmp_path / "out")]) == 2
-        assert "error: memory:///bucket/run/checkpoint/step-1/__0_0.distcp: missing" in capsys.readouterr().err
+        assert (
+            "bucket/run/checkpoint/step-1 is damaged: __0_0.distcp is missing. Use another" in capsys.readouterr().err
+        )
         assert main([str(run), "memory://bucket/out"]) == 2
         assert "OUTPUT memory://bucket/out: must be a local folder" in capsys.readouterr().err
     finally:
@@ -235,7 +261,7 @@ def test_places_without_a_checkpoint(run: Path, tmp_path: Path, capsys: pytest.C
     (run / "checkpoint" / "step-1" / ".metadata").unlink()
     for location in (run, run / "checkpoint", run / "checkpoint" / "step-1"):
         assert "a file .metadata, which is written last" in _refusal(capsys, location)
-    assert "Name a folder, or a URL such as s3://" in _refusal(capsys, "nosuch://bucket/run")
+    assert "Name a folder, or a URL of a protocol that fsspec knows" in _refusal(capsys, "nosuch://bucket/run")
 
 
 def _truncate(path: Path) -> None:
@@ -249,11 +275,11 @@ def _scramble(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("__0_0.distcp", _truncate, "__0_0.distcp: truncated, "),
-        ("__0_0.distcp", Path.unlink, "__0_0.distcp: missing, so the checkpoint is not whole"),
-        ("__0_0.distcp", _scramble, "cannot be read from __0_0.distcp"),
-        (".metadata", _truncate, "/.metadata: damaged"),
-        (".metadata", _scramble, "/.metadata: damaged"),
+        ("__0_0.distcp", _truncate, "is damaged: __0_0.distcp has "),
+        ("__0_0.distcp", Path.unlink, "is damaged: __0_0.distcp is missing"),
+        ("__0_0.distcp", _scramble, "__0_0.distcp: "),
+        (".metadata", _truncate, "/.metadata: pickle data was truncated"),
+        (".metadata", _scramble, "/.metadata: invalid load key"),
     ],
 )
 def test_a_damaged_checkpoint_names_the_file(run: Path, name: str, damage, message: str, capsys):
@@ -281,10 +307,10 @@ def test_without_a_config(run: Path, capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("num_hidden_layers = 2", "num_hidden_layers = 3", "9 missing in it: model.layers.2.input_layernorm.weight"),
-        ("num_hidden_layers = 2", "num_hidden_layers = 1", "9 unexpected: model.layers.1.input_layernorm.weight"),
+        ("num_hidden_layers = 2", "num_hidden_layers = 3", "9 values that it does not have: model.model.layers"),
+        ("num_hidden_layers = 2", "num_hidden_layers = 1", "9 weights that the model does not have: model.model.l"),
         ("vocab_size = 384", "vocab_size = 400",
-         "2 of another shape: model.embed_tokens.weight (model (400, 32), checkpoint (384, 32))"),
+         "2 of another shape: model.lm_head.weight (here (400, 32), saved (384, 32))"),
     ],
 )  # fmt: skip
 def test_the_config_of_another_model(run: Path, old: str, new: str, message: str, capsys: pytest.CaptureFixture[str]):

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, GPT2LMHeadMod
 
 from tests.jobs import tiny_job
 from transformers_backend import Trainer
-from transformers_backend.generate import continue_tokens, encode_prompt, load_generator, main, sample_text
+from transformers_backend.generate import continue_tokens, encode_prompt, load_generator, main
 from transformers_backend.model import HFTransformerModel
+from transformers_backend.sample import sample_text
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "generate.py"
 

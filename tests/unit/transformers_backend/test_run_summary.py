@@ -70,6 +70,11 @@ def test_what_is_switched_on_is_said(config):
     assert _section(text, "checkpoints") == (
         f"every 1,000 steps to {folder}, the newest 3 are kept at the end exported in float32 to {folder}/step-6-hf"
     )
+    config.checkpoint.folder = "s3://bucket/run/"
+    assert _section(_describe(config), "checkpoints") == (
+        "every 1,000 steps to s3://bucket/run, the newest 3 are kept "
+        f"at the end exported in float32 to {folder}/step-6-hf"
+    ), "exports are always local"
     assert _section(text, "data").endswith("validation every 50 steps")
     assert _section(text, "figures") == "every step to metrics.jsonl, TensorBoard, W&B"
     assert _section(text, "mesh").endswith("compiled: model, loss; computed again in the backward: every layer")
