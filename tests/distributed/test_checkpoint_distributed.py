@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -262,3 +263,63 @@ def test_all_ranks_say_the_same_of_what_does_not_fit(two: WorkerPool, folder: st
     assert first == second
     assert "step-2 cannot be resumed from (" in first
     assert "gate_proj.weight (here (64, 32), saved (48, 32))" in first
+
+
+def _save_where_deleting_is_slow(config: JobConfig) -> tuple[float, float]:
+    """Seconds that deleting took on this rank, and the save as a whole."""
+    trainer = Trainer(config)
+    delete, spent = LocalStorage.delete, []
+
+    def slowly(self, step, *, abandoned=False):
+        spent.append(1.0)
+        time.sleep(1.0)
+        delete(self, step, abandoned=abandoned)
+
+    LocalStorage.delete = slowly
+    try:
+        for step in (1, 2):
+            trainer.checkpointer.save(step)
+        dist.barrier()
+        start = time.perf_counter()
+        trainer.checkpointer.save(3)
+        return sum(spent), time.perf_counter() - start
+    finally:
+        LocalStorage.delete = delete
+        trainer.close()
+
+
+def test_all_ranks_wait_where_they_have_the_time_until_old_checkpoints_are_deleted(two: WorkerPool, folder: str):
+    config = _job(folder, "delete", checkpoint__keep_latest_k=2)
+    (first_deletes, _), (second_deletes, second_saves) = two.run(_save_where_deleting_is_slow, config)
+    assert (first_deletes, second_deletes) == (1.0, 0.0)
+    assert second_saves >= 1.0
+
+
+def _close_during_a_slow_save(config: JobConfig) -> list[str]:
+    """The first rank's part of a save takes longer than a collective may."""
+    trainer = Trainer(config)
+    trainer.job_config.comm.train_timeout_seconds = 0.1
+    create_stream = FileSystem.create_stream
+
+    @contextmanager
+    def slowly(self, path, mode):
+        if trainer.rank == 0 and mode == "wb":
+            time.sleep(0.5)
+        with create_stream(self, path, mode) as stream:
+            yield stream
+
+    FileSystem.create_stream = slowly
+    try:
+        with Messages("transformers_backend") as messages:
+            trainer.checkpointer.save(1)
+            trainer.close()
+    finally:
+        FileSystem.create_stream = create_stream
+    return messages.texts
+
+
+def test_ranks_that_close_together_wait_for_a_slow_storage(two: WorkerPool, folder: str):
+    config = _job(folder, "close", checkpoint__async_mode="async")
+    messages, _ = two.run(_close_during_a_slow_save, config)
+    assert "a checkpoint is still being written, and waited for" in messages
+    assert _names(config) == {"step-1"}

@@ -1,5 +1,8 @@
 """Kill -9 at a random moment, again and again during one run that saves beside training: it ends as if undisturbed.
 
+Half of the kills come near a save, where they hurt most, the others anywhere between a life's first moment and its end:
+while it sets up, loads, trains, saves or exports.
+
 Processes are forked from a server that has imported everything, or each life would cost seconds. For more ranks or
 another seed, as a program:
 
@@ -15,6 +18,7 @@ import random
 import re
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,7 +30,7 @@ from tests.jobs import tiny_job
 from transformers_backend import JobConfig, Trainer
 
 _SECONDS_PER_LIFE = 120
-_STEPS_PER_LIFE = 6  # at most, to the kill; so many steps make room for all kills
+_STEPS_PER_LIFE = 6  # at most, to a kill near a save; so many steps make room for all of those
 
 
 def _live(config: JobConfig, rank: int, ranks: int, store: str, silent: bool) -> None:
@@ -82,7 +86,7 @@ def _newest(names: list[str], pattern: str) -> int:
     return max((int(match.group(1)) for name in names if (match := re.fullmatch(pattern, name))), default=0)
 
 
-def _kill_once(config: JobConfig, ranks: int, moments: random.Random) -> str:
+def _kill_near_a_save(config: JobConfig, ranks: int, moments: random.Random) -> str:
     """Start a life, let it come a few steps further, and kill it; says what was going on."""
     folder = Path(config.job.dump_folder) / "checkpoint"
     goal = _newest(_names(folder), r"step-(\d+)") + 2 * moments.randint(1, _STEPS_PER_LIFE // 2)
@@ -93,16 +97,41 @@ def _kill_once(config: JobConfig, ranks: int, moments: random.Random) -> str:
         time.sleep(0.001)
     time.sleep(moments.uniform(0, 0.05))
     life.kill(moments.randrange(ranks))
-    return "saving" if any(name.endswith(".tmp") for name in _names(folder)) else "training"
+    return _found_at_kill(config, started_with=0)
 
 
-def kill_again_and_again(root: Path, *, ranks: int, kills: int, seed: int) -> dict[str, int]:
+def _kill_anywhere(config: JobConfig, ranks: int, moments: random.Random, lifetime: float) -> str:
+    """Start a life and kill it at a moment drawn from `lifetime` seconds; says what was going on."""
+    lines = _count_lines(config)
+    life = _Life(config, ranks)
+    time.sleep(moments.uniform(0, lifetime))
+    life.kill(moments.randrange(ranks))
+    return _found_at_kill(config, started_with=lines)
+
+
+def _found_at_kill(config: JobConfig, *, started_with: int) -> str:
+    """started_with: lines of figures before that life; without a new one it was still setting up, or at its end."""
+    names = _names(Path(config.job.dump_folder) / "checkpoint")
+    if any(name.endswith(".partial") for name in names):
+        return "exporting"
+    if any(name.endswith(".tmp") for name in names):
+        return "saving"
+    return "training" if _count_lines(config) > started_with else "at its start or end"
+
+
+def _count_lines(config: JobConfig) -> int:
+    path = Path(config.job.dump_folder) / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+def kill_again_and_again(root: Path, *, ranks: int, kills: int, seed: int) -> Counter[str]:
     """Run a job undisturbed and the same with kills; asserts that they end alike. Returns {what was killed: times}."""
     (root / "text").mkdir()
     for number in range(6):
         text = "".join(f"{number}: line {line} of some text\n" for line in range(40))
         (root / "text" / f"{number}.txt").write_text(text)
-    steps = (kills + 1) * _STEPS_PER_LIFE
+    near = (kills + 1) // 2
+    steps = (near + 1) * _STEPS_PER_LIFE
 
     def job(name: str, mode: str) -> JobConfig:
         return tiny_job(
@@ -113,10 +142,14 @@ def kill_again_and_again(root: Path, *, ranks: int, kills: int, seed: int) -> di
 
     undisturbed, killed = job("undisturbed", "disabled"), job("killed", "async")
     undisturbed.checkpoint.interval = steps
+    start = time.monotonic()
     assert _Life(undisturbed, ranks, silent=False).exit_codes() == [0] * ranks
-    moments, count = random.Random(seed), {"saving": 0, "training": 0}
-    for _ in range(kills):
-        count[_kill_once(killed, ranks, moments)] += 1
+    lifetime = time.monotonic() - start  # of a life with all steps; those that follow have fewer left
+    moments, count = random.Random(seed), Counter()
+    for number in range(kills):
+        # From the middle on, so that the first of them have steps left to train, and the last begin where they end.
+        is_near = number < near
+        count[_kill_near_a_save(killed, ranks, moments) if is_near else _kill_anywhere(killed, ranks, moments, lifetime)] += 1
     assert _Life(killed, ranks, silent=False).exit_codes() == [0] * ranks
     ends = []
     for config in (undisturbed, killed):
