@@ -25,7 +25,7 @@ from parallelize.distributed import (
     same_outcome,
     shutdown,
 )
-from transformers_backend.checkpoint import Checkpointer, open_storage, start
+from transformers_backend.checkpoint import Checkpointer, open_storage, require_shared, start
 from transformers_backend.data import PackedBatches, build_batches, configured_sources, load_tokenizer
 from transformers_backend.decoder import learned_positions
 from transformers_backend.flops import model_flops_per_token
@@ -235,8 +235,11 @@ def open_checkpointer(
     if not checkpoint.enable:
         yield None
         return
+    storage = open_storage(checkpoint.folder, dump_folder)
+    if not checkpoint.load_only:
+        require_shared(storage)
     checkpointer = Checkpointer(
-        open_storage(checkpoint.folder, dump_folder),
+        storage,
         model=model,
         optimizers=optimizers,
         schedulers=schedulers,

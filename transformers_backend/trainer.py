@@ -37,13 +37,15 @@ from transformers_backend.assemble import (
 from transformers_backend.checkpoint import is_remote
 from transformers_backend.data import PackedBatches
 from transformers_backend.decoder import learned_positions
-from transformers_backend.generate import sample_text
 from transformers_backend.job_config import JobConfig, validate
 from transformers_backend.metrics import check_trackers_installed, setup_logging
 from transformers_backend.run_summary import describe_run
+from transformers_backend.sample import sample_text
 from transformers_backend.signals import StopRequest
 
 logger = logging.getLogger(__name__)
+
+_GOES_ON = "saved, the same command goes on from there"
 
 
 @dataclass
@@ -253,8 +255,8 @@ class Trainer:
             logger.warning("%s; nothing is saved, because checkpoint.enable is false", done)
             return
         with self._patience():
-            self.checkpointer.save_last(self.step)
-        logger.info("%s; saved, the same command goes on from there", done)
+            saved = self.checkpointer.save_last(self.step)
+        logger.info("%s; %s", done, _GOES_ON if saved else "nothing is saved, because of checkpoint.load_only")
 
     def _finish(self) -> None:
         config = self.job_config

@@ -148,8 +148,11 @@ def kill_again_and_again(root: Path, *, ranks: int, kills: int, seed: int) -> Co
     moments, count = random.Random(seed), Counter()
     for number in range(kills):
         # From the middle on, so that the first of them have steps left to train, and the last begin where they end.
-        is_near = number < near
-        count[_kill_near_a_save(killed, ranks, moments) if is_near else _kill_anywhere(killed, ranks, moments, lifetime)] += 1
+        if number < near:
+            when = _kill_near_a_save(killed, ranks, moments)
+        else:
+            when = _kill_anywhere(killed, ranks, moments, lifetime)
+        count[when] += 1
     assert _Life(killed, ranks, silent=False).exit_codes() == [0] * ranks
     ends = []
     for config in (undisturbed, killed):
