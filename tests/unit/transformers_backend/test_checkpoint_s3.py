@@ -28,7 +28,7 @@ s3 = s3fs.S3FileSystem()
 def run(*options):
     try:
         trainer = Trainer(load_job_config([sys.argv[1], *options]))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return str(error)
     first = trainer.step
     trainer.train()
@@ -88,7 +88,7 @@ def test_a_run_is_saved_to_s3_and_resumed_from_there(environment: dict[str, str]
     assert said["resumed"]["weights"] == said["whole"]["weights"]
     assert (said["back"]["first"], said["back"]["steps"]) == (4, [4, 5])
     assert "s3://bucket/some/run/step-5 is damaged: __0_0.distcp has 5 bytes of" in said["damaged"]
-    assert "checkpoint.folder s3://no-such-bucket/run/ cannot be listed" in said["missing"]
+    assert "s3://no-such-bucket/run: The specified bucket does not exist" in said["missing"]
     folders = {path.split("/")[3] for path in said["files"]}
     assert folders == {"step-4", "step-5", "step-6"}, "6 is set aside in place, 9 was cleaned up"
     assert "bucket/some/run/step-6/.abandoned" in said["files"]
