@@ -146,13 +146,10 @@ def kill_again_and_again(root: Path, *, ranks: int, kills: int, seed: int) -> Co
     assert _Life(undisturbed, ranks, silent=False).exit_codes() == [0] * ranks
     lifetime = time.monotonic() - start  # of a life with all steps; those that follow have fewer left
     moments, count = random.Random(seed), Counter()
-    for number in range(kills):
-        # From the middle on, so that the first of them have steps left to train, and the last begin where they end.
-        if number < near:
-            when = _kill_near_a_save(killed, ranks, moments)
-        else:
-            when = _kill_anywhere(killed, ranks, moments, lifetime)
-        count[when] += 1
+    for _ in range(near):
+        count[_kill_near_a_save(killed, ranks, moments)] += 1
+    for _ in range(kills - near):  # the first of them train the steps that are left, the later ones load and export
+        count[_kill_anywhere(killed, ranks, moments, lifetime)] += 1
     assert _Life(killed, ranks, silent=False).exit_codes() == [0] * ranks
     ends = []
     for config in (undisturbed, killed):
