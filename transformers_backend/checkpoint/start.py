@@ -43,5 +43,5 @@ def start(
     if not is_remote(initial_load_path):
         initial_load_path = str(Path(initial_load_path).expanduser())
     parent, _, name = initial_load_path.rstrip("/").rpartition("/")
-    storage = open_storage(parent or ".", Path.cwd())
+    storage = open_storage(parent or ".", Path.cwd(), key="checkpoint.initial_load_path")
     return checkpointer.load_initial(storage, name, model_only=initial_load_model_only, exclude=exclude)
