@@ -238,7 +238,8 @@ class Checkpointer:
         return self._restore(storage, name, parts)
 
     def _find(self) -> Found:
-        return read_on_first_rank(self.storage.find, f"checkpoint.folder {self.storage.locate('')}", self._writer.group)
+        folder = f"checkpoint.folder {self.storage.locate('')}"
+        return read_on_first_rank(self.storage.find, folder, self._writer.group, done="listed")
 
     @property
     def _data_ranks(self) -> int:

@@ -17,6 +17,7 @@ from transformers_backend.job_config.values import to_toml, toml_reader
 
 T = TypeVar("T")
 
+_LASTING = (FileNotFoundError, PermissionError, NotADirectoryError)  # the same tomorrow, if nobody mends them
 _LISTED = 5  # names that an error lists
 _SECTIONS_THAT_MATTER = ("model", "hf_transformers", "training", "optimizer")
 _MAY_CHANGE = {  # how a run goes, not what it computes
@@ -36,15 +37,8 @@ class DamagedCheckpoint(ValueError):
 class LoadError(OSError):
     """Storage failed while a checkpoint was read, which says nothing of the checkpoint: it may be whole."""
 
-    def __init__(self, location: str, reason: str) -> None:
-        super().__init__(location, reason)
-
     def __str__(self) -> str:
-        location, reason = self.args
-        return (
-            f"{location} cannot be read: {reason}. It may be whole, and nothing was set aside: when the storage "
-            "answers again, the same command goes on."
-        )
+        return f"{self.args[0]} Nothing was set aside: when the storage answers again, the same command goes on."
 
 
 def read_metadata(storage: Storage, name: str) -> Metadata:
@@ -77,7 +71,7 @@ def read_state(state: dict[str, Any], storage: Storage, name: str, metadata: Met
                 raise cause from None
         for rank, cause in causes.items():  # before any damage: what cannot be read now may do so tomorrow
             if not isinstance(cause, DamagedFileError):
-                raise LoadError(location, f"rank {rank}: {cause}") from None
+                raise LoadError(f"{location} cannot be read: rank {rank}: {cause}.") from None
         rank, cause = min(causes.items())
         raise DamagedCheckpoint(f"{location} is damaged: rank {rank} cannot read {cause}.") from None
 
@@ -169,8 +163,8 @@ def _shown(value: Any) -> str:
     return "none" if value is None else to_toml(value)
 
 
-def read_on_first_rank(read: Callable[[], T], location: str, group) -> T:
-    """What rank 0 reads, on every rank; or its error: a ValueError as it is, one of the storage as LoadError."""
+def read_on_first_rank(read: Callable[[], T], location: str, group, *, done: str = "read") -> T:
+    """What rank 0 reads, on every rank; or its error: ValueError for what the user can mend, else LoadError."""
     value: T | None = None
     error: ValueError | LoadError | None = None
     if dist.get_rank() == 0:
@@ -179,7 +173,9 @@ def read_on_first_rank(read: Callable[[], T], location: str, group) -> T:
         except ValueError as problem:
             error = problem
         except (OSError, StorageError) as problem:
-            error = LoadError(location, str(problem))
+            is_lasting = isinstance(problem, _LASTING) or isinstance(problem.__cause__, _LASTING)
+            sentence = f"{location} cannot be {done}: {problem}."
+            error = ValueError(f"{sentence} Correct the name or the access.") if is_lasting else LoadError(sentence)
     objects = [(value, error)]
     dist.broadcast_object_list(objects, src=0, group=group)
     value, error = objects[0]

@@ -636,7 +636,7 @@ def test_a_folder_that_cannot_be_listed_is_told(job, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(LocalStorage, "find", refuse)
-    with pytest.raises(LoadError, match=r"checkpoint\.folder .* cannot be read: .*Permission denied"):
+    with pytest.raises(ValueError, match=r"checkpoint\.folder .* cannot be listed: .*Permission denied"):
         Trainer(job())
 
 
