@@ -115,7 +115,6 @@ def draw(runs: list[Run], output: Path, *, smooth: int | None) -> None:
             axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
     axes[-1].set_xlabel("optimizer step", color=INK)
     _add_legend(figure, axes[0], runs)
-    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
 
 
@@ -194,6 +193,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if output.suffix.lower() != ".png":
             raise ValueError(f"--output {output}: must end in .png.")
+        if not output.parent.parent.is_dir():
+            raise ValueError(f"--output {output}: there is no folder {output.parent.parent}. Make it, or name another.")
         if options.smooth is not None and options.smooth < 1:
             raise ValueError(f"--smooth {options.smooth}: must be at least 1, which draws none.")
         runs = [read_run(path, name) for path, name in zip(options.runs, names_of(options.runs), strict=True)]

@@ -25,7 +25,7 @@ from parallelize.distributed import (
     same_outcome,
     shutdown,
 )
-from transformers_backend.checkpoint import Checkpointer, open_storage, require_shared, start
+from transformers_backend.checkpoint import Checkpointer, is_remote, locate_folder, open_storage, require_shared, start
 from transformers_backend.data import PackedBatches, build_batches, configured_sources, load_tokenizer
 from transformers_backend.decoder import learned_positions
 from transformers_backend.flops import model_flops_per_token
@@ -56,16 +56,16 @@ def open_process_group(config: JobConfig, device: torch.device) -> Iterator[None
 
 
 @contextlib.contextmanager
-def own_dump_folder(name: str) -> Iterator[Path]:
-    """job.dump_folder, made and locked for this run by rank 0; ValueError on every rank where that cannot be."""
+def own_folder(name: str, key: str) -> Iterator[Path]:
+    """A folder that a key names, made and locked for this run by rank 0; ValueError on all ranks if that cannot be."""
     folder, problem = Path(name).expanduser(), None
     with contextlib.ExitStack() as held:
         if dist.get_rank() == 0:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(lock_folder(folder))
+                held.enter_context(lock_folder(folder, key))
             except OSError as error:
-                problem = f'job.dump_folder = "{name}": cannot be made ({error.strerror}). Name another folder.'
+                problem = f'{key} = "{name}": cannot be made ({error.strerror}). Name another folder.'
             except ValueError as error:
                 problem = str(error)
         if (problem := from_first_rank(problem)) is not None:
@@ -131,8 +131,8 @@ def _choose_what_attention_sees(packing: str, model: HFTransformerModel) -> None
         )
     else:
         logger.warning(
-            'training.packing = "documents": attention crosses documents, or may: %s. Another '
-            "hf_transformers.attn_implementation may keep them apart (docs/PACKING.md).",
+            'training.packing = "documents": attention crosses documents, or may: %s. '
+            "docs/PACKING.md lists the models and implementations that keep them apart.",
             isolation.reason,
         )
 
@@ -236,25 +236,30 @@ def open_checkpointer(
         yield None
         return
     storage = open_storage(checkpoint.folder, dump_folder)
-    if not checkpoint.load_only:
-        require_shared(storage)
-    checkpointer = Checkpointer(
-        storage,
-        model=model,
-        optimizers=optimizers,
-        schedulers=schedulers,
-        data=data,
-        data_rank=model.data_rank,
-        config_text=config.to_toml(),
-        keep_latest_k=checkpoint.keep_latest_k,
-        async_mode=checkpoint.async_mode,
-        on_save_error=checkpoint.on_save_error,
-        load_only=checkpoint.load_only,
-    )
-    try:
-        yield checkpointer
-    finally:
-        checkpointer.close(config.comm.train_timeout_seconds)
+    with contextlib.ExitStack() as held:
+        if not checkpoint.load_only:
+            require_shared(storage)
+            if not is_remote(checkpoint.folder):
+                place = Path(locate_folder(checkpoint.folder, dump_folder)).resolve()
+                if not place.is_relative_to(dump_folder.resolve()):  # where the dump folder's lock does not reach
+                    held.enter_context(own_folder(str(place), "checkpoint.folder"))
+        checkpointer = Checkpointer(
+            storage,
+            model=model,
+            optimizers=optimizers,
+            schedulers=schedulers,
+            data=data,
+            data_rank=model.data_rank,
+            config_text=config.to_toml(),
+            keep_latest_k=checkpoint.keep_latest_k,
+            async_mode=checkpoint.async_mode,
+            on_save_error=checkpoint.on_save_error,
+            load_only=checkpoint.load_only,
+        )
+        try:
+            yield checkpointer
+        finally:
+            checkpointer.close(config.comm.train_timeout_seconds)
 
 
 def load_start(config: JobConfig, checkpointer: Checkpointer | None, model: HFTransformerModel) -> int:

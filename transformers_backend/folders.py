@@ -36,8 +36,10 @@ def replace_folder(folder: Path, temporary: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, key: str = "job.dump_folder") -> Iterator[None]:
     """Hold `folder` for this process; ValueError, naming the holder, where another still does after 40 s.
+
+    key: what the config calls the folder, for that message.
 
     The lock is one of the kernel on `folder`/.lock: it ends with the process, however that dies, and a process that
     this one forks does not carry it on. Where a file system has no locks, there is a warning and no protection.
@@ -51,7 +53,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in _HELD_BY_ANOTHER:
                 raise ValueError(
-                    f'job.dump_folder = "{folder}" is in use by {_holder(file)}: two runs would overwrite each '
+                    f'{key} = "{folder}" is in use by {_holder(file)}: two runs would overwrite each '
                     "other's files. Wait for that one to end, or name another folder."
                 ) from error
             logger.warning("%s cannot be locked (%s): start no second run in it.", folder, error.strerror)

@@ -31,7 +31,7 @@ from transformers_backend.assemble import (
     open_data,
     open_metrics,
     open_process_group,
-    own_dump_folder,
+    own_folder,
     profilers,
 )
 from transformers_backend.checkpoint import is_remote
@@ -81,7 +81,7 @@ class Trainer:
         setup_logging(self.rank)
         validate(config, world_size=self.world_size)
         check_trackers_installed(tensorboard=config.metrics.enable_tensorboard, wandb=config.metrics.enable_wandb)
-        self.dump_folder = opened.enter_context(own_dump_folder(config.job.dump_folder))
+        self.dump_folder = opened.enter_context(own_folder(config.job.dump_folder, "job.dump_folder"))
         torch.use_deterministic_algorithms(config.debug.deterministic, warn_only=config.debug.deterministic_warn_only)
         with patience(None, then_seconds=config.comm.init_timeout_seconds):  # one rank may download or convert for all
             self.model = build_model(config, self.device)
@@ -106,7 +106,8 @@ class Trainer:
         )  # fmt: skip
         self.step = load_start(config, self.checkpointer, self.model)  # optimizer steps done
         self._first_step = self.step + 1
-        if self.rank == 0 and not config.checkpoint.load_only:
+        has_work = self.step < config.training.steps and not config.checkpoint.load_only
+        if self.rank == 0 and has_work:  # else the file goes on to say how what is there was trained
             config.save(self.dump_folder / "config.toml")
         self.metrics = opened.enter_context(
             open_metrics(config, self.dump_folder, model=self.model, steps_done=self.step)

@@ -14,8 +14,9 @@ Written with torch.distributed.checkpoint, every rank its own shards. For a fold
 `weights/export.py`.
 """
 
-from transformers_backend.checkpoint.checkpointer import CONFIG_FILE, Checkpointer
+from transformers_backend.checkpoint.checkpointer import Checkpointer
 from transformers_backend.checkpoint.places import is_remote, locate_folder, open_storage, require_shared
+from transformers_backend.checkpoint.reading import CONFIG_FILE
 from transformers_backend.checkpoint.start import start
 from transformers_backend.checkpoint.writing import SaveError
 

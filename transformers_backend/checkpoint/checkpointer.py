@@ -12,11 +12,13 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from transformers_backend.checkpoint.reading import (
+    CONFIG_FILE,
     DamagedCheckpoint,
     count_ranks,
     find_changes,
     find_new_batch_size,
     is_same_job,
+    read_config,
     read_metadata,
     read_on_first_rank,
     read_state,
@@ -42,7 +44,6 @@ from transformers_backend.model import HFTransformerModel
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.toml"
 _ALL_PARTS = frozenset(CHECKPOINT_PARTS)
 
 
@@ -215,7 +216,7 @@ class Checkpointer:
         """Whether this job wrote `newest` after it had started as `load_step` and `exclude` say."""
         name = f"step-{newest}"
         text = read_on_first_rank(
-            lambda: self.storage.read_text(name, CONFIG_FILE), self.storage.locate(name), self._writer.group
+            lambda: read_config(self.storage, name), self.storage.locate(name), self._writer.group
         )
         if text is None or not is_same_job(text, self._config_text, load_step=load_step, exclude=exclude):
             return False
@@ -272,7 +273,7 @@ class Checkpointer:
     def _restore(self, storage: Storage, name: str, parts: Collection[str]) -> int:
         group = self._writer.group
         metadata, config_text = read_on_first_rank(
-            lambda: (read_metadata(storage, name), storage.read_text(name, CONFIG_FILE)), storage.locate(name), group
+            lambda: (read_metadata(storage, name), read_config(storage, name)), storage.locate(name), group
         )
         if parts != {"model"} and config_text is not None:
             self._warn_of_changes(config_text, count_ranks(metadata, DATA_KEY), storage.locate(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
@@ -15,7 +16,11 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from transformers_backend.checkpoint.storage import DamagedFileError, Storage, StorageError
 from transformers_backend.job_config.values import to_toml, toml_reader
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+CONFIG_FILE = "config.toml"  # the job's, in every checkpoint
 
 _LASTING = (FileNotFoundError, PermissionError, NotADirectoryError)  # the same tomorrow, if nobody mends them
 _LISTED = 5  # names that an error lists
@@ -144,12 +149,26 @@ def _sequences_per_step(training: Mapping[str, Any], ranks: int) -> int:
     return fixed if fixed != -1 else training["local_batch_size"] * ranks
 
 
+def read_config(storage: Storage, name: str) -> str | None:
+    """The job's TOML in a checkpoint; None, and a warning, where somebody has made something else of it."""
+    text = storage.read_text(name, CONFIG_FILE)
+    if text is None:
+        return None
+    try:
+        toml_reader().loads(text)
+    except ValueError as error:
+        location = f"{storage.locate(name)}/{CONFIG_FILE}"
+        logger.warning("%s is not valid TOML (%s): nothing is compared with it.", location, error)
+        return None
+    return text
+
+
 def is_same_job(saved_toml: str, now_toml: str, *, load_step: int, exclude: Collection[str]) -> bool:
     """Whether a checkpoint comes from this job: it computed the same, and had started from the same place."""
-    checkpoint = toml_reader().loads(saved_toml)["checkpoint"]
+    checkpoint = toml_reader().loads(saved_toml).get("checkpoint", {})
     return (
-        checkpoint["load_step"] == load_step
-        and set(checkpoint["exclude_from_loading"]) == set(exclude)
+        checkpoint.get("load_step") == load_step
+        and set(checkpoint.get("exclude_from_loading", ())) == set(exclude)
         and not find_changes(saved_toml, now_toml)
     )
 

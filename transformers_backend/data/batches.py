@@ -210,8 +210,8 @@ def require_same_data(saved: dict[str, Any], here: dict[str, Any]) -> None:
         raise ValueError(
             f"The checkpoint's data state is of other data: {'; '.join(differences)}. Its position has a meaning "
             "only in the same data: give dataset, dataset_path, text_column, chat_template, tokenizer and seed as they "
-            "were (a source that is not wanted any more can be left out of a stage), or start a new run from the "
-            "checkpoint's weights."
+            "were (a source that is not wanted any more can be left out of a stage), or let the data start anew, and "
+            'everything else go on, with checkpoint.exclude_from_loading = ["dataloader"].'
         )
 
 

@@ -7,6 +7,7 @@ import errno
 import logging
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -684,3 +685,27 @@ def test_a_run_whose_first_step_was_skipped_is_resumed(job):
             states[name] = trainer.model.full_state_dict()
             trainer.close()
     _assert_equal(states["parts"], states["whole"])
+
+
+def test_a_folder_of_checkpoints_elsewhere_has_one_run_too(job, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("transformers_backend.folders.PATIENCE_SECONDS", 0)
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    holds = (
+        f"import fcntl, time; f = open('{place}/.lock', 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); "
+    )
+    with subprocess.Popen([sys.executable, "-c", f"{holds} time.sleep(60)"], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(ValueError, match=rf'checkpoint\.folder = "{place}" is in use by'):
+            Trainer(job(checkpoint__enable=True, checkpoint__folder=str(place)))
+        holder.kill()
+
+
+def test_a_config_that_somebody_spoilt_is_not_compared(job, caplog):
+    config = job(training__steps=2, checkpoint__enable=True)
+    _run(config)
+    spoilt = Path(config.job.dump_folder) / "checkpoint" / "step-2" / "config.toml"
+    spoilt.write_text("garbage")
+    config.training.steps = 3
+    assert _run(config).step == 3
+    assert f"{spoilt} is not valid TOML" in caplog.text
