@@ -193,11 +193,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if output.suffix.lower() != ".png":
             raise ValueError(f"--output {output}: must end in .png.")
-        if not output.parent.parent.is_dir():
-            raise ValueError(f"--output {output}: there is no folder {output.parent.parent}. Make it, or name another.")
         if options.smooth is not None and options.smooth < 1:
             raise ValueError(f"--smooth {options.smooth}: must be at least 1, which draws none.")
         runs = [read_run(path, name) for path, name in zip(options.runs, names_of(options.runs), strict=True)]
+        if not output.parent.parent.is_dir():
+            raise ValueError(f"--output {output}: there is no folder {output.parent.parent}. Make it, or name another.")
+        output.parent.mkdir(exist_ok=True)
         draw(runs, output, smooth=options.smooth)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
