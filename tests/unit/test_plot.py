@@ -114,6 +114,9 @@ def test_what_cannot_be_drawn_is_said_in_one_line(plot, tmp_path: Path, capsys):
     assert "no metrics.jsonl in this folder; it appears with a run's first" in refusal(tmp_path / "young")
     assert "metrics.jsonl: holds no step yet." in refusal(empty)
     assert "--output a.jpg: must end in .png." in refusal(tmp_path / "runs" / "mine", "--output", "a.jpg")
+    mistyped = tmp_path / "pictues" / "deep" / "a.png"
+    assert f"there is no folder {tmp_path / 'pictues'}." in refusal(tmp_path / "runs" / "mine", "--output", mistyped)
+    assert not (tmp_path / "pictues").exists()
     assert "--smooth 0: must be at least 1" in refusal(tmp_path / "runs" / "mine", "--smooth", 0)
 
 
