@@ -217,7 +217,7 @@ def test_damaged_weights(folder: Path, run: Path, tmp_path: Path, capsys: pytest
     assert f"{folder}/model.safetensors: truncated or damaged safetensors" in _refusal(capsys, folder)
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "checkpoint" / "step-2" / "__0_0.distcp").unlink()
-    assert "step-2/__0_0.distcp: missing, so the checkpoint is not whole" in _refusal(capsys, tmp_path / "run")
+    assert "step-2 is damaged: __0_0.distcp is missing." in _refusal(capsys, tmp_path / "run")
 
 
 def test_without_a_tokenizer_or_a_template(folder: Path, run: Path, capsys: pytest.CaptureFixture[str]):
