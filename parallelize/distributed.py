@@ -124,12 +124,12 @@ def first_rank_first():
             dist.barrier()
 
 
-def gather_objects(value) -> list:
+def gather_objects(value, group: dist.ProcessGroup | None = None) -> list:
     """One picklable object of every rank, in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
     objects = [None] * dist.get_world_size()
-    dist.all_gather_object(objects, value)
+    dist.all_gather_object(objects, value, group=group)
     return objects
 
 
@@ -148,7 +148,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def same_outcome(*kinds: type[Exception]):
+def same_outcome(*kinds: type[Exception], group: dist.ProcessGroup | None = None):
     """Run the block on every rank; an error of one of `kinds` on any rank is raised on all, when all are through.
 
     So no rank waits for one that has stopped. A rank that fails must not leave collectives of the block to the others.
@@ -159,7 +159,7 @@ def same_outcome(*kinds: type[Exception]):
     except kinds as error:
         failure = error
     kind = next((index for index, kind in enumerate(kinds) if isinstance(failure, kind)), None)
-    outcomes = gather_objects(None if failure is None else (kind, str(failure)))
+    outcomes = gather_objects(None if failure is None else (kind, str(failure)), group)
     failures = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome is not None}
     if not failures:
         return

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
+from parallelize.distributed import same_outcome
 from transformers_backend.checkpoint.reading import (
     CONFIG_FILE,
     DamagedCheckpoint,
@@ -36,7 +37,7 @@ from transformers_backend.checkpoint.state import (
     set_schedulers_state,
     without_live_buffers,
 )
-from transformers_backend.checkpoint.storage import Found, Storage, StorageError, step_of
+from transformers_backend.checkpoint.storage import Found, Storage, step_of
 from transformers_backend.checkpoint.writing import SaveError, Writer
 from transformers_backend.data import PackedBatches
 from transformers_backend.job_config import CHECKPOINT_PARTS
@@ -182,7 +183,7 @@ class Checkpointer:
                 self.storage.delete(step)
             for step in found.abandoned[: -self.keep_latest_k]:
                 self.storage.delete(step, abandoned=True)
-        except (OSError, StorageError) as error:
+        except OSError as error:
             logger.warning("Old checkpoints could not be deleted: %s", error)
 
     # -- restoring ------------------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ class Checkpointer:
         """Start from another run's checkpoint; returns the step to go on from, 0 with `model_only`."""
         parts = (frozenset({"model"}) if model_only else _ALL_PARTS) - frozenset(exclude)
         location = storage.locate(name)
-        if not read_on_first_rank(lambda: _is_there(storage, name), location, self._writer.group):
+        if not read_on_first_rank(lambda: bool(storage.sizes(name)), location, self._writer.group):
             raise ValueError(
                 f'checkpoint.initial_load_path = "{location}": there is no such checkpoint. Name the folder step-N of '
                 "a run, or set checkpoint.initial_load_in_hf = true for a Hugging Face folder or hub id."
@@ -331,15 +332,8 @@ class Checkpointer:
 
     def _set_position(self, positions: list[dict[str, Any]]) -> None:
         """Move the data; what one rank refuses is an error on all, or the others would wait for it."""
-        problem = None
-        try:
+        with same_outcome(ValueError, group=self._writer.group):
             self._data.load_state_dict(positions)
-        except ValueError as error:
-            problem = str(error)
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem, group=self._writer.group)
-        if found := [text for text in problems if text is not None]:
-            raise ValueError(found[0])
 
     def _abandon(self, steps: list[int]) -> None:
         """Set checkpoints aside that this run leaves behind, or the next resume would take the newest of them."""
@@ -355,13 +349,6 @@ class Checkpointer:
 def _parts_of(step: int, exclude: Collection[str]) -> frozenset[str]:
     """What is restored of a checkpoint: of step 0, a seed, the weights only."""
     return (frozenset({"model"}) if step == 0 else _ALL_PARTS) - frozenset(exclude)
-
-
-def _is_there(storage: Storage, name: str) -> bool:
-    try:
-        return bool(storage.sizes(name))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
 
 
 def _in_order(state: dict[str, Any], prefix: str) -> list[str]:

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from transformers_backend.checkpoint.storage import DamagedFileError, Storage, StorageError
+from transformers_backend.checkpoint.storage import DamagedFileError, Storage
 from transformers_backend.job_config.values import to_toml, toml_reader
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def read_state(state: dict[str, Any], storage: Storage, name: str, metadata: Met
     except CheckpointException as error:
         causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
         for cause in causes.values():
-            if not isinstance(cause, (StorageError, OSError)):
+            if not isinstance(cause, OSError):
                 raise cause from None
         for rank, cause in causes.items():  # before any damage: what cannot be read now may do so tomorrow
             if not isinstance(cause, DamagedFileError):
@@ -191,7 +191,7 @@ def read_on_first_rank(read: Callable[[], T], location: str, group, *, done: str
             value = read()
         except ValueError as problem:
             error = problem
-        except (OSError, StorageError) as problem:
+        except OSError as problem:
             is_lasting = isinstance(problem, _LASTING) or isinstance(problem.__cause__, _LASTING)
             sentence = f"{location} cannot be {done}: {problem}."
             error = ValueError(f"{sentence} Correct the name or the access.") if is_lasting else LoadError(sentence)

@@ -148,7 +148,7 @@ class Writer:
         except (CheckpointException, StorageError) as error:
             if dist.get_rank() == 0:
                 # What stays is not whole, and the next save removes it.
-                with contextlib.suppress(OSError, StorageError):
+                with contextlib.suppress(OSError):
                     self._storage.discard(name)
             raise self._save_error(name, error) from None
         logger.info("checkpoint saved: %s", self._storage.locate(name))
@@ -184,7 +184,7 @@ class Writer:
         if dist.get_rank() == 0:
             try:
                 action()
-            except (OSError, StorageError) as error:
+            except OSError as error:
                 problem = [f"rank 0: {error}"]
         dist.broadcast_object_list(problem, src=0, group=self.group)
         if problem[0] is not None:
@@ -196,7 +196,7 @@ class Writer:
         if isinstance(error, CheckpointException):
             causes = []
             for rank, (cause, _) in sorted(error.failures.items()):
-                if not isinstance(cause, (StorageError, OSError)):
+                if not isinstance(cause, OSError):
                     return cause
                 causes.append(f"rank {rank}: {cause}")
         return SaveError(
