@@ -3,7 +3,6 @@ refused, and the batch script that it writes."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
@@ -22,17 +21,6 @@ from tests import fake_slurm
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "scripts"
 PATIENCE_SECONDS = 240
-
-
-@pytest.fixture(scope="module")
-def slurm() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        specification = importlib.util.spec_from_file_location("slurm", SCRIPTS / "slurm.py")
-        module = importlib.util.module_from_spec(specification)
-        patch.setitem(sys.modules, "slurm", module)  # dataclasses look their module up
-        specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

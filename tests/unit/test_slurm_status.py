@@ -5,7 +5,6 @@ Lists of jobs that really ran are in test_slurm.py.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -16,17 +15,6 @@ from typing import Any
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-@pytest.fixture(scope="module")
-def slurm() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        specification = importlib.util.spec_from_file_location("slurm_listing", SCRIPTS / "slurm.py")
-        module = importlib.util.module_from_spec(specification)
-        patch.setitem(sys.modules, "slurm_listing", module)  # dataclasses look their module up
-        specification.loader.exec_module(module)
-    return module
 
 
 def events(*names: str, **last: Any) -> list[dict[str, Any]]:

@@ -1,10 +1,23 @@
-"""Fixtures of the data tests: where `datasets` keeps its copies, and a hub that is a folder."""
+"""Fixtures of the trainer's tests and of the data's: a process left as it was, copies of `datasets`, a local hub."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from tests.jobs import restored_process
+
+
+@pytest.fixture
+def process() -> Iterator[None]:
+    """A trainer sets up logging and determinism for its process; the next test starts from neither."""
+    with restored_process():
+        yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,20 +27,7 @@ from transformers_backend.checkpoint.reading import LoadError
 from transformers_backend.checkpoint.storage import NamesTheFile
 from transformers_backend.job_config import validate
 
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    """A trainer sets up logging and determinism for its process; the next test starts from neither."""
-    names = [None, "transformers_backend", "parallelize"]
-    levels = [logging.getLogger(name).level for name in names]
-    handlers = list(logging.getLogger().handlers)
-    yield
-    torch.use_deterministic_algorithms(False)
-    for name, level in zip(names, levels, strict=True):
-        logging.getLogger(name).setLevel(level)
-    logging.getLogger().handlers[:] = handlers
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process")
 
 
 @pytest.fixture

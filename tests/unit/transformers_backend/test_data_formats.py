@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -29,21 +27,7 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.disable_progress_bars()
-    names = [None, "transformers_backend", "parallelize", "__main__"]
-    levels = [logging.getLogger(name).level for name in names]
-    handlers = list(logging.getLogger().handlers)
-    yield
-    torch.use_deterministic_algorithms(False)
-    for name, level in zip(names, levels, strict=True):
-        logging.getLogger(name).setLevel(level)
-    logging.getLogger().handlers[:] = handlers
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("cache", "process")
 
 
 @pytest.fixture

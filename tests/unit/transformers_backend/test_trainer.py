@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,19 +23,7 @@ STATED_KEYS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    """A trainer sets up logging and determinism for its process; the next test starts from neither."""
-    names = [None, "transformers_backend", "parallelize", "__main__"]
-    levels = [logging.getLogger(name).level for name in names]
-    handlers = list(logging.getLogger().handlers)
-    yield
-    torch.use_deterministic_algorithms(False)
-    for name, level in zip(names, levels, strict=True):
-        logging.getLogger(name).setLevel(level)
-    logging.getLogger().handlers[:] = handlers
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process")
 
 
 @pytest.fixture
