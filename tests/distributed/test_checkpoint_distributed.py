@@ -22,12 +22,6 @@ from transformers_backend.checkpoint.local import LocalStorage
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[WorkerPool]:
-    with WorkerPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
 def one() -> Iterator[WorkerPool]:
     with WorkerPool(1) as pool:
         yield pool

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,12 +25,6 @@ from transformers_backend.weights import export
 
 REPOSITORY = Path(__file__).parents[2]
 FILE_SIZE = 20_000  # about ten files
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[WorkerPool]:
-    with WorkerPool(2) as pool:
-        yield pool
 
 
 def _fingerprints(state: dict[str, torch.Tensor]) -> dict[str, str]:

@@ -19,12 +19,6 @@ SEQUENCE = 16
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[WorkerPool]:
-    with WorkerPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
 def four(two: WorkerPool) -> Iterator[WorkerPool]:
     two.stop()  # two cores: not six processes
     with WorkerPool(4) as pool:

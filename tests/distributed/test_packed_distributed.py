@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,12 +14,6 @@ from transformers_backend.model import HFTransformerModel
 from transformers_backend.twin import VOCABULARY_SIZE, build_twin
 
 LENGTHS = ((4, 9, 1, 6), (20,), (7, 13), (2, 18))  # of the documents in each row, two rows a rank
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[WorkerPool]:
-    with WorkerPool(2) as pool:
-        yield pool
 
 
 def _twin(model_type: str) -> PreTrainedModel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,6 @@ from tests.distributed.workers import Messages, WorkerPool
 from tests.jobs import tiny_job
 from transformers_backend import JobConfig, Trainer
 from transformers_backend.run_summary import estimate_run_memory, parameter_table
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[WorkerPool]:
-    with WorkerPool(2) as pool:
-        yield pool
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,6 @@ from parallelize.distributed import gather_objects
 from tests.distributed.workers import WorkerPool
 from tests.jobs import SEQUENCE, tiny_job
 from transformers_backend import JobConfig, Trainer
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[WorkerPool]:
-    with WorkerPool(2) as pool:
-        yield pool
 
 
 @pytest.fixture

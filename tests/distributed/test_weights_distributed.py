@@ -25,12 +25,6 @@ MODEL_TYPES = ["llama", "gpt2", "gemma4_text", "xlstm"]  # untied; tied; persist
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[WorkerPool]:
-    with WorkerPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
 def three(two: WorkerPool) -> Iterator[WorkerPool]:
     two.stop()
     with WorkerPool(3) as pool:
