@@ -152,3 +152,44 @@ def parameter_kind(name: str, hf_model: PreTrainedModel, decoder: Decoder) -> st
         return "other"
     within = name.removeprefix(f"{layer}.").lower()
     return "attention" if "attn" in within or "attention" in within else "mlp" if "." in within else "other"
+
+
+def head_counts(hf_config, layer: int | None) -> tuple[int, int]:
+    """(query heads, key and value heads) of a layer's attention."""
+    fields = hf_config.to_dict()
+    per_layer = {int(index): settings for index, settings in (fields.get("per_layer_config") or {}).items()}
+    fields = {**fields, **per_layer.get(layer, {})}
+    heads = next(fields[name] for name in _HEADS if isinstance(fields.get(name), int))
+    key_value = next((fields[name] for name in _KEY_VALUE_HEADS if isinstance(fields.get(name), int)), heads)
+    return heads, key_value
+
+
+# Attributes of attention modules by what they count.
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "attention_heads")
+_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+_GROUPS = ("num_key_value_groups",)
+_WIDTHS = ("split_size", "embed_dim", "hidden_size", "all_head_size")
+
+
+def local_attributes(attention: nn.Module, heads: tuple[int, int], degree: int) -> tuple[dict, dict]:
+    """Values that head counts of an attention module, and of the config it reads, have on one of `degree` ranks."""
+    query, key_value = heads
+    local_query, local_key_value = query // degree, max(1, key_value // degree)
+    local = {}
+    for name, value in vars(attention).items():
+        if name in _HEADS and value == query:
+            local[name] = local_query
+        elif name in _KEY_VALUE_HEADS and value == key_value:
+            local[name] = local_key_value
+        elif name in _GROUPS and value == query // key_value:
+            local[name] = local_query // local_key_value
+        elif name in _WIDTHS and isinstance(value, int) and value % degree == 0:
+            local[name] = value // degree
+    config = {}
+    if "config" in vars(attention):
+        for name, value in attention.config.to_dict().items():
+            if name in _HEADS and value == query:
+                config[name] = local_query
+            elif name in _KEY_VALUE_HEADS and value == key_value:
+                config[name] = local_key_value
+    return local, config

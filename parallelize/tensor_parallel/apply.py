@@ -1,0 +1,262 @@
+"""Carry a tensor-parallel plan out on a model, in place: parameters become DTensors, forwards compute locally.
+
+One function a style; each says what it communicates, forward and backward. Shapes are those of one rank; T ranks share
+a model with hidden size H, `features` of an attention or mlp, and vocabulary V. `b` is the batch, `s` the sequence.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from parallelize.tensor_parallel.collectives import cut, enter, join, leave
+from parallelize.tensor_parallel.local import LocalValue, compute_locally, on_first_rank, own_part, shared_heads, summed
+from parallelize.tensor_parallel.packing import Packing, set_packing
+from parallelize.tensor_parallel.plan import Region, Split, TensorPlan
+from parallelize.tensor_parallel.sequence import SequenceShards
+
+
+def apply_tensor_parallel(
+    model: nn.Module,
+    plan: TensorPlan,
+    mesh: DeviceMesh,
+    *,
+    base: str,
+    layers: Iterable[str],
+    sequence_parallel: bool,
+) -> None:
+    """Split `model` over the 1-D `mesh` as `plan` says, in place.
+
+    base: the name of the model without its head. layers: names of the decoder layers. Real parameters are cut where
+    they are (every rank holds the same model); those on the meta device stay there. Tied parameters stay tied. Raises
+    a ValueError that names every parameter about which the plan says nothing.
+    """
+    check_complete(model, plan)
+    layers = list(layers)
+    group = mesh.get_group()
+    sequence = SequenceShards(group) if sequence_parallel else None
+    distribute_parameters(model, plan, mesh)
+    for name, module in list(model.named_modules()):
+        values = {
+            own: _local_value(f"{name}.{own}" if name else own, plan, group, base=base, layers=layers, sequence=sequence)
+            for own, parameter in module._parameters.items()
+            if parameter is not None
+        }
+        if values:
+            _compute(module, values, plan.splits.get(name), group, sequence)
+    for name, region in plan.regions.items():
+        enter_region(model.get_submodule(name), region, group, sequence)
+    if sequence is not None:
+        sequence.install(model.get_submodule(layers[0]), model.get_submodule(layers[-1]))
+
+
+def check_complete(model: nn.Module, plan: TensorPlan) -> None:
+    """Every parameter has a decision, and every decision belongs to something."""
+    undecided = [name for name, _ in model.named_parameters() if plan.split_of(name) is None]
+    if undecided:
+        raise ValueError(
+            f"parallelism.tensor_parallel_plan: nothing is said about {', '.join(undecided[:5])}"
+            f"{' ...' if len(undecided) > 5 else ''}. Every module with weights needs a style; add "
+            f'"{undecided[0].rpartition(".")[0]}" = "replicate" if every rank may compute it whole.'
+        )
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    modules = {name for name, _ in model.named_modules()}
+    if unknown := sorted({*plan.splits, *plan.regions} - parameters - modules):
+        raise ValueError(f"parallelism.tensor_parallel_plan: the model has no {', '.join(unknown[:5])}.")
+
+
+# -- where parameters are -------------------------------------------------------------------------------------------
+
+
+def distribute_parameters(model: nn.Module, plan: TensorPlan, mesh: DeviceMesh) -> None:
+    """Replace every parameter by a DTensor on `mesh` that holds this rank's part; no rank sends anything."""
+    done: dict[int, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            split = plan.split_of(f"{prefix}.{name}" if prefix else name)
+            if id(parameter) not in done:
+                done[id(parameter)] = _distributed(parameter, name, split, mesh)
+            module._parameters[name] = done[id(parameter)]
+            if (packing := _packing(split, name, mesh.size())) is not None:
+                set_packing(module, name, packing)
+
+
+def _distributed(parameter: nn.Parameter, name: str, split: Split, mesh: DeviceMesh) -> nn.Parameter:
+    placement = _placement(split, name)
+    full = parameter.detach()
+    packing = _packing(split, name, mesh.size())
+    if packing is not None:
+        full = packing.to_stored(full)
+    local = full
+    if isinstance(placement, Shard):
+        parts = full.tensor_split(_chunk_ends(full.shape[placement.dim], mesh.size()), placement.dim)
+        local = parts[mesh.get_local_rank()].clone()  # not a view, which would keep the whole in memory
+    if not local.is_meta:
+        local = local.to(mesh.device_type)
+    distributed = DTensor.from_local(
+        local, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+    return nn.Parameter(distributed, requires_grad=parameter.requires_grad)
+
+
+def _chunk_ends(size: int, ranks: int) -> list[int]:
+    """Where DTensor cuts an uneven dimension: chunks of equal size but for the last ones, which may be empty."""
+    chunk = -(-size // ranks)
+    return [min(rank * chunk, size) for rank in range(1, ranks)]
+
+
+def _placement(split: Split, name: str) -> Placement:
+    """Where the parameter `name` of a module with this split is cut."""
+    output_dim = 1 if split.is_transposed and name == "weight" else 0
+    if split.style in ("vocabulary", "split"):
+        return Shard(0)
+    if split.style == "colwise":
+        return Shard(output_dim)
+    if split.style == "rowwise" and name == "weight":
+        return Shard(1 - output_dim)
+    return Replicate()
+
+
+def _packing(split: Split, name: str, degree: int) -> Packing | None:
+    if split.style != "colwise" or len(split.segments) < 2:
+        return None
+    dim = 1 if split.is_transposed and name == "weight" else 0
+    return Packing(dim=dim, segments=tuple(segment.size for segment in split.segments), degree=degree)
+
+
+# -- what modules compute -------------------------------------------------------------------------------------------
+
+
+def _local_value(
+    name: str, plan: TensorPlan, group: dist.ProcessGroup, *, base: str, layers: list[str], sequence: SequenceShards | None
+) -> LocalValue:
+    """How the parameter `name` enters its module's computation, and where its gradient is summed."""
+    split = plan.split_of(name)
+    if split.style in ("vocabulary", "split"):
+        return own_part
+    if split.style == "colwise":
+        degree = dist.get_world_size(group)
+        if any(segment.is_shared(degree) for segment in split.segments):
+            dim = 1 if split.is_transposed and name.endswith(".weight") else 0
+            return shared_heads(split.segments, dim, group)
+        return own_part
+    if split.style == "rowwise":
+        return own_part if name.endswith(".weight") else on_first_rank(group)
+    if split.style == "norm_over_heads":  # every rank computes the whole norm, with the whole gradient
+        return own_part
+    in_layer = any(name.startswith(f"{layer}.") for layer in layers)
+    in_head = not name.startswith(f"{base}.")
+    partial = plan.region_of(name) is not None or in_head or (in_layer and sequence is not None)
+    return summed(group) if partial else own_part
+
+
+def _compute(
+    module: nn.Module,
+    values: dict[str, LocalValue],
+    split: Split | None,
+    group: dist.ProcessGroup,
+    sequence: SequenceShards | None,
+) -> None:
+    compute_locally(module, values)
+    style = split.style if split is not None else "replicate"
+    if style == "rowwise":
+        leave_region(module, group, sequence)
+    elif style == "norm_over_heads":
+        norm_over_heads(module, group)
+    elif style == "vocabulary" and isinstance(module, nn.Embedding):
+        look_up_vocabulary(module, group)
+
+
+def leave_region(module: nn.Module, group: dist.ProcessGroup, sequence: SequenceShards | None) -> None:
+    """Rowwise linear: input (b, s, features / T), weight (H, features / T); the output is one term of a sum.
+
+    Forward: all-reduce of (b, s, H), or with sequence parallelism reduce-scatter to (b, s / T, H). Backward: nothing,
+    or all-gather of the gradient. "colwise" linears, whose output (b, s, features / T) is a shard, communicate nothing.
+    """
+    plain_forward = module.forward
+
+    @functools.wraps(plain_forward)
+    def forward(*args, **kwargs):
+        term = plain_forward(*args, **kwargs)
+        return leave(term, group) if sequence is None else sequence.leave_region(term)
+
+    module.forward = forward
+
+
+def enter_region(
+    module: nn.Module, region: Region, group: dist.ProcessGroup, sequence: SequenceShards | None
+) -> None:
+    """Attention, mlp, or first linear: hidden states (b, s, H) come in whole and every rank computes with its part.
+
+    Forward: nothing, or with sequence parallelism all-gather of (b, s / T, H). Backward: all-reduce of the gradient's
+    terms (b, s, H), or reduce-scatter.
+    """
+    for name, value in region.attributes.items():
+        setattr(module, name, value)
+    if region.config:
+        module.config = copy.copy(module.config)
+        for name, value in region.config.items():
+            setattr(module.config, name, value)
+    plain_forward = module.forward
+    first = next(iter(inspect.signature(plain_forward).parameters))
+
+    @functools.wraps(plain_forward)
+    def forward(*args, **kwargs):
+        whole = args[0] if args else kwargs[first]
+        whole = enter(whole, group) if sequence is None else sequence.enter_region(whole)
+        if args:
+            return plain_forward(whole, *args[1:], **kwargs)
+        return plain_forward(**{**kwargs, first: whole})
+
+    module.forward = forward
+
+
+def norm_over_heads(module: nn.Module, group: dist.ProcessGroup) -> None:
+    """A norm over the features of all heads (OLMo 2's of queries and keys): (b, s, features / T) in and out.
+
+    Forward: all-gather of the features, the norm on every rank, own features. Backward: all-gather of the gradient.
+    """
+    plain_forward = module.forward
+
+    @functools.wraps(plain_forward)
+    def forward(features: torch.Tensor) -> torch.Tensor:
+        dim = features.dim() - 1
+        return cut(plain_forward(join(features, dim, group)), dim, group)
+
+    module.forward = forward
+
+
+def look_up_vocabulary(module: nn.Embedding, group: dist.ProcessGroup) -> None:
+    """Embedding whose rows (V / T, H) are this rank's part of the vocabulary; token ids (b, s) are whole.
+
+    Forward: all-reduce of (b, s, H), of which a rank contributes the tokens of its rows. Backward: nothing.
+    """
+    rows, first = _rows(module.weight)
+    padding = module.padding_idx
+    module.padding_idx = padding - first if padding is not None and first <= padding < first + rows else None
+    plain_forward = module.forward
+
+    @functools.wraps(plain_forward)
+    def forward(input_ids: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        inside = (input_ids >= first) & (input_ids < first + rows)
+        embedded = plain_forward(torch.where(inside, input_ids - first, 0), *args, **kwargs)
+        return leave(torch.where(inside[..., None], embedded, 0), group)
+
+    module.forward = forward
+
+
+def _rows(weight: DTensor) -> tuple[int, int]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return shape[0], offset[0]

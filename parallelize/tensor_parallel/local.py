@@ -1,0 +1,86 @@
+"""Computing with local shards: a module keeps DTensor parameters, and its forward sees plain local tensors.
+
+FSDP2, the optimizer and checkpoints see the DTensors. Inside `forward` there is no DTensor arithmetic: every rank
+runs the module's own code on its part, and `collectives.py` is the only communication.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from parallelize.tensor_parallel.collectives import enter, gather_and_enter
+from parallelize.tensor_parallel.plan import Segment
+
+LocalValue = Callable[[torch.Tensor], torch.Tensor]
+"""From the local part of a parameter to the tensor that the module computes with."""
+
+
+def compute_locally(module: nn.Module, values: Mapping[str, LocalValue]) -> None:
+    """Let `module.forward` see, for each of its own parameters that `values` names, the local value instead.
+
+    Only parameters that the module owns itself and reads in its own forward; everything else keeps its hands off.
+    """
+    plain_forward = module.forward
+
+    @functools.wraps(plain_forward)
+    def forward(*args, **kwargs):
+        owned = {name: module._parameters[name] for name in values}
+        try:
+            for name, parameter in owned.items():
+                module._parameters[name] = values[name](_local(parameter))
+            return plain_forward(*args, **kwargs)
+        finally:
+            module._parameters.update(owned)
+
+    module.forward = forward
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    assert isinstance(parameter, DTensor), "a parameter that the plan split lost its mesh"
+    return parameter.to_local()
+
+
+def own_part(shard: torch.Tensor) -> torch.Tensor:
+    """The shard as it is; also what every rank has whole and has the whole gradient of."""
+    return shard
+
+
+def summed(group: dist.ProcessGroup) -> LocalValue:
+    """A whole parameter that every rank computes a part of the gradient of.
+
+    What is summed is the gradient of this one backward, before it is added to those of earlier micro-batches.
+    """
+    return lambda whole: enter(whole, group)
+
+
+def on_first_rank(group: dist.ProcessGroup) -> LocalValue:
+    """A bias that is added to one term of a sum over ranks. The others add 0 times it: all take part in its backward."""
+    factor = float(dist.get_rank(group) == 0)
+    return lambda whole: enter(whole, group) * factor
+
+
+def shared_heads(segments: tuple[Segment, ...], dim: int, group: dist.ProcessGroup) -> LocalValue:
+    """A colwise shard with segments of fewer heads than ranks: those are gathered, and each rank takes its head.
+
+    The shard is (..., sum of sizes / ranks, ...) along `dim`. Keys and values are small beside queries, so gathering
+    their weights costs little, and every number of them is stored once.
+    """
+    degree, rank = dist.get_world_size(group), dist.get_rank(group)
+
+    def value(shard: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for segment, part in zip(segments, shard.split([s.size // degree for s in segments], dim), strict=True):
+            if segment.is_shared(degree):
+                width = segment.size // segment.heads
+                whole = gather_and_enter(part, dim, group)
+                part = whole.narrow(dim, rank * segment.heads // degree * width, width)
+            parts.append(part)
+        return torch.cat(parts, dim)
+
+    return value
