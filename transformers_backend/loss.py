@@ -7,21 +7,28 @@ it is the causal LM's own forward with the body replaced by a module that hands 
 softcaps, logit scales, biases and dense layers before the head are whatever the model's own code does. Whether that
 holds for an architecture is tried on its twin (`proof.py`); where it does not, the full logits are used.
 
+With tensor parallelism each rank's head yields the logits of its part of the vocabulary, and the loss is computed from
+those (`parallelize/tensor_parallel/vocabulary.py`); who calls the model without `targets` gets all logits.
+
 Labels follow Transformers: aligned with the tokens, -100 ignored, shifted by `shift_labels` once, outside the model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from parallelize.tensor_parallel import vocabulary as vocabulary_parallel
+from parallelize.tensor_parallel.collectives import enter
+from parallelize.tensor_parallel.vocabulary import VocabularyShard, gather_logits
 from transformers_backend.decoder import Decoder
 
 IGNORE_INDEX = -100
@@ -39,43 +46,63 @@ def install_loss(
     chunked: bool,
     compile_backend: str | None = None,
     chunk_elements: int | None = None,
+    vocabulary: VocabularyShard | None = None,
 ) -> None:
     """Let `hf_model(input_ids=..., targets=...)` return the summed loss as an fp32 scalar.
 
     Call it once per model, before FSDP2 wraps it. chunked=False takes the model's own full logits, for heads that
     cannot be run in chunks. compile_backend: compile the chunk's head and cross-entropy, None runs them eagerly.
-    chunk_elements: logit elements that one chunk may have; None is the device's default.
+    chunk_elements: logit elements that one chunk may have; None is the device's default. vocabulary: the part of the
+    vocabulary that the head module computes on this rank of its group, from the same hidden states on every rank; None
+    is a head that computes all of it. The loss is then the same on every rank of the group.
     """
+    sum_loss, local_logits = sum_cross_entropy, contextlib.nullcontext
+    if vocabulary is not None:
+        sum_loss = functools.partial(
+            vocabulary_parallel.sum_cross_entropy,
+            first=vocabulary.first,
+            group=vocabulary.group,
+            ignore_index=IGNORE_INDEX,
+        )
+        local_logits = _SplitHead(hf_model.get_submodule(decoder.head), vocabulary).local_logits
     if chunked:
-        _install_forward(hf_model, _chunked_loss(hf_model, decoder, compile_backend, chunk_elements))
+        # Each chunk communicates, so the ranks must agree on how many there are: the largest part decides.
+        columns = hf_model.get_submodule(decoder.head).weight.shape[0] if vocabulary is None else vocabulary.largest
+        chunked_loss = _chunked_loss(hf_model, decoder, sum_loss, columns, compile_backend, chunk_elements)
+        _install_forward(hf_model, chunked_loss, local_logits)
     else:
-        _install_forward(hf_model, _full_loss(hf_model.forward))
+        _install_forward(hf_model, _full_loss(hf_model.forward, sum_loss), local_logits)
 
 
-def _full_loss(plain_forward: Callable) -> SumLoss:
+def _full_loss(plain_forward: Callable, sum_loss: SumLoss) -> SumLoss:
     def forward_loss(targets: torch.Tensor, **inputs) -> torch.Tensor:
-        return sum_cross_entropy(plain_forward(**inputs, use_cache=False).logits, targets)
+        return sum_loss(plain_forward(**inputs, use_cache=False).logits, targets)
 
     return forward_loss
 
 
 def _chunked_loss(
-    hf_model: PreTrainedModel, decoder: Decoder, compile_backend: str | None, chunk_elements: int | None
+    hf_model: PreTrainedModel,
+    decoder: Decoder,
+    sum_loss: SumLoss,
+    columns: int,
+    compile_backend: str | None,
+    chunk_elements: int | None,
 ) -> SumLoss:
+    """columns: logits of a token as the head computes them, with tensor parallelism those of the largest part."""
     body, head = hf_model.get_submodule(decoder.base), build_head(hf_model, decoder)
-    vocabulary_size = hf_model.get_submodule(decoder.head).weight.shape[0]
 
     def chunk_loss(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """(tokens, hidden), (tokens,) -> scalar"""
         logits = head.forward(inputs_embeds=hidden_states[None], use_cache=False).logits
-        return sum_cross_entropy(logits, targets)
+        return sum_loss(logits, targets)
 
     if compile_backend is not None:
         chunk_loss = torch.compile(chunk_loss, backend=compile_backend)
 
     def forward_loss(targets: torch.Tensor, **inputs) -> torch.Tensor:
         hidden_states = body(**inputs, use_cache=False)[0]  # (batch, seq, hidden)
-        chunks = count_chunks(targets.numel(), vocabulary_size, targets.device.type, chunk_elements)
+        chunks = count_chunks(targets.numel(), columns, targets.device.type, chunk_elements)
         # Looked up at every call: FSDP2 swaps sharded and gathered parameters in and out of the modules.
         parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
         return _chunked_sum_loss(hidden_states, targets, chunk_loss, parameters, chunks)
@@ -89,14 +116,51 @@ def count_chunks(tokens: int, vocabulary_size: int, device_type: str, chunk_elem
     return max(1, min(tokens, math.ceil(tokens * vocabulary_size / budget)))
 
 
-def _install_forward(hf_model: PreTrainedModel, forward_loss: SumLoss) -> None:
+def _install_forward(
+    hf_model: PreTrainedModel,
+    forward_loss: SumLoss,
+    local_logits: Callable[[], contextlib.AbstractContextManager[None]],
+) -> None:
     plain_forward = hf_model.forward
 
     @functools.wraps(plain_forward)  # generate() and others read the signature
     def forward(*args, targets: torch.Tensor | None = None, **kwargs):
-        return plain_forward(*args, **kwargs) if targets is None else forward_loss(targets, **kwargs)
+        if targets is None:
+            return plain_forward(*args, **kwargs)
+        with local_logits():
+            return forward_loss(targets, **kwargs)
 
     hf_model.forward = forward
+
+
+class _SplitHead:
+    """Hooks around a head module that computes a part of the vocabulary, so that the code around it need not know.
+
+    They stand at the head module itself, and not at the end of the body: what a model has between them (ModernBERT a
+    dense layer and a norm) computes the same on every rank and gets whole gradients, and what comes after the head in a
+    plain call (softcap, Transformers' own loss) works on all logits.
+    """
+
+    def __init__(self, head: nn.Module, vocabulary: VocabularyShard) -> None:
+        self._vocabulary = vocabulary
+        self._gathers = True
+        head.register_forward_pre_hook(self._enter)
+        head.register_forward_hook(self._leave)
+
+    def _enter(self, head: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (enter(inputs[0], self._vocabulary.group),)
+
+    def _leave(self, head: nn.Module, inputs: tuple[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+        return gather_logits(logits, self._vocabulary) if self._gathers else logits
+
+    @contextlib.contextmanager
+    def local_logits(self) -> Iterator[None]:
+        """Within the block the head yields this rank's logits; elsewhere those of the whole vocabulary."""
+        self._gathers = False
+        try:
+            yield
+        finally:
+            self._gathers = True
 
 
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from parallelize.tensor_parallel.local import LocalValue, compute_locally, on_fi
 from parallelize.tensor_parallel.packing import Packing, set_packing
 from parallelize.tensor_parallel.plan import Region, Split, TensorPlan
 from parallelize.tensor_parallel.sequence import SequenceShards
+from parallelize.tensor_parallel.vocabulary import VocabularyShard, embed, local_padding_index
 
 
 def apply_tensor_parallel(
@@ -29,13 +30,12 @@ def apply_tensor_parallel(
     plan: TensorPlan,
     mesh: DeviceMesh,
     *,
-    base: str,
     layers: Iterable[str],
     sequence_parallel: bool,
 ) -> None:
     """Split `model` over the 1-D `mesh` as `plan` says, in place.
 
-    base: the name of the model without its head. layers: names of the decoder layers. Real parameters are cut where
+    layers: names of the decoder layers. Real parameters are cut where
     they are (every rank holds the same model); those on the meta device stay there. Tied parameters stay tied. Raises
     a ValueError that names every parameter about which the plan says nothing.
     """
@@ -46,7 +46,7 @@ def apply_tensor_parallel(
     distribute_parameters(model, plan, mesh)
     for name, module in list(model.named_modules()):
         values = {
-            own: _local_value(f"{name}.{own}" if name else own, plan, group, base=base, layers=layers, sequence=sequence)
+            own: _local_value(f"{name}.{own}" if name else own, plan, group, layers=layers, sequence=sequence)
             for own, parameter in module._parameters.items()
             if parameter is not None
         }
@@ -138,7 +138,7 @@ def _packing(split: Split, name: str, degree: int) -> Packing | None:
 
 
 def _local_value(
-    name: str, plan: TensorPlan, group: dist.ProcessGroup, *, base: str, layers: list[str], sequence: SequenceShards | None
+    name: str, plan: TensorPlan, group: dist.ProcessGroup, *, layers: list[str], sequence: SequenceShards | None
 ) -> LocalValue:
     """How the parameter `name` enters its module's computation, and where its gradient is summed."""
     split = plan.split_of(name)
@@ -155,8 +155,7 @@ def _local_value(
     if split.style == "norm_over_heads":  # every rank computes the whole norm, with the whole gradient
         return own_part
     in_layer = any(name.startswith(f"{layer}.") for layer in layers)
-    in_head = not name.startswith(f"{base}.")
-    partial = plan.region_of(name) is not None or in_head or (in_layer and sequence is not None)
+    partial = plan.region_of(name) is not None or (in_layer and sequence is not None)
     return summed(group) if partial else own_part
 
 
@@ -167,14 +166,15 @@ def _compute(
     group: dist.ProcessGroup,
     sequence: SequenceShards | None,
 ) -> None:
-    compute_locally(module, values)
     style = split.style if split is not None else "replicate"
+    if style == "vocabulary" and isinstance(module, nn.Embedding):
+        look_up_vocabulary(module, values, group)
+        return
+    compute_locally(module, values)
     if style == "rowwise":
         leave_region(module, group, sequence)
     elif style == "norm_over_heads":
         norm_over_heads(module, group)
-    elif style == "vocabulary" and isinstance(module, nn.Embedding):
-        look_up_vocabulary(module, group)
 
 
 def leave_region(module: nn.Module, group: dist.ProcessGroup, sequence: SequenceShards | None) -> None:
@@ -236,27 +236,16 @@ def norm_over_heads(module: nn.Module, group: dist.ProcessGroup) -> None:
     module.forward = forward
 
 
-def look_up_vocabulary(module: nn.Embedding, group: dist.ProcessGroup) -> None:
+def look_up_vocabulary(module: nn.Embedding, values: dict[str, LocalValue], group: dist.ProcessGroup) -> None:
     """Embedding whose rows (V / T, H) are this rank's part of the vocabulary; token ids (b, s) are whole.
 
     Forward: all-reduce of (b, s, H), of which a rank contributes the tokens of its rows. Backward: nothing.
     """
-    rows, first = _rows(module.weight)
-    padding = module.padding_idx
-    module.padding_idx = padding - first if padding is not None and first <= padding < first + rows else None
+    vocabulary = VocabularyShard.of(module.weight.shape[0], group)
+    module.padding_idx = local_padding_index(module.padding_idx, first=vocabulary.first, rows=vocabulary.size)
     plain_forward = module.forward
-
-    @functools.wraps(plain_forward)
-    def forward(input_ids: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        inside = (input_ids >= first) & (input_ids < first + rows)
-        embedded = plain_forward(torch.where(inside, input_ids - first, 0), *args, **kwargs)
-        return leave(torch.where(inside[..., None], embedded, 0), group)
-
-    module.forward = forward
-
-
-def _rows(weight: DTensor) -> tuple[int, int]:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    return shape[0], offset[0]
+    # Inside, `module.weight` is the local one.
+    module.forward = lambda input_ids: embed(plain_forward, input_ids, first=vocabulary.first, weight=module.weight)
+    compute_locally(module, values)
+    local_forward = module.forward
+    module.forward = lambda input_ids: leave(local_forward(input_ids), group)

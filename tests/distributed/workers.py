@@ -111,8 +111,10 @@ def _work(rank: int, world_size: int, store: str, tasks, outcomes) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                # torch's own, both of torch.compile: a deprecated import, and dynamo's look at a layer's input.
+                # torch's own, all of torch.compile: a deprecated import, dynamo's instance of an autograd function, and
+                # its look at a layer's input.
                 warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
+                warnings.filterwarnings("ignore", ".* should not be instantiated", DeprecationWarning)
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
                 result = function(*arguments)
         except Exception:  # whatever it is, the test shall show it
