@@ -10,12 +10,19 @@ report all of them at once; `check(...)` raises them as one `ValueError`.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+
+TENSOR_PARALLEL_STYLES = (
+    "colwise", "rowwise", "packed_qkv", "packed_gate_up", "replicate", "split", "norm_over_heads", "vocabulary",
+    "region",
+)  # fmt: skip
+"""What `ParallelismConfig.tensor_parallel_plan` may say of a module or parameter; see docs/configuration.md."""
 
 
 @dataclass
@@ -32,7 +39,22 @@ class ParallelismConfig:
     backward, least memory), "never" keeps them until the backward (less communication)."""
 
     tensor_parallel_degree: int = 1
-    """Number of ranks that each weight matrix is split over. 1 means disabled; more is not available yet."""
+    """Number of ranks that each weight matrix is split over. 1 means disabled, and then none of the four keys below
+    has an effect."""
+
+    sequence_parallel: Literal["auto", "always", "never"] = "auto"
+    """Whether tensor-parallel ranks also share the sequence between attention and MLP, where each of them would else
+    keep all of it: less memory, the same communication. "auto" where the model's twin proves it exact, "always"
+    refuses to start where it does not, "never" leaves it out."""
+
+    enable_async_tensor_parallel: bool = False
+    """Overlap the communication of tensor parallelism with its matrix products. Needs CUDA, and compile.enable with
+    "model" among compile.components."""
+
+    tensor_parallel_plan: dict[str, str] = field(default_factory=dict)
+    """How modules or parameters are split, by name, with * for layer numbers: "model.layers.*.mlp.up_proj" =
+    "colwise". What it names goes before what is derived; empty derives everything. Styles: colwise, rowwise,
+    packed_qkv, packed_gate_up, replicate, split, norm_over_heads, vocabulary, region."""
 
     pipeline_parallel_degree: int = 1
     """Number of ranks that the layers are split over. 1 means disabled; more is not available yet."""
@@ -53,7 +75,8 @@ class ParallelismConfig:
         degrees = {ours: given[theirs] for theirs, ours in _ACCELERATE_SIZES.items()}
         if set(degrees.values()) == {1} and dist.is_initialized():
             degrees["data_parallel_replicate_degree"] = dist.get_world_size()
-        return cls(**degrees)
+        is_async = given["tp_size"] > 1 and given["tp_handler"].enable_async_tp  # accelerate itself ignores it
+        return cls(**degrees, enable_async_tensor_parallel=is_async)
 
     def problems(self) -> list[str]:
         found = []
@@ -66,14 +89,53 @@ class ParallelismConfig:
                 f"parallelism.data_parallel_shard_degree = {self.data_parallel_shard_degree}: must be at least 1, or "
                 "-1 for the rest of the world."
             )
-        for name in ("tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree"):
+        for name in ("pipeline_parallel_degree", "context_parallel_degree"):
             if getattr(self, name) > 1:
                 found.append(
-                    f"parallelism.{name} = {getattr(self, name)}: this version shards over data ranks only; set it "
-                    "to 1 and use data_parallel_shard_degree (and data_parallel_replicate_degree)."
+                    f"parallelism.{name} = {getattr(self, name)}: this version splits neither the layers nor the "
+                    "attention's sequence over ranks; set it to 1 and use data_parallel_shard_degree, "
+                    "data_parallel_replicate_degree or tensor_parallel_degree."
                 )
         found += choice_problems("parallelism", self, "fsdp_reshard_after_forward", ("default", "always", "never"))
+        found += choice_problems("parallelism", self, "sequence_parallel", ("auto", "always", "never"))
+        for pattern, style in self.tensor_parallel_plan.items():
+            found += _plan_entry_problems(pattern, style)
         return found
+
+
+def _plan_entry_problems(pattern: str, style: str) -> list[str]:
+    """The sentences for one entry of a plan; whether the model has what it names is found out with the model."""
+    found = []
+    if not pattern or pattern != pattern.strip():
+        found.append(
+            f'parallelism.tensor_parallel_plan names "{pattern}": must be the name of a module or parameter without '
+            'spaces around it, such as "model.layers.*.mlp.up_proj".'
+        )
+    if style not in TENSOR_PARALLEL_STYLES:
+        (nearest,) = difflib.get_close_matches(style, TENSOR_PARALLEL_STYLES, n=1, cutoff=0.0)
+        found.append(
+            f'parallelism.tensor_parallel_plan."{pattern}" = "{style}": must be one of '
+            f'{", ".join(TENSOR_PARALLEL_STYLES)}; the nearest is "{nearest}".'
+        )
+    return found
+
+
+def async_tensor_parallel_problems(
+    parallelism: ParallelismConfig, compile: CompileConfig, device_type: str | None = None
+) -> list[str]:
+    """The sentence for asynchronous tensor parallelism where it cannot be; device_type None: not known yet."""
+    if not parallelism.enable_async_tensor_parallel or parallelism.tensor_parallel_degree == 1:
+        return []
+    missing = []
+    if not (compile.enable and "model" in compile.components):
+        missing.append('compiled layers (the compiler makes it): set compile.enable = true with "model" in components')
+    if device_type not in (None, "cuda"):
+        missing.append(f"CUDA devices that reach each other's memory, and this run is on {device_type}")
+    if not missing:
+        return []
+    return [
+        f"parallelism.enable_async_tensor_parallel = true: needs {'; and '.join(missing)}. Do that, or set it to false."
+    ]
 
 
 # accelerate 1.15's names, and ours.
@@ -113,8 +175,6 @@ def _without_counterpart(given: dict[str, Any]) -> list[str]:
             f"sp_size = {given['sp_size']}: the sequence parallelism of DeepSpeed is not available here; set it to 1, "
             "and raise dp_shard_size by that factor."
         )
-    if given["tp_size"] > 1 and given["tp_handler"].enable_async_tp:
-        found.append("tp_handler.enable_async_tp = True: not available here (accelerate ignores it); leave it out.")
     if given["cp_size"] > 1 and given["cp_handler"].cp_comm_strategy != "allgather":
         found.append(
             f'cp_handler.cp_comm_strategy = "{given["cp_handler"].cp_comm_strategy}": how ranks exchange a sequence '

@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig, check
+from parallelize.config import (
+    ActivationCheckpointConfig,
+    CompileConfig,
+    ParallelismConfig,
+    async_tensor_parallel_problems,
+    check,
+)
 from transformers_backend.job_config.data_sections import held_out_problems
 from transformers_backend.job_config.run_sections import Comm, Debug, Metrics, Profiling
 from transformers_backend.job_config.sections import (
@@ -92,6 +98,8 @@ def find_problems(config: JobConfig, world_size: int | None = None) -> list[str]
         found += problems
         if not problems:
             sound.add(name)
+    if {"parallelism", "compile"} <= sound:
+        found += async_tensor_parallel_problems(config.parallelism, config.compile)
     if {"training", "validation"} <= sound and config.validation.enable:
         found += held_out_problems("validation", config.validation, config.training.sources or [config.training])
     if {"hf_transformers", "model"} <= sound:

@@ -24,6 +24,7 @@ from transformers_backend.job_config.values import (
     describe_type,
     field_types,
     has_type,
+    is_table_of_strings,
     parse_text,
     table_type,
     toml_reader,
@@ -112,7 +113,7 @@ def _read_command_line(argv: list[str]) -> tuple[list[str], list[tuple[tuple[str
             config_files.append(token)
             continue
         name, equals, text = token[2:].partition("=")
-        path = tuple(name.split("."))
+        path = _path_of(name)
         kind = str if name == "job.config_file" else _type_at(path)
         positive = _positive_form(path)
         if positive and not equals:
@@ -137,10 +138,21 @@ def _read_command_line(argv: list[str]) -> tuple[list[str], list[tuple[tuple[str
     return config_files, assignments, problems
 
 
+def _path_of(name: str) -> tuple[str, ...]:
+    """The parts of an option's name; what follows a table of strings is one name, as it may be a module's."""
+    path = tuple(name.split("."))
+    if len(path) > 3 and is_table_of_strings(_type_at(path[:2])):
+        return (*path[:2], ".".join(path[2:]))
+    return path
+
+
 def _type_at(path: tuple[str, ...]) -> Any:
-    """The type of the key at a path; None for one that is not ours, or that lies inside a table."""
+    """The type of the key at a path; None for one that is not ours, or that lies inside a table of anything."""
     sections = field_types(JobConfig)
-    return field_types(sections[path[0]]).get(path[1]) if len(path) == 2 and path[0] in sections else None
+    if len(path) not in (2, 3) or path[0] not in sections:
+        return None
+    kind = field_types(sections[path[0]]).get(path[1])
+    return kind if len(path) == 2 else str if is_table_of_strings(kind) else None
 
 
 def _positive_form(path: tuple[str, ...]) -> tuple[str, str] | None:

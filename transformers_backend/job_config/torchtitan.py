@@ -12,7 +12,7 @@ IGNORED_KEYS: dict[str, frozenset[str]] = {
         "training": "gc_debug",
         "parallelism": """
             context_parallel_load_balancer context_parallel_rotate_method disable_loss_parallel
-            enable_async_tensor_parallel expert_parallel_comm_backend expert_parallel_degree
+            expert_parallel_comm_backend expert_parallel_degree
             expert_tensor_parallel_degree module_fqns_per_model_part pipeline_parallel_expert_parallel_overlap
             pipeline_parallel_first_stage_less_layers pipeline_parallel_last_stage_less_layers
             pipeline_parallel_layers_per_stage pipeline_parallel_microbatch_size pipeline_parallel_schedule
@@ -41,11 +41,16 @@ def is_ignored(section: str, key: str) -> bool:
 
 
 def refusal(section: str, key: str, value: object) -> str | None:
-    """Return why an ignored key's value cannot be ignored, or None: a mesh that we do not build, or weights that we
-    do not load."""
+    """Return why an ignored key's value cannot be ignored, or None: a mesh that we do not build, weights that we do
+    not load, or logits that we do not gather."""
     name = f"{section}.{key}"
     if (section, key, value) == ("checkpoint", "initial_load_in_hf_quantized", True):
         return f"{name} = true: quantized weights are not loaded; remove the key and name a folder of plain weights."
+    if (section, key, value) == ("parallelism", "disable_loss_parallel", True):
+        return (
+            f"{name} = true: with tensor parallelism every rank computes the loss of its part of the vocabulary, and "
+            "whole logits never exist; the loss is the same. Remove the key."
+        )
     if section == "parallelism" and key.startswith("expert_") and key.endswith("_degree") and value not in (1, -1):
         return f"{name} = {value}: expert parallelism is not available; set it to 1 or remove the key."
     return None

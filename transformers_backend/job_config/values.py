@@ -1,8 +1,8 @@
 """Values of configuration keys: type checks, text from the command line, and TOML text in and out.
 
 A leaf below the sections. The types that keys have: bool, int, float, str, a Literal of strings, list[str],
-list[float], dict[str, Any], each of them perhaps `| None`, and list[D] of a dataclass D of such fields, which is
-written as tables, [[section.key]].
+list[float], dict[str, Any], dict[str, str], each of them perhaps `| None`, and list[D] of a dataclass D of such fields,
+which is written as tables, [[section.key]]. The names of a dict[str, str] are those of modules: their dots do not nest.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import re
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _LISTS = {str: "a list of strings", float: "a list of numbers"}
@@ -41,6 +42,12 @@ def item_type(kind: Any) -> Any:
     return get_args(inner)[0] if get_origin(inner) is list else None
 
 
+def is_table_of_strings(kind: Any) -> bool:
+    """Whether a type is dict[str, str]."""
+    inner, _ = without_none(kind)
+    return get_origin(inner) is dict and get_args(inner)[1] is str
+
+
 def table_type(kind: Any) -> type | None:
     """The dataclass of a list of tables; None for every other type."""
     item = item_type(kind)
@@ -53,8 +60,10 @@ def describe_type(kind: Any) -> str:
         text = "one of " + ", ".join(f'"{choice}"' for choice in get_args(inner))
     elif item_type(inner) is not None:
         text = _LISTS.get(item_type(inner), "a list of tables")
+    elif get_origin(inner) is dict:
+        text = "a table of strings" if is_table_of_strings(inner) else "a table"
     else:
-        text = "a table" if get_origin(inner) is dict else _NAMES[inner]
+        text = _NAMES[inner]
     return f"{text} or none" if optional else text
 
 
@@ -67,7 +76,8 @@ def has_type(value: Any, kind: Any) -> bool:
     if get_origin(inner) is list:
         return isinstance(value, list) and all(has_type(item, item_type(inner)) for item in value)
     if get_origin(inner) is dict:
-        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        item = str if is_table_of_strings(inner) else object
+        return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, item) for k, v in value.items())
     if isinstance(value, bool):
         return inner is bool
     return isinstance(value, (int, float) if inner is float else inner)
@@ -90,14 +100,24 @@ def type_problems(section: str, config: object) -> list[str]:
 
 
 def convert(value: Any, kind: Any) -> Any:
-    """Return a value read from TOML or text as its field keeps it: integers as floats where floats are wanted, and
-    None for "none" inside tables."""
+    """Return a value read from TOML or text as its field keeps it: integers as floats where floats are wanted, None
+    for "none" inside tables, and tables of strings flat, because TOML nests a.b = "c" where "a.b" is not quoted."""
     inner, _ = without_none(kind)
+    if is_table_of_strings(inner) and isinstance(value, dict):
+        return dict(_flat(value))
     if inner is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if item_type(inner) is float and isinstance(value, list):
         return [convert(item, float) for item in value]
     return _with_none(value) if get_origin(inner) is dict else value
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _with_none(value: Any) -> Any:

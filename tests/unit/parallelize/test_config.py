@@ -9,10 +9,12 @@ import pytest
 from accelerate.utils import TorchContextParallelConfig, TorchTensorParallelConfig
 
 from parallelize.config import (
+    TENSOR_PARALLEL_STYLES,
     ActivationCheckpointConfig,
     CompileConfig,
     KernelConfig,
     ParallelismConfig,
+    async_tensor_parallel_problems,
     check,
     choice_problems,
 )
@@ -30,6 +32,9 @@ def test_defaults_are_the_documented_ones():
         data_parallel_shard_degree=-1,
         fsdp_reshard_after_forward="default",
         tensor_parallel_degree=1,
+        sequence_parallel="auto",
+        enable_async_tensor_parallel=False,
+        tensor_parallel_plan={},
         pipeline_parallel_degree=1,
         context_parallel_degree=1,
     )
@@ -52,11 +57,60 @@ def test_shard_degree_is_positive_or_the_rest(value: int):
     assert problem.startswith(f"parallelism.data_parallel_shard_degree = {value}: must be at least 1, or -1")
 
 
-@pytest.mark.parametrize("name", ["tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree"])
+@pytest.mark.parametrize("name", ["pipeline_parallel_degree", "context_parallel_degree"])
 def test_what_is_not_there_yet_is_refused_with_the_remedy(name: str):
     (problem,) = ParallelismConfig(**{name: 2}).problems()
     assert f"parallelism.{name} = 2" in problem
     assert "set it to 1 and use data_parallel_shard_degree" in problem
+
+
+# --- tensor parallelism
+
+
+@pytest.mark.parametrize("style", TENSOR_PARALLEL_STYLES)
+def test_a_plan_of_known_styles_is_sound(style: str):
+    plan = {"model.layers.*.mlp.up_proj": style, "lm_head": "vocabulary"}
+    for sequence_parallel in ("auto", "always", "never"):
+        config = ParallelismConfig(
+            tensor_parallel_degree=8, tensor_parallel_plan=plan, sequence_parallel=sequence_parallel
+        )
+        assert config.problems() == []
+
+
+def test_a_style_that_there_is_not_is_told_the_nearest_and_all():
+    (problem,) = ParallelismConfig(tensor_parallel_plan={"lm_head": "vocab", "model.norm": "replicate"}).problems()
+    assert problem == (
+        'parallelism.tensor_parallel_plan."lm_head" = "vocab": must be one of colwise, rowwise, packed_qkv, '
+        'packed_gate_up, replicate, split, norm_over_heads, vocabulary, region; the nearest is "vocabulary".'
+    )
+
+
+@pytest.mark.parametrize("pattern", ["", " lm_head"])
+def test_a_pattern_is_a_name(pattern: str):
+    (problem,) = ParallelismConfig(tensor_parallel_plan={pattern: "split"}).problems()
+    assert problem.startswith(f'parallelism.tensor_parallel_plan names "{pattern}": must be the name of a module or')
+
+
+@pytest.mark.parametrize(
+    ("compile", "device_type", "missing"),
+    [
+        (CompileConfig(enable=True), "cuda", []),
+        (CompileConfig(enable=True), None, []),
+        (CompileConfig(enable=True, components=["model"]), "cpu", ["CUDA devices"]),
+        (CompileConfig(), "cuda", ["compiled layers"]),
+        (CompileConfig(enable=True, components=["loss"]), None, ["compiled layers"]),
+        (CompileConfig(), "cpu", ["compiled layers", "CUDA devices"]),
+    ],
+)
+def test_asynchronous_tensor_parallelism_needs_cuda_and_compiled_layers(compile, device_type, missing: list[str]):
+    config = ParallelismConfig(tensor_parallel_degree=2, enable_async_tensor_parallel=True)
+    problems = async_tensor_parallel_problems(config, compile, device_type)
+    assert len(problems) == bool(missing)
+    for problem in problems:
+        assert problem.startswith("parallelism.enable_async_tensor_parallel = true: needs ")
+        assert problem.endswith("or set it to false.")
+        assert [part for part in ("compiled layers", "CUDA devices") if part in problem] == missing
+    assert async_tensor_parallel_problems(dataclasses.replace(config, tensor_parallel_degree=1), compile) == []
 
 
 def test_choices_are_listed():
@@ -91,7 +145,7 @@ def test_all_problems_are_told_at_once():
     config = ParallelismConfig(
         data_parallel_replicate_degree=0,
         data_parallel_shard_degree=0,
-        tensor_parallel_degree=2,
+        context_parallel_degree=2,
         fsdp_reshard_after_forward="x",
     )
     assert len(config.problems()) == 4
@@ -176,18 +230,20 @@ def test_what_accelerate_says_without_counterpart_is_refused_by_name(config, mes
     assert message in str(caught.value)
 
 
-def test_asynchronous_tensor_parallelism_of_accelerate_is_refused():
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_asynchronous_tensor_parallelism_of_accelerate_carries_over(tp_size: int):
     with pytest.warns(UserWarning, match="Async tensor parallelism is currently not supported"):
         handler = TorchTensorParallelConfig(enable_async_tp=True)
-    with pytest.raises(ValueError, match=r"tp_handler\.enable_async_tp = True: not available here") as caught:
-        ParallelismConfig.from_accelerate(accelerate.ParallelismConfig(tp_size=2, tp_handler=handler))
-    assert "sp_size" not in str(caught.value)
+    theirs = accelerate.ParallelismConfig(tp_size=tp_size, tp_handler=handler)
+    ours = ParallelismConfig.from_accelerate(theirs)
+    assert (ours.tensor_parallel_degree, ours.enable_async_tensor_parallel) == (tp_size, tp_size > 1)
 
 
 def test_an_axis_of_a_later_accelerate_that_is_not_used_does_no_harm():
     assert ParallelismConfig.from_accelerate(_newer(ep_size=1)) == ParallelismConfig(data_parallel_shard_degree=1)
 
 
-def test_tensor_parallelism_from_accelerate_meets_the_same_rules():
-    (problem,) = ParallelismConfig.from_accelerate(accelerate.ParallelismConfig(tp_size=2)).problems()
-    assert "parallelism.tensor_parallel_degree = 2" in problem
+def test_sizes_from_accelerate_meet_the_same_rules():
+    assert ParallelismConfig.from_accelerate(accelerate.ParallelismConfig(tp_size=2)).problems() == []
+    (problem,) = ParallelismConfig.from_accelerate(accelerate.ParallelismConfig(cp_size=2)).problems()
+    assert "parallelism.context_parallel_degree = 2" in problem

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from parallelize.config import TENSOR_PARALLEL_STYLES, ParallelismConfig
 from transformers_backend.job_config import HFTransformers, JobConfig, load_job_config, validate
 from transformers_backend.job_config.help import field_meanings
 from transformers_backend.job_config.values import field_types, to_toml, toml_reader
@@ -136,6 +137,47 @@ def test_command_line_reaches_into_tables() -> None:
     assert load_job_config([table, "{vocab_size = 260}"]).hf_transformers.config_overrides == {"vocab_size": 260}
 
 
+def test_every_style_that_a_plan_may_have_is_in_the_keys_meaning() -> None:
+    meaning = field_meanings(ParallelismConfig)["tensor_parallel_plan"]
+    assert meaning.endswith(f"Styles: {', '.join(TENSOR_PARALLEL_STYLES)}.")
+
+
+def test_the_plan_of_tensor_parallelism_has_the_names_of_modules_as_keys(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        MINIMAL
+        + """
+        [parallelism]
+        tensor_parallel_degree = 4
+        sequence_parallel = "never"
+        disable_loss_parallel = false  # torchtitan's, which has no other value here
+        [parallelism.tensor_parallel_plan]
+        "model.layers.*.mlp.up_proj" = "colwise"
+        "model.layers.*.self_attn.sinks" = "split"
+        model.embed_tokens = "vocabulary"  # a table in a table to TOML
+        lm_head = "none"
+        """,
+    )
+    options = "--parallelism.tensor_parallel_plan.model.layers.*.self_attn.sinks replicate"
+    options += " --parallelism.tensor_parallel_plan.lm_head=vocabulary"
+    config = load_job_config([file, *options.split()])
+    plan = {
+        "model.layers.*.mlp.up_proj": "colwise",
+        "model.layers.*.self_attn.sinks": "replicate",
+        "model.embed_tokens": "vocabulary",
+        "lm_head": "vocabulary",
+    }
+    assert config.parallelism == ParallelismConfig(
+        tensor_parallel_degree=4, sequence_parallel="never", tensor_parallel_plan=plan
+    )
+    config.save(tmp_path / "saved.toml")
+    assert load_job_config([str(tmp_path / "saved.toml")]) == config
+    whole = ["--parallelism.tensor_parallel_plan", '{"lm_head" = "split"}']
+    assert load_job_config([file, *whole]).parallelism.tensor_parallel_plan == {"lm_head": "split"}
+    with pytest.raises(ValueError, match=r"--parallelism\.tensor_parallel_plan\.lm_head: needs a value, a string"):
+        load_job_config([file, "--parallelism.tensor_parallel_plan.lm_head"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -182,7 +224,15 @@ def test_command_line_reaches_into_tables() -> None:
         ("[checkpoint]\nload_step = -2", "checkpoint.load_step = -2: must be at least 0, or -1 for the latest"),
         ("[profiling]\nmax_ranks = 0", "profiling.max_ranks = 0: must be at least 1, or -1 for all ranks."),
         ("[profiling]\nprofile_freq = 3", "profiling.profile_freq = 3: must be at least profiler_warmup + "),
-        ("[parallelism]\ntensor_parallel_degree = 2", "parallelism.tensor_parallel_degree = 2: this version shards"),
+        ("[parallelism]\ncontext_parallel_degree = 2", "parallelism.context_parallel_degree = 2: this version splits"),
+        ("[parallelism]\ndisable_loss_parallel = true", "parallelism.disable_loss_parallel = true: with tensor"),
+        ("[parallelism]\nsequence_parallel = true", 'sequence_parallel = true: must be one of "auto", "always"'),
+        ("[parallelism.tensor_parallel_plan]\nlm_head = 1", "lm_head = 1}: must be a table of strings."),
+        ("[parallelism.tensor_parallel_plan]\nlm_head = 'column'", 'lm_head" = "column": must be one of colwise, '),
+        (
+            "[parallelism]\ntensor_parallel_degree = 2\nenable_async_tensor_parallel = true",
+            "parallelism.enable_async_tensor_parallel = true: needs compiled layers",
+        ),
         ("[parallelism]\nexpert_parallel_degree = 2", "parallelism.expert_parallel_degree = 2: expert parallelism is"),
         ("[validation]\nsteps = 0", "validation.steps = 0: must be at least 1, or -1"),
         ("[model]\nhf_assets_path = './no/such'", 'model.hf_assets_path = "./no/such": no such folder'),
@@ -341,6 +391,29 @@ def test_world_size_rules(replicate: int, shard: int, global_batch_size: int, wo
         return
     with pytest.raises(ValueError, match=message):
         validate(config, world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "shard", "global_batch_size", "message"),
+    [
+        (2, -1, 32, None),  # 4 data ranks
+        (8, -1, 8, None),  # one
+        (2, 4, 64, None),
+        (1, -1, 32, "must be a multiple of local_batch_size x data-parallel ranks = 8 x 8;"),
+        (2, -1, 48, "must be a multiple of local_batch_size x data-parallel ranks = 8 x 4;"),
+        (3, -1, -1, "multiply to 3, which must divide the number of ranks, 8"),
+        (2, 8, -1, "multiply to 16, which must equal the number of ranks, 8"),
+    ],
+)
+def test_a_batch_is_shared_by_data_ranks_not_by_tensor_parallel_ones(tensor, shard, global_batch_size, message) -> None:
+    config = JobConfig(hf_transformers=HFTransformers(model="Qwen/Qwen3-0.6B"))
+    config.parallelism = ParallelismConfig(tensor_parallel_degree=tensor, data_parallel_shard_degree=shard)
+    config.training.local_batch_size, config.training.global_batch_size = 8, global_batch_size
+    if message is None:
+        validate(config, world_size=8)
+        return
+    with pytest.raises(ValueError, match=message):
+        validate(config, world_size=8)
 
 
 def test_torchtitan_file_loads_unchanged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
