@@ -6,8 +6,9 @@ runs the module's own code on its part, and `collectives.py` is the only communi
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -24,26 +25,52 @@ LocalValue = Callable[[torch.Tensor], torch.Tensor]
 def compute_locally(module: nn.Module, values: Mapping[str, LocalValue]) -> None:
     """Let `module.forward` see, for each of its own parameters that `values` names, the local value instead.
 
-    Only parameters that the module owns itself and reads in its own forward; everything else keeps its hands off.
+    Only parameters that the module owns itself and reads in its own forward.
     """
+    module._local_values = dict(values)
     plain_forward = module.forward
 
     @functools.wraps(plain_forward)
     def forward(*args, **kwargs):
-        owned = {name: module._parameters[name] for name in values}
-        try:
-            for name, parameter in owned.items():
-                module._parameters[name] = values[name](_local(parameter))
+        with _local_parameters([module]):
             return plain_forward(*args, **kwargs)
-        finally:
-            module._parameters.update(owned)
 
     module.forward = forward
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    assert isinstance(parameter, DTensor), "a parameter that the plan split lost its mesh"
-    return parameter.to_local()
+def with_local_parameters(layer: nn.Module, forward: Callable) -> Callable:
+    """`forward` of a whole layer, called while all its modules have their local values already.
+
+    For a compiled forward: its graph then has plain tensors as inputs, and no parameters that change places in it.
+    """
+    modules = [module for module in layer.modules() if hasattr(module, "_local_values")]
+    if not modules:
+        return forward
+
+    @functools.wraps(forward)
+    def forward_with_local_parameters(*args, **kwargs):
+        with _local_parameters(modules):
+            return forward(*args, **kwargs)
+
+    return forward_with_local_parameters
+
+
+@contextlib.contextmanager
+def _local_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block, parameters of `modules` that are DTensors are their local values."""
+    places = [
+        (module, name, module._parameters[name])
+        for module in modules
+        for name in module._local_values
+        if isinstance(module._parameters[name], DTensor)
+    ]
+    try:
+        for module, name, parameter in places:
+            module._parameters[name] = module._local_values[name](parameter.to_local())
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
 
 
 def own_part(shard: torch.Tensor) -> torch.Tensor:
