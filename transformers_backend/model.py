@@ -38,6 +38,7 @@ from transformers_backend.proof import check_recomputation, prove, why_not_compi
 from transformers_backend.weights import (
     DEFAULT_FILE_SIZE,
     allocate,
+    full_tensor,
     init_buffers,
     init_weights,
     load_hf_weights,
@@ -368,7 +369,7 @@ class HFTransformerModel:
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """{Transformers parameter name: full gradient on the CPU} of parameters that have one, on every rank."""
         return {
-            name: _full(parameter.grad)
+            name: self._full(name, parameter.grad)
             for name, parameter in self.hf_model.named_parameters()
             if parameter.grad is not None
         }
@@ -376,7 +377,10 @@ class HFTransformerModel:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """{Transformers name: full CPU tensor} of parameters and persistent buffers, on every rank."""
         self._fill_if_meta()
-        return {name: _full(tensor) for name, tensor in named_tensors(self.hf_model).items()}
+        return {name: self._full(name, tensor) for name, tensor in named_tensors(self.hf_model).items()}
+
+    def _full(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return full_tensor(self.hf_model, name, tensor).to("cpu", copy=True)
 
     def save_pretrained(
         self,
@@ -413,8 +417,3 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _full(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", copy=True)
