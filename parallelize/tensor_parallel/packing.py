@@ -117,7 +117,9 @@ def set_packing(module: nn.Module, parameter_name: str, packing: Packing) -> Non
     """Note on the module that owns a parameter that it is stored as `packing` says.
 
     parameter_name: the module's own name of it, such as "weight". The parameter becomes a DTensor whose shard along
-    `packing.dim` of each tensor-parallel rank is that rank's part of the stored order.
+    `packing.dim` of each tensor-parallel rank is that rank's part of the stored order. That local tensor has memory of
+    its own: torch's stager for checkpoints takes no DTensor of a view ("invalid python storage", torch 2.13), and a
+    view would keep the full parameter alive.
     """
     assert parameter_name in module._parameters, parameter_name
     vars(module).setdefault(_ATTRIBUTE, {})[parameter_name] = packing

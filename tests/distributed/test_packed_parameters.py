@@ -6,16 +6,15 @@ on meshes of four processes with and without FSDP2. No forward runs here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import load as load_checkpoint
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config, PreTrainedModel
@@ -84,13 +83,18 @@ def _meta(model_type: str) -> PreTrainedModel:
     return build_on_meta(CONFIGS[model_type], type(_build(model_type)), HFTransformerModelArgs(model_type=model_type))
 
 
+@functools.cache  # in every process of the pool: making groups takes most of a test's time
+def _mesh(mesh_name: str) -> DeviceMesh:
+    return init_device_mesh("cpu", MESHES[mesh_name], mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
+
+
 def _shard(model: PreTrainedModel, mesh_name: str) -> PreTrainedModel:
     """Make the parameters of `model` (real, or on the meta device) what a mesh's ranks hold."""
     replicate, shard, degree = MESHES[mesh_name]
     plan = PLANS[model.config.model_type]
     if mesh_name == "plain":
         return model
-    mesh = init_device_mesh("cpu", (replicate, shard, degree), mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
+    mesh = _mesh(mesh_name)
     sharded: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for prefix, module in model.named_modules() if degree > 1 else ():
         for name, parameter in [*module._parameters.items()]:
@@ -107,7 +111,9 @@ def _shard(model: PreTrainedModel, mesh_name: str) -> PreTrainedModel:
     return model
 
 
-def _shard_parameter(parameter: nn.Parameter, mesh, dim: int | None, segments: tuple[int, ...] | None) -> nn.Parameter:
+def _shard_parameter(
+    parameter: nn.Parameter, mesh: DeviceMesh, dim: int | None, segments: tuple[int, ...] | None
+) -> nn.Parameter:
     full = parameter.detach()
     if dim is None:
         return nn.Parameter(DTensor.from_local(full, mesh, [Replicate()]))
@@ -167,7 +173,7 @@ def _weights_in_and_out(model_type: str, mesh_name: str, folder: str, export: st
     _assert_equal(*drawn)
 
 
-@pytest.mark.parametrize("mesh_name", [name for name in MESHES if name != "plain"])
+@pytest.mark.parametrize("mesh_name", ["fsdp 2 x tp 2", "replicas 2 x tp 2", "tp 4"])
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_loading_initialising_and_exporting(four: WorkerPool, tmp_path: Path, model_type: str, mesh_name: str):
     """Loaded shards are those made by hand; full tensors, drawn weights and exports those of one device."""
@@ -215,7 +221,7 @@ class _Run:
         """Full weights and AdamW's means, in Transformers' order."""
         state = self.model.full_state_dict()
         for kind in ("exp_avg", "exp_avg_sq"):
-            for name, parameter in self.parameters.items():
+            for parameter in self.parameters.values():
                 parameter.grad = self.optimizer.state[parameter][kind]
             state |= {f"{name} {kind}": value for name, value in self.model.full_gradients().items()}
         return state
@@ -237,16 +243,17 @@ def _save(model_type: str, mesh_name: str, folder: str, mode: str) -> dict[str, 
     return state
 
 
-def _resume(model_type: str, mesh_name: str, folder: str) -> tuple[int, dict[str, torch.Tensor], dict, list[str]]:
-    """Step and state of another model after loading; the same after one more step; what was said."""
+def _resume(
+    model_type: str, mesh_name: str, folder: str
+) -> tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Step and state of another model after loading, and its state after one more step."""
     run = _Run(model_type, mesh_name, folder, seed=1)
-    with Messages("transformers_backend") as messages:
-        step = run.checkpointer.load(-1)
+    step = run.checkpointer.load(-1)
     loaded = run.state()
     run.step()
     following = run.state()
     run.close()
-    return step, loaded, following, messages.texts
+    return step, loaded, following
 
 
 def _reference(model_type: str, steps: int) -> dict[str, torch.Tensor]:
@@ -265,28 +272,77 @@ def _reference(model_type: str, steps: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
 @pytest.mark.parametrize(
-    ("model_type", "saved_on", "mode"),
+    ("model_type", "saved_on", "mode", "resumed_on"),
     [
-        ("gpt2", "fsdp 2 x tp 2", "disabled"),
-        ("phi3", "fsdp 2 x tp 2", "async"),
-        ("gpt2", "tp 4", "async"),
-        ("phi3", "replicas 2 x tp 2", "async"),
-        ("gpt2", "plain", "disabled"),
+        ("gpt2", "fsdp 2 x tp 2", "disabled", ["tp 4", "plain", "fsdp 4"]),
+        ("phi3", "fsdp 2 x tp 2", "async", ["fsdp 2 x tp 2", "tp 4", "plain"]),
+        ("gpt2", "tp 4", "async", ["fsdp 2 x tp 2", "replicas 2 x tp 2"]),
+        ("phi3", "replicas 2 x tp 2", "async", ["tp 4"]),
+        ("phi3", "plain", "disabled", ["fsdp 2 x tp 2", "tp 4"]),
     ],
 )
 def test_any_degree_resumes_from_any_other(
-    four: WorkerPool, tmp_path: Path, model_type: str, saved_on: str, mode: str
+    four: WorkerPool, tmp_path: Path, model_type: str, saved_on: str, mode: str, resumed_on: list[str]
 ):
+    """Weights and AdamW's means, bit by bit, and the step after them; on disk are plain tensors of Transformers'."""
     folder = str(tmp_path / "checkpoint")
     expected = four.run(_save, model_type, saved_on, folder, mode)[0]
     after_two, after_three = _reference(model_type, 2), _reference(model_type, 3)
     torch.testing.assert_close(expected, after_two, rtol=1e-6, atol=1e-8)
-    on_disk = {f"model.{name}": torch.zeros_like(p) for name, p in _build(model_type).named_parameters()}
-    load_checkpoint(on_disk, checkpoint_id=f"{folder}/step-2", no_dist=True)
-    _assert_equal({name.removeprefix("model."): value.detach() for name, value in on_disk.items()},
-                  {name: expected[name] for name, _ in _build(model_type).named_parameters()})  # fmt: skip
-    for mesh_name in MESHES:
-        for step, loaded, following, _ in four.run(_resume, model_type, mesh_name, folder):
+    weights = {name: torch.zeros_like(parameter) for name, parameter in _build(model_type).named_parameters()}
+    load_checkpoint({"model": weights}, checkpoint_id=f"{folder}/step-2", no_dist=True)
+    _assert_equal(weights, {name: expected[name] for name in weights})
+    for mesh_name in resumed_on:
+        for step, loaded, following in four.run(_resume, model_type, mesh_name, folder):
             assert step == 2
             _assert_equal(loaded, expected)
             torch.testing.assert_close(following, after_three, rtol=1e-6, atol=1e-8)
+
+
+def _resume_weights_only(model_type: str, mesh_name: str, folder: str) -> tuple[dict[str, torch.Tensor], bool]:
+    run = _Run(model_type, mesh_name, folder, seed=1)
+    run.checkpointer.load(-1, exclude={"optimizer"})
+    run.close()
+    return run.model.full_state_dict(), bool(run.optimizer.state)
+
+
+def _resume_from_damaged(model_type: str, mesh_name: str, folder: str) -> tuple[int | None, list[str]]:
+    run = _Run(model_type, mesh_name, folder, seed=1)
+    with Messages("transformers_backend") as messages:
+        step = run.checkpointer.load(-1)
+    run.close()
+    return step, messages.texts
+
+
+def test_a_part_of_a_checkpoint_and_a_damaged_one(four: WorkerPool, tmp_path: Path):
+    """Without the optimizer its state stays empty; a file that is zeros sends every rank to the step before."""
+    folder = tmp_path / "checkpoint"
+    expected = four.run(_save, "phi3", "fsdp 2 x tp 2", str(folder), "disabled")[0]
+    for weights, has_state in four.run(_resume_weights_only, "phi3", "tp 4", str(folder)):
+        _assert_equal(weights, {name: expected[name] for name in weights})
+        assert not has_state
+    file = folder / "step-2" / "__3_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))
+    for step, messages in four.run(_resume_from_damaged, "phi3", "tp 4", str(folder)):
+        assert step == 1
+        assert any("step-2/__3_0.distcp" in message and "damaged" in message for message in messages), messages
+
+
+# -- Muon -----------------------------------------------------------------------------------------------------------
+
+
+def _muon_step(model_type: str, mesh_name: str) -> dict[str, torch.Tensor]:
+    model = HFTransformerModel.wrap(_build(model_type))
+    matrices = [parameter for parameter in _shard(model.hf_model, mesh_name).parameters() if parameter.dim() == 2]
+    for parameter in matrices:
+        parameter.grad = parameter.detach() - 0.5
+    ShardedMuon(matrices, lr=1.0, weight_decay=0.0).step()
+    return model.full_state_dict()
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_muon_needs_no_translation(four: WorkerPool, model_type: str):
+    """Updates have singular values near 1; their entries differ by bf16's rounding alone, in sums of another order."""
+    expected = _muon_step(model_type, "plain")
+    for found in four.run(_muon_step, model_type, "fsdp 2 x tp 2"):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02)

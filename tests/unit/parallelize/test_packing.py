@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from parallelize.tensor_parallel.packing import Packing, Piece, packing_of, set_packing
 
-# dim, segments, degree: [gate | up], [q | k | v] with fewer kv heads, a Conv1D, one segment, degree 1, an empty segment.
+# dim, segments, degree: [gate | up], [q | k | v] with fewer kv heads, a Conv1D, one segment, degree 1, an empty one.
 CASES = [
     (0, (4, 4), 2),
     (0, (8, 4, 4), 4),
@@ -59,7 +60,7 @@ def test_pieces_of_every_range(dim: int, segments: tuple[int, ...], degree: int)
                     full.narrow(dim, piece.original_start, piece.length),
                     stored.narrow(dim, piece.stored_start, piece.length),
                 )
-            joints = zip(pieces, pieces[1:], strict=False)
+            joints = itertools.pairwise(pieces)
             assert all(one.original_start + one.length != next.original_start for one, next in joints), "merged"
 
 
@@ -69,9 +70,8 @@ def test_pieces_of_random_packings_are_those_of_the_order():
         degree = generator.randint(1, 8)
         packing = Packing(0, tuple(degree * generator.randint(1, 9) for _ in range(generator.randint(1, 4))), degree)
         start, end = sorted(generator.randint(0, packing.size) for _ in range(2))
-        positions = [
-            piece.original_start + i for piece in packing.pieces(start, end) for i in range(piece.length)
-        ]  # fmt: skip
+        pieces = packing.pieces(start, end)
+        positions = [piece.original_start + i for piece in pieces for i in range(piece.length)]
         assert positions == packing.stored_order()[start:end].tolist()
 
 
