@@ -395,7 +395,7 @@ class HFTransformerModel:
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """{Transformers parameter name: full gradient on the CPU} of parameters that have one, on every rank."""
         return {
-            name: full_tensor(self.hf_model, name, parameter.grad).to("cpu", copy=True)
+            name: self._full(name, parameter.grad)
             for name, parameter in self.hf_model.named_parameters()
             if parameter.grad is not None
         }
@@ -403,10 +403,10 @@ class HFTransformerModel:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """{Transformers name: full CPU tensor} of parameters and persistent buffers, on every rank."""
         self._fill_if_meta()
-        return {
-            name: full_tensor(self.hf_model, name, tensor).to("cpu", copy=True)
-            for name, tensor in named_tensors(self.hf_model).items()
-        }
+        return {name: self._full(name, tensor) for name, tensor in named_tensors(self.hf_model).items()}
+
+    def _full(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return full_tensor(self.hf_model, name, tensor).to("cpu", copy=True)
 
     def save_pretrained(
         self,
@@ -443,4 +443,3 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
