@@ -1,7 +1,8 @@
 """What a checkpoint holds of a run, and how it is put back: model, optimizers, schedulers, random numbers.
 
 Keys: `model` and `optimizer` by Hugging Face parameter name (sharded tensors, which torch.distributed.checkpoint lays
-out anew for any mesh), `schedulers` and `data_rank_N` as JSON, `random_rank_N`, `step`.
+out anew for any mesh), `schedulers` and `data_rank_N` as JSON, `random_rank_N`, `step`. N is a data rank: ranks that
+differ only in tensor parallelism have the same position and the same random state, which is saved once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.weights import named_tensors
 
-DATA_KEY, RANDOM_KEY = "data_rank_", "random_rank_"  # followed by the data rank, by the rank
+DATA_KEY, RANDOM_KEY = "data_rank_", "random_rank_"  # both followed by the data rank
 _STATE = "state."  # begins torch's keys of what an optimizer holds of a parameter
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
