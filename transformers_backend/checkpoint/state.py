@@ -2,7 +2,8 @@
 
 Keys: `model` and `optimizer` by Hugging Face parameter name (sharded tensors, which torch.distributed.checkpoint lays
 out anew for any mesh; fused ones in Transformers' order, see `planners.py`), `schedulers` and `data_rank_N` as JSON,
-`random_rank_N`, `step`.
+`random_rank_N`, `step`. N is a data rank: ranks that differ only in tensor parallelism have the same position and the
+same random state, which is saved once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from parallelize.tensor_parallel.packing import Packing, packing_of
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.weights import named_tensors
 
-DATA_KEY, RANDOM_KEY = "data_rank_", "random_rank_"  # followed by the data rank, by the rank
+DATA_KEY, RANDOM_KEY = "data_rank_", "random_rank_"  # both followed by the data rank
 _STATE = "state."  # begins torch's keys of what an optimizer holds of a parameter
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
