@@ -22,21 +22,24 @@ LocalValue = Callable[[torch.Tensor], torch.Tensor]
 
 
 def compute_locally(module: nn.Module, values: Mapping[str, LocalValue]) -> None:
-    """Let `module.forward` see, for each of its own parameters that `values` names, the local value instead.
+    """Let `module.forward` see, for each parameter that `values` names, the local value instead.
 
-    Only parameters that the module owns itself and reads in its own forward; everything else keeps its hands off.
+    Only parameters that this forward reads itself: the module's own, or with a dotted name those of an inner module
+    whose forward is not what reads them. Everything else keeps its hands off.
     """
     plain_forward = module.forward
+    owners = {name: (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in values}
 
     @functools.wraps(plain_forward)
     def forward(*args, **kwargs):
-        owned = {name: module._parameters[name] for name in values}
+        distributed = {name: owner._parameters[own] for name, (owner, own) in owners.items()}
         try:
-            for name, parameter in owned.items():
-                module._parameters[name] = values[name](_local(parameter))
+            for name, (owner, own) in owners.items():
+                owner._parameters[own] = values[name](_local(distributed[name]))
             return plain_forward(*args, **kwargs)
         finally:
-            module._parameters.update(owned)
+            for name, (owner, own) in owners.items():
+                owner._parameters[own] = distributed[name]
 
     module.forward = forward
 
@@ -63,6 +66,17 @@ def on_first_rank(group: dist.ProcessGroup) -> LocalValue:
     """A bias that is added to one term of a sum over ranks. The others add 0 times it: all take part in its backward."""
     factor = float(dist.get_rank(group) == 0)
     return lambda whole: enter(whole, group) * factor
+
+
+def own_heads(segment: Segment, group: dist.ProcessGroup) -> LocalValue:
+    """Rows of the head that this rank shares with others, of a parameter that has a row or value a head.
+
+    There are fewer heads than ranks and little in a row, so every rank has them all.
+    """
+    degree, rank = dist.get_world_size(group), dist.get_rank(group)
+    rows = segment.size // segment.heads
+    first = rank * segment.heads // degree * rows
+    return lambda whole: enter(whole, group).narrow(0, first, rows)
 
 
 def shared_heads(segments: tuple[Segment, ...], dim: int, group: dist.ProcessGroup) -> LocalValue:
