@@ -125,10 +125,10 @@ def first_rank_first():
 
 
 def gather_objects(value, group: dist.ProcessGroup | None = None) -> list:
-    """One picklable object of every rank, in rank order, on every rank."""
+    """One picklable object of every rank (of `group`; None is all), in rank order, on every one of them."""
     if not dist.is_initialized():
         return [value]
-    objects = [None] * dist.get_world_size()
+    objects = [None] * dist.get_world_size(group)
     dist.all_gather_object(objects, value, group=group)
     return objects
 

@@ -17,14 +17,17 @@ from parallelize.compile import apply_compile
 from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
 from parallelize.fsdp import apply_fsdp
 from parallelize.parallel_dims import data_parallel_mesh
+from parallelize.tensor_parallel import TensorPlan, apply_tensor_parallel
 
 
 def parallelize_model(
     model: nn.Module,
     *,
-    layers: Sequence[nn.Module],
-    separate_units: Sequence[nn.Module],
+    layers: Sequence[str],
+    separate_units: Sequence[str],
     mesh: DeviceMesh,
+    tensor_plan: TensorPlan | None,
+    sequence_parallel: bool,
     parallelism: ParallelismConfig,
     activation_checkpoint: ActivationCheckpointConfig,
     compile: CompileConfig,
@@ -33,15 +36,20 @@ def parallelize_model(
 ) -> None:
     """Apply, in this order: kernels -> TP -> CP -> activation checkpointing -> compile -> FSDP2.
 
-    layers: the decoder layers. separate_units: further modules that are sharded on their own (an untied embedding).
+    layers: names of the decoder layers. separate_units: of further modules that are sharded on their own (an untied
+    embedding). tensor_plan: how weights are split over mesh["tp"], or None; sequence_parallel: whether the sequence is
+    split over it, too.
     param_dtype: dtype of the computation, None for the parameters' own. Gradients are summed over ranks in fp32. Where
     `needs_fsdp` says no, the caller computes within `parameters_cast_to(model, param_dtype)` instead.
     """
-    # Kernels, tensor and context parallelism change what a layer computes with, so they come first, in this place.
+    # Kernels, tensor and context parallelism change what a layer computes with, so they come first.
+    if tensor_plan is not None:
+        apply_tensor_parallel(model, tensor_plan, mesh["tp"], layers=layers, sequence_parallel=sequence_parallel)
+    layer_modules = [model.get_submodule(name) for name in layers]
 
     # Recomputation wraps the layer as it is now, and the compiler then sees (and may fuse into) the recomputation.
     apply_activation_checkpointing(
-        layers,
+        layer_modules,
         mode=activation_checkpoint.mode,
         selective_option=str(activation_checkpoint.selective_ac_option),
         preserve_rng_state=activation_checkpoint.preserve_rng_state,
@@ -49,13 +57,13 @@ def parallelize_model(
 
     # Compiled code must not contain FSDP2's hooks: they gather and free parameters around it.
     if compile.enable and "model" in compile.components:
-        apply_compile(layers, backend=compile.backend)
+        apply_compile(layer_modules, backend=compile.backend)
 
     # Last, because it replaces parameters by shards that only its own hooks gather again.
     if needs_fsdp(mesh, cpu_offload):
         apply_fsdp(
             model,
-            [*layers, *separate_units],
+            [*layer_modules, *(model.get_submodule(name) for name in separate_units)],
             data_parallel_mesh(mesh),
             param_dtype=param_dtype,
             reduce_dtype=torch.float32,

@@ -30,14 +30,18 @@ from parallelize.grad_norm import clip_grad_norm_
 from parallelize.mixed_precision import parameters_cast_to
 from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
+from parallelize.tensor_parallel import TensorPlan
 from transformers_backend.decoder import check_is_plain, describe_decoder
 from transformers_backend.isolation import Isolation, find_isolation, packed_inputs, usual_way
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
 from transformers_backend.proof import check_recomputation, prove, why_not_compile
+from transformers_backend.tensor_plan import make_plan
+from transformers_backend.tensor_proof import prove_tensor_plan, vocabulary_shard
 from transformers_backend.weights import (
     DEFAULT_FILE_SIZE,
     allocate,
+    full_tensor,
     init_buffers,
     init_weights,
     load_hf_weights,
@@ -87,6 +91,11 @@ class HFTransformerModel:
         self.mesh = None
         self.device = next(hf_model.parameters()).device
         """Where the model computes; batches on another device are moved there."""
+        self.tensor_plan: TensorPlan | None = None
+        """How weights are split over tensor-parallel ranks; None where there is one."""
+        self.sequence_parallel = False
+        """Whether tensor-parallel ranks share the sequence between regions; `sequence_parallel_because`: if not, why."""
+        self.sequence_parallel_because: str | None = None
         self._cast_to: torch.dtype | None = None  # what FSDP2 does not cast, see parallelize/mixed_precision.py
         self.loss_is_chunked = True
         """Whether the head runs chunk by chunk and full logits never exist; known once the loss is installed."""
@@ -131,16 +140,18 @@ class HFTransformerModel:
         self.mesh = self.dims.build_mesh(self.device.type)
         if not self._is_meta:
             self._check_same_weights()
+        if self.dims.tp > 1:
+            self._plan_tensor_parallel(parallelism)
         check_recomputation(self.hf_model.config, self.model_class, self._proven_attention, activation_checkpoint)
         compile = self._without_wrong_compilation(compile, activation_checkpoint)
         self._install_loss(compile)
-        layers = [self.hf_model.get_submodule(name) for name in self.decoder.layers]
-        embedding = [] if self.decoder.embedding_is_tied else [self.hf_model.get_submodule(self.decoder.embedding)]
         parallelize_model(
             self.hf_model,
-            layers=layers,
-            separate_units=embedding,
+            layers=self.decoder.layers,
+            separate_units=[] if self.decoder.embedding_is_tied else [self.decoder.embedding],
             mesh=self.mesh,
+            tensor_plan=self.tensor_plan,
+            sequence_parallel=self.sequence_parallel,
             parallelism=parallelism,
             activation_checkpoint=activation_checkpoint,
             compile=compile,
@@ -161,6 +172,17 @@ class HFTransformerModel:
         wanted = self.model_args.attn_implementation
         return wanted if wanted in ("sdpa", "eager") else None
 
+    def _plan_tensor_parallel(self, parallelism: ParallelismConfig) -> None:
+        """How weights are split over the tensor-parallel ranks, tried on the twin over these ranks."""
+        mesh = self.mesh["tp"]
+        proven = prove_tensor_plan(
+            self.hf_model.config, self.model_class, self._proven_attention, mesh,
+            sequence_parallel=parallelism.sequence_parallel, user_recipe=parallelism.tensor_parallel_plan,
+        )  # fmt: skip
+        self.sequence_parallel = proven.sequence_parallel
+        self.sequence_parallel_because = proven.no_sequence_parallel_because
+        self.tensor_plan = make_plan(self.hf_model, self.decoder, proven.recipe, mesh.size())
+
     def _check_same_weights(self) -> None:
         """Every rank brought a model of its own; sharding would make one of parts of several if they differed."""
         sums = [parameter.detach().double().sum().item() for parameter in self.hf_model.parameters()]
@@ -179,7 +201,12 @@ class HFTransformerModel:
         if not self.loss_is_chunked:
             logger.warning("The loss holds the full logits in memory: %s", proof.full_loss_because)
         backend = compile.backend if compile.enable and "loss" in compile.components else None
-        install_loss(self.hf_model, self.decoder, chunked=self.loss_is_chunked, compile_backend=backend)
+        vocabulary = None
+        if self.tensor_plan is not None:
+            vocabulary = vocabulary_shard(self.hf_model, self.decoder, self.tensor_plan, self.mesh["tp"])
+        install_loss(
+            self.hf_model, self.decoder, chunked=self.loss_is_chunked, compile_backend=backend, vocabulary=vocabulary
+        )
 
     def _without_wrong_compilation(
         self, compile: CompileConfig, activation_checkpoint: ActivationCheckpointConfig
@@ -368,7 +395,7 @@ class HFTransformerModel:
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """{Transformers parameter name: full gradient on the CPU} of parameters that have one, on every rank."""
         return {
-            name: _full(parameter.grad)
+            name: full_tensor(self.hf_model, name, parameter.grad).to("cpu", copy=True)
             for name, parameter in self.hf_model.named_parameters()
             if parameter.grad is not None
         }
@@ -376,7 +403,10 @@ class HFTransformerModel:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """{Transformers name: full CPU tensor} of parameters and persistent buffers, on every rank."""
         self._fill_if_meta()
-        return {name: _full(tensor) for name, tensor in named_tensors(self.hf_model).items()}
+        return {
+            name: full_tensor(self.hf_model, name, tensor).to("cpu", copy=True)
+            for name, tensor in named_tensors(self.hf_model).items()
+        }
 
     def save_pretrained(
         self,
@@ -414,7 +444,3 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
 
-
-def _full(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", copy=True)

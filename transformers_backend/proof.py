@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from parallelize.activation_checkpoint import apply_activation_checkpointing
 from parallelize.compile import COMPILE_ERRORS, apply_compile
 from parallelize.config import ActivationCheckpointConfig
+from parallelize.tensor_parallel.vocabulary import VocabularyShard
 from transformers_backend.decoder import describe_decoder
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.twin import VOCABULARY_SIZE, build_twin
@@ -105,11 +106,25 @@ def _check_causal(twin: PreTrainedModel, input_ids: torch.Tensor) -> None:
 
 
 def loss_and_gradients(
-    twin: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, *, chunked: bool
+    twin: PreTrainedModel,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    chunked: bool,
+    vocabulary: VocabularyShard | None = None,
+    before_run: Callable[[], None] | None = None,
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Our loss of a twin, with the head in three chunks or on full logits, and every gradient."""
-    chunk_elements = input_ids.numel() * VOCABULARY_SIZE // 3 + 1
-    install_loss(twin, describe_decoder(twin), chunked=chunked, chunk_elements=chunk_elements)
+    """Our loss of a twin, with the head in three chunks or on full logits, and every gradient.
+
+    vocabulary: what a rank's head computes of it. before_run: called when the loss is installed.
+    """
+    columns = VOCABULARY_SIZE if vocabulary is None else vocabulary.largest
+    chunk_elements = input_ids.numel() * columns // 3 + 1
+    install_loss(
+        twin, describe_decoder(twin), chunked=chunked, chunk_elements=chunk_elements, vocabulary=vocabulary
+    )
+    if before_run is not None:
+        before_run()
     loss = twin(input_ids=input_ids, targets=shift_labels(labels)) / count_targets(labels)
     loss.backward()
     return loss.item(), gradients(twin)

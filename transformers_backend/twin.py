@@ -26,13 +26,16 @@ WINDOW = 8  # shorter than the sequences that are tried, so that a wrong mask sh
 # Config fields by meaning, under every name that Transformers' causal LMs give them. Only fields that a config has
 # and that hold a positive integer are changed; everything else (biases, tying, scales, softcaps, rope type,
 # activation, norm epsilon ...) stays, because it is what makes the architecture.
+_HIDDEN_SIZES = ("hidden_size", "d_model", "n_embd", "embedding_dim")
+_HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+_INTERMEDIATE_SIZES = ("intermediate_size", "n_inner", "ffn_dim", "dff", "ffn_hidden_size")
 _SMALL_VALUES: dict[str, int] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_dim"), HIDDEN_SIZE),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), HEADS),
+    **dict.fromkeys(_HIDDEN_SIZES, HIDDEN_SIZE),
+    **dict.fromkeys(_HEAD_COUNTS, HEADS),
     **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim"), HEAD_DIM),
     **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), HEAD_DIM // 2),
     "qk_head_dim": HEAD_DIM + HEAD_DIM // 2,
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "dff", "ffn_hidden_size"), INTERMEDIATE_SIZE),
+    **dict.fromkeys(_INTERMEDIATE_SIZES, INTERMEDIATE_SIZE),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY_SIZE),
     **dict.fromkeys(("n_positions", "n_ctx", "max_seq_len"), POSITIONS),
     **dict.fromkeys(("sliding_window", "window_size", "local_attention", "keep_window_size"), WINDOW),
@@ -47,6 +50,8 @@ _SMALL_VALUES: dict[str, int] = {
 # Fields whose None means "derive it", by a rule that some of the config classes only know for their default sizes.
 _DERIVED_WHEN_NONE: dict[str, int] = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS}
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+# What grows with the number of tensor-parallel ranks (minicpm3's dim_model_base is a fraction of the hidden size).
+_DIVIDED_FIELDS = (*_HIDDEN_SIZES, *_HEAD_COUNTS, *_INTERMEDIATE_SIZES, "word_embed_proj_dim", "dim_model_base")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 # gpt_neo's ("global" | "local") list is derived from its `attention_types` and must not be passed beside it.
 _DERIVED_FIELDS = ("attention_layers", "head_dim_total")
@@ -54,12 +59,24 @@ _LAYER_INDICES = ("full_attn_idxs",)  # lists of layer numbers rather than of on
 _MINIMUM_LAYERS = 2
 
 
-def twin_config(hf_config: PreTrainedConfig) -> PreTrainedConfig:
+def twin_config(hf_config: PreTrainedConfig, *, degree: int = 1) -> PreTrainedConfig:
     """Return a config of the same class with tiny sizes and every kind of layer kept.
 
     Head structure is preserved: a model whose key/value heads equal its query heads keeps that, one with fewer
     (grouped-query attention) has half as many, one with a single one (multi-query) keeps a single one.
+
+    degree: of tensor parallelism, for which widths are multiples of it and a model with fewer key/value heads than
+    ranks has fewer in the twin, too.
     """
+    small = _shrunken_fields(hf_config)
+    if degree > 1:
+        _widen(hf_config.to_dict(), small, degree)
+    for key in ("architectures", "transformers_version", "dtype", "model_type", "_name_or_path"):
+        small.pop(key, None)
+    return type(hf_config)(**small)
+
+
+def _shrunken_fields(hf_config: PreTrainedConfig) -> dict[str, Any]:
     fields = hf_config.to_dict()
     kept_layers = _choose_layers(fields)
     small = {key: _shrink(key, value) for key, value in fields.items() if key not in _DERIVED_FIELDS}
@@ -75,15 +92,26 @@ def twin_config(hf_config: PreTrainedConfig) -> PreTrainedConfig:
     _select_layers(fields, small, kept_layers)
     _shrink_rope(fields, small)
     _clamp_token_ids(small)
-    for key in ("architectures", "transformers_version", "dtype", "model_type", "_name_or_path"):
-        small.pop(key, None)
-    return type(hf_config)(**small)
+    return small
+
+
+def _widen(fields: dict, small: dict, degree: int) -> None:
+    """Multiply what is divided over tensor-parallel ranks, so that every rank has two heads or more."""
+    factor = degree // 2 if degree % 2 == 0 else degree
+    for key, value in small.items():
+        if key in _KEY_VALUE_HEADS and value is not None:
+            small[key] = fields[key] if isinstance(fields[key], int) and fields[key] < degree else value * factor
+        elif key in _DIVIDED_FIELDS and _is_positive_integer(value):
+            small[key] = value * factor
+        elif key in _DIVIDED_FIELDS and isinstance(value, list):  # one a layer
+            small[key] = [size * factor for size in value]
 
 
 def build_twin(
     hf_config: PreTrainedConfig,
     model_class: type[PreTrainedModel],
     *,
+    degree: int = 1,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
@@ -93,7 +121,7 @@ def build_twin(
     Weights that the architecture initialises to exactly 0 or 1 (biases, norm weights) are perturbed: a bias that is
     dropped or a norm that is applied twice would otherwise go unnoticed.
     """
-    config = twin_config(hf_config)
+    config = twin_config(hf_config, degree=degree)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         twin = model_class._from_config(config, dtype=dtype, attn_implementation=attn_implementation)

@@ -1,0 +1,124 @@
+"""The tensor-parallel plan of a model, tried on the twin over the actual tensor-parallel group before it is trusted.
+
+`prove_tensor_plan` runs at every start with tensor parallelism, on all ranks: the twin computes the loss and every
+gradient once as plain Transformers does, and once split by the plan. Only a plan that gives the same is used. It costs
+tenths of a second, and it is what allows plans to be derived for architectures that nobody wrote one for.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from parallelize.distributed import gather_objects
+from parallelize.tensor_parallel import TensorPlan, apply_tensor_parallel
+from parallelize.tensor_parallel.vocabulary import VocabularyShard
+from transformers_backend.decoder import Decoder, describe_decoder
+from transformers_backend.proof import MODEL_ERRORS, difference, example_batch, gradients, loss_and_gradients
+from transformers_backend.tensor_plan import Recipe, derive_recipe, make_plan
+from transformers_backend.twin import build_twin
+from transformers_backend.weights import full_tensor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProvenRecipe:
+    """Styles by pattern that the twin showed to be exact, see `tensor_plan.py`."""
+
+    recipe: Recipe
+    sequence_parallel: bool
+    no_sequence_parallel_because: str | None
+
+
+def prove_tensor_plan(
+    hf_config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    attn_implementation: str | None,
+    mesh: DeviceMesh,
+    *,
+    sequence_parallel: Literal["auto", "always", "never"],
+    user_recipe: Recipe,
+) -> ProvenRecipe:
+    """Find the recipe for this model and try it over `mesh`, the tensor-parallel one; every rank of it calls this.
+
+    Raises a ValueError that names the first module whose output differs where nothing is exact, and where
+    sequence_parallel is "always" and not exact.
+    """
+    trial = _Trial(hf_config, model_class, attn_implementation, mesh)
+    recipe = {**derive_recipe(trial.build(), trial.decoder, trial.batch[0]), **user_recipe}
+    reason = trial.difference(recipe, sequence_parallel=sequence_parallel != "never")
+    if reason is None:
+        return ProvenRecipe(recipe, sequence_parallel != "never", None)
+    if sequence_parallel == "always":
+        raise ValueError(
+            f'parallelism.sequence_parallel = "always": with it {model_class.__name__} computes something else '
+            f'({reason}). Set it to "auto".'
+        )
+    if sequence_parallel == "auto" and trial.difference(recipe, sequence_parallel=False) is None:
+        return ProvenRecipe(recipe, False, f"on the twin it is not exact ({reason})")
+    raise ValueError(
+        f"{model_class.__name__}: split over {mesh.size()} ranks its twin computes something else ({reason})."
+    )
+
+
+class _Trial:
+    """Runs of one twin: plain once, then split by any recipe."""
+
+    def __init__(
+        self,
+        hf_config: PreTrainedConfig,
+        model_class: type[PreTrainedModel],
+        attn_implementation: str | None,
+        mesh: DeviceMesh,
+    ) -> None:
+        self._arguments = (hf_config, model_class)
+        self._attention = attn_implementation
+        self._mesh = mesh
+        self.batch = tuple(tensor.to(mesh.device_type) for tensor in example_batch())
+        plain = self.build()
+        self.decoder = describe_decoder(plain)
+        self._expected = loss_and_gradients(plain, *self.batch, chunked=False)
+
+    def build(self) -> PreTrainedModel:
+        twin = build_twin(*self._arguments, attn_implementation=self._attention, degree=self._mesh.size())
+        return twin.to(self._mesh.device_type)
+
+    def difference(self, recipe: Recipe, *, sequence_parallel: bool) -> str | None:
+        """How loss or gradients of the split twin differ from the plain one's; the same answer on every rank."""
+        try:
+            reason = difference(self._expected, self._split_loss_and_gradients(recipe, sequence_parallel))
+        except MODEL_ERRORS as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        reasons = gather_objects(reason, self._mesh.get_group())
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def _split_loss_and_gradients(
+        self, recipe: Recipe, sequence_parallel: bool
+    ) -> tuple[float, dict[str, torch.Tensor]]:
+        twin = self.build()
+        plan = make_plan(twin, self.decoder, recipe, self._mesh.size())
+        loss, _ = loss_and_gradients(
+            twin,
+            *self.batch,
+            chunked=False,
+            vocabulary=vocabulary_shard(twin, self.decoder, plan, self._mesh),
+            before_run=lambda: apply_tensor_parallel(
+                twin, plan, self._mesh, layers=self.decoder.layers, sequence_parallel=sequence_parallel
+            ),
+        )
+        return loss, {name: full_tensor(twin, name, gradient) for name, gradient in gradients(twin).items()}
+
+
+def vocabulary_shard(
+    model: PreTrainedModel, decoder: Decoder, plan: TensorPlan, mesh: DeviceMesh
+) -> VocabularyShard | None:
+    """This rank's part of the vocabulary, or None where the plan leaves the head whole; before the model is split."""
+    if plan.splits[decoder.head].style != "vocabulary":
+        return None
+    return VocabularyShard.of(model.get_submodule(decoder.head).weight.shape[0], mesh.get_group())
