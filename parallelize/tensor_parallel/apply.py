@@ -193,7 +193,9 @@ def leave_region(module: nn.Module, group: dist.ProcessGroup, sequence: Sequence
     module.forward = forward
 
 
-def enter_region(module: nn.Module, region: Region, group: dist.ProcessGroup, sequence: SequenceShards | None) -> None:
+def enter_region(
+    module: nn.Module, region: Region, group: dist.ProcessGroup, sequence: SequenceShards | None
+) -> None:
     """Attention, mlp, or first linear: hidden states (b, s, H) come in whole and every rank computes with its part.
 
     Forward: nothing, or with sequence parallelism all-gather of (b, s / T, H). Backward: all-reduce of the gradient's
