@@ -15,8 +15,8 @@ Recipe = dict[str, str]
 
 
 def pattern_of(name: str) -> str:
-    """The name with "*" for every number of a layer."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    """The name with "*" for the number of the layer."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1)  # a later one tells modules of a Sequential apart
 
 
 @dataclass(frozen=True)

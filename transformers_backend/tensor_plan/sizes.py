@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from parallelize.tensor_parallel.plan import Region, Segment, Split, TensorPlan
-from transformers_backend.decoder import Decoder, head_counts, local_attributes
+from transformers_backend.decoder import Decoder
+from transformers_backend.tensor_plan.attention_heads import (
+    head_arguments,
+    heads_of,
+    local_attributes,
+    sequence_arguments,
+)
 from transformers_backend.tensor_plan.derive import is_matrix
 from transformers_backend.tensor_plan.recipe import Recipe, pattern_of
+
+_COLWISE = ("colwise", "packed_qkv", "packed_gate_up", "packed_halves")
 
 
 def make_plan(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: int) -> TensorPlan:
@@ -20,60 +31,92 @@ def make_plan(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: 
         words = recipe.get(pattern_of(name), recipe.get(name))
         if words is None:
             continue
-        for word in words.split("+"):
-            if word == "region":
-                regions[name] = _region(model, decoder, name, degree)
-            else:
-                splits[name] = _split(model, decoder, name, word, degree)
-    return TensorPlan(degree=degree, splits=splits, regions=regions)
-
-
-def _layer_index(name: str, decoder: Decoder) -> int | None:
-    return next((index for index, layer in enumerate(decoder.layers) if name.startswith(f"{layer}.")), None)
-
-
-def _is_attention(name: str) -> bool:
-    return "attn" in name.lower() or "attention" in name.lower()
+        *styles, _ = [word for word in words.split("+") if word not in ("region", "join", "direct")] + [None]
+        modifiers = set(words.split("+")) - set(styles)
+        if "region" in modifiers:
+            regions[name] = _region(model, decoder, name, degree)
+        for style in styles:
+            splits[name] = _split(
+                model, decoder, name, style, degree, is_joined="join" in modifiers, is_direct="direct" in modifiers
+            )
+    arguments = sequence_arguments(model.get_submodule(decoder.layers[0]))
+    return TensorPlan(degree=degree, splits=splits, regions=regions, sequence_arguments=arguments)
 
 
 def _region(model: PreTrainedModel, decoder: Decoder, name: str, degree: int) -> Region:
-    if is_matrix(model.get_submodule(name)) or not _is_attention(name):
+    module, heads = model.get_submodule(name), heads_of(model, decoder, name)
+    if is_matrix(module) or heads is None:
         return Region()
-    heads = head_counts(model.config, _layer_index(name, decoder))
-    attributes, config = local_attributes(model.get_submodule(name), heads, degree)
-    return Region(attributes=attributes, config=config)
+    attributes, config = local_attributes(module, heads, degree)
+    return Region(attributes=attributes, config=config, head_arguments=head_arguments(module, heads[0]))
 
 
-def _split(model: PreTrainedModel, decoder: Decoder, name: str, word: str, degree: int) -> Split:
-    if word not in ("colwise", "packed_qkv", "packed_gate_up", "rowwise"):
-        return Split(word)
+def _split(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    name: str,
+    style: str,
+    degree: int,
+    *,
+    is_joined: bool,
+    is_direct: bool,
+) -> Split:
+    if style in ("split", "norm_over_heads"):
+        segment = _segment_of_heads(model, decoder, name)
+        _check_divides(name, segment, degree, may_share=True)
+        return Split(style, (segment,), is_direct=is_direct)
+    if style != "rowwise" and style not in _COLWISE:
+        return Split(style, is_direct=is_direct)
     module = model.get_submodule(name)
     transposed = isinstance(module, Conv1D)
-    if word == "rowwise":
-        return Split("rowwise", is_transposed=transposed)
+    if style == "rowwise":
+        return Split("rowwise", is_transposed=transposed, is_joined=is_joined)
     size = module.weight.shape[1 if transposed else 0]
-    segments: tuple[Segment, ...]
-    if word == "packed_gate_up":
-        segments = (Segment(size // 2), Segment(size // 2))
-    elif _is_attention(name):
-        query, key_value = head_counts(model.config, _layer_index(name, decoder))
-        if word == "packed_qkv":
-            width = size // (query + 2 * key_value)
-            segments = (Segment(query * width, query), *[Segment(key_value * width, key_value)] * 2)
-        else:
-            is_narrow = any(part in name.rpartition(".")[2] for part in ("k_", "v_", "key", "value"))
-            segments = (Segment(size, key_value if is_narrow else query),)
-    else:
-        segments = (Segment(size),)
+    heads = heads_of(model, decoder, name)
+    segments = _segments(name, style, size, heads)
     for segment in segments:
-        _check_divides(name, segment, degree)
-    return Split("colwise", segments, transposed)
+        _check_divides(name, segment, degree, may_share=_is_narrow(name) or segment is not segments[0])
+    return Split("colwise", segments, transposed, is_joined=is_joined)
 
 
-def _check_divides(name: str, segment: Segment, degree: int) -> None:
+def _segments(name: str, style: str, size: int, heads: tuple[int, int] | None) -> tuple[Segment, ...]:
+    """The parts of a colwise matrix's `size` output features."""
+    if style == "packed_gate_up":
+        return (Segment(size // 2), Segment(size // 2))
+    if heads is None:
+        return (Segment(size // 3),) * 3 if style == "packed_qkv" else (Segment(size),)
+    query, key_value = heads
+    if style == "packed_qkv":
+        width = size // (query + 2 * key_value)
+        return (Segment(query * width, query), *[Segment(key_value * width, key_value)] * 2)
+    count = key_value if _is_narrow(name) else query
+    if style == "packed_halves":
+        return (Segment(size // 2, count // 2),) * 2
+    return (Segment(size, count),)
+
+
+def _is_narrow(name: str) -> bool:
+    """Whether a projection yields keys or values, by its name."""
+    own = name.rpartition(".")[2].lower()
+    return "query" not in own and re.search(r"(^|_)(k|v|key|value)(_|$)", own) is not None
+
+
+def _segment_of_heads(model: PreTrainedModel, decoder: Decoder, name: str) -> Segment:
+    """The heads of a parameter that has something for each: a value, a row, or a part of a norm's weight."""
+    modules = dict(model.named_modules())
+    module: nn.Module | None = modules.get(name)
+    parameter = model.get_parameter(name) if module is None else next(module.parameters())
+    size, heads = parameter.shape[0], heads_of(model, decoder, name)
+    if heads is None:
+        return Segment(size)
+    query, key_value = heads
+    return Segment(size, key_value if size == key_value or _is_narrow(name) else query)
+
+
+def _check_divides(name: str, segment: Segment, degree: int, *, may_share: bool) -> None:
     count, what = (segment.heads, "heads") if segment.heads is not None else (segment.size, "features")
     valid = [d for d in range(1, count + 1) if count % d == 0]
-    if segment.is_shared(degree) and degree % segment.heads == 0 and segment.size % degree == 0:
+    if may_share and segment.is_shared(degree) and degree % segment.heads == 0:
         return
     if count % degree:
         raise ValueError(
