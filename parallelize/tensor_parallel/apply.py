@@ -18,9 +18,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from parallelize.tensor_parallel.collectives import cut, enter, join, leave
-from parallelize.tensor_parallel.local import LocalValue, compute_locally, on_first_rank, own_part, shared_heads, summed
+from parallelize.tensor_parallel.local import (
+    LocalValue,
+    compute_locally,
+    on_first_rank,
+    own_heads,
+    own_part,
+    shared_heads,
+    summed,
+)
 from parallelize.tensor_parallel.packing import Packing, set_packing
-from parallelize.tensor_parallel.plan import Region, Split, TensorPlan
+from parallelize.tensor_parallel.plan import Region, Segment, Split, TensorPlan
 from parallelize.tensor_parallel.sequence import SequenceShards
 from parallelize.tensor_parallel.vocabulary import VocabularyShard, embed, local_padding_index
 
@@ -48,14 +56,31 @@ def apply_tensor_parallel(
         values = {
             own: _local_value(f"{name}.{own}" if name else own, plan, group, layers=layers, sequence=sequence)
             for own, parameter in module._parameters.items()
-            if parameter is not None
+            if parameter is not None and not plan.split_of(f"{name}.{own}" if name else own).is_direct
         }
         if values:
             _compute(module, values, plan.splits.get(name), group, sequence)
     for name, region in plan.regions.items():
         enter_region(model.get_submodule(name), region, group, sequence)
+    for layer in layers:
+        direct = {
+            name: _local_value(f"{layer}.{name}", plan, group, layers=layers, sequence=sequence)
+            for name, _ in model.get_submodule(layer).named_parameters()
+            if plan.split_of(f"{layer}.{name}").is_direct
+        }
+        if direct:
+            compute_locally(model.get_submodule(layer), direct)
     if sequence is not None:
-        sequence.install(model.get_submodule(layers[0]), model.get_submodule(layers[-1]))
+        for names in _stacks(layers):
+            sequence.install([model.get_submodule(name) for name in names], plan.sequence_arguments)
+
+
+def _stacks(layers: list[str]) -> list[list[str]]:
+    """The layers by the list that they are in: each list is run from its first to its last layer."""
+    stacks: dict[str, list[str]] = {}
+    for name in layers:
+        stacks.setdefault(name.rpartition(".")[0], []).append(name)
+    return list(stacks.values())
 
 
 def check_complete(model: nn.Module, plan: TensorPlan) -> None:
@@ -92,7 +117,7 @@ def distribute_parameters(model: nn.Module, plan: TensorPlan, mesh: DeviceMesh) 
 
 
 def _distributed(parameter: nn.Parameter, name: str, split: Split, mesh: DeviceMesh) -> nn.Parameter:
-    placement = _placement(split, name)
+    placement = _placement(split, name, mesh.size())
     full = parameter.detach()
     packing = _packing(split, name, mesh.size())
     if packing is not None:
@@ -115,11 +140,13 @@ def _chunk_ends(size: int, ranks: int) -> list[int]:
     return [min(rank * chunk, size) for rank in range(1, ranks)]
 
 
-def _placement(split: Split, name: str) -> Placement:
+def _placement(split: Split, name: str, degree: int) -> Placement:
     """Where the parameter `name` of a module with this split is cut."""
     output_dim = 1 if split.is_transposed and name == "weight" else 0
-    if split.style in ("vocabulary", "split"):
+    if split.style == "vocabulary":
         return Shard(0)
+    if split.style == "split":
+        return Replicate() if split.segments[0].is_shared(degree) else Shard(0)
     if split.style == "colwise":
         return Shard(output_dim)
     if split.style == "rowwise" and name == "weight":
@@ -141,11 +168,12 @@ def _local_value(
     name: str, plan: TensorPlan, group: dist.ProcessGroup, *, layers: list[str], sequence: SequenceShards | None
 ) -> LocalValue:
     """How the parameter `name` enters its module's computation, and where its gradient is summed."""
-    split = plan.split_of(name)
-    if split.style in ("vocabulary", "split"):
+    split, degree = plan.split_of(name), dist.get_world_size(group)
+    if split.style == "vocabulary":
         return own_part
+    if split.style == "split":
+        return own_heads(split.segments[0], group) if split.segments[0].is_shared(degree) else own_part
     if split.style == "colwise":
-        degree = dist.get_world_size(group)
         if any(segment.is_shared(degree) for segment in split.segments):
             dim = 1 if split.is_transposed and name.endswith(".weight") else 0
             return shared_heads(split.segments, dim, group)
@@ -155,7 +183,8 @@ def _local_value(
     if split.style == "norm_over_heads":  # every rank computes the whole norm, with the whole gradient
         return own_part
     in_layer = any(name.startswith(f"{layer}.") for layer in layers)
-    partial = plan.region_of(name) is not None or (in_layer and sequence is not None)
+    in_region = plan.region_of(name) is not None and split.style != "outside"
+    partial = in_region or (in_layer and sequence is not None)
     return summed(group) if partial else own_part
 
 
@@ -172,13 +201,19 @@ def _compute(
         return
     compute_locally(module, values)
     if style == "rowwise":
-        leave_region(module, group, sequence)
+        leave_region(module, group, sequence, is_joined=split.is_joined)
+    elif style == "colwise" and split.is_joined:
+        join_features(module, group)
     elif style == "norm_over_heads":
-        norm_over_heads(module, group)
+        norm_over_heads(module, split.segments[0], group)
 
 
-def leave_region(module: nn.Module, group: dist.ProcessGroup, sequence: SequenceShards | None) -> None:
+def leave_region(
+    module: nn.Module, group: dist.ProcessGroup, sequence: SequenceShards | None, *, is_joined: bool = False
+) -> None:
     """Rowwise linear: input (b, s, features / T), weight (H, features / T); the output is one term of a sum.
+
+    With `is_joined` the input is (b, s, features) on every rank, which takes its part (backward: all-gather).
 
     Forward: all-reduce of (b, s, H), or with sequence parallelism reduce-scatter to (b, s / T, H). Backward: nothing,
     or all-gather of the gradient. "colwise" linears, whose output (b, s, features / T) is a shard, communicate nothing.
@@ -186,52 +221,95 @@ def leave_region(module: nn.Module, group: dist.ProcessGroup, sequence: Sequence
     plain_forward = module.forward
 
     @functools.wraps(plain_forward)
-    def forward(*args, **kwargs):
-        term = plain_forward(*args, **kwargs)
+    def forward(features: torch.Tensor) -> torch.Tensor:
+        term = plain_forward(cut(features, features.dim() - 1, group) if is_joined else features)
         return leave(term, group) if sequence is None else sequence.leave_region(term)
 
     module.forward = forward
 
 
-def enter_region(
-    module: nn.Module, region: Region, group: dist.ProcessGroup, sequence: SequenceShards | None
-) -> None:
+def enter_region(module: nn.Module, region: Region, group: dist.ProcessGroup, sequence: SequenceShards | None) -> None:
     """Attention, mlp, or first linear: hidden states (b, s, H) come in whole and every rank computes with its part.
 
     Forward: nothing, or with sequence parallelism all-gather of (b, s / T, H). Backward: all-reduce of the gradient's
     terms (b, s, H), or reduce-scatter.
     """
     for name, value in region.attributes.items():
-        setattr(module, name, value)
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, value)
     if region.config:
         module.config = copy.copy(module.config)
         for name, value in region.config.items():
             setattr(module.config, name, value)
     plain_forward = module.forward
-    first = next(iter(inspect.signature(plain_forward).parameters))
+    order = list(inspect.signature(plain_forward).parameters)
 
     @functools.wraps(plain_forward)
     def forward(*args, **kwargs):
-        whole = args[0] if args else kwargs[first]
-        whole = enter(whole, group) if sequence is None else sequence.enter_region(whole)
-        if args:
-            return plain_forward(whole, *args[1:], **kwargs)
-        return plain_forward(**{**kwargs, first: whole})
+        arguments = {**dict(zip(order, args, strict=False)), **kwargs}
+        whole = arguments[order[0]]
+        entered = enter(whole, group) if sequence is None else sequence.enter_region(whole)
+
+        def own(name: str, value):
+            if value is whole:  # CTRL passes its input three times, as queries, keys and values
+                return entered
+            if name in region.head_arguments and isinstance(value, torch.Tensor):
+                return own_heads_of(value, region.head_arguments[name], group)
+            return value
+
+        positional = [own(name, value) for name, value in zip(order, args, strict=False)]
+        return plain_forward(
+            *positional, *args[len(order) :], **{name: own(name, value) for name, value in kwargs.items()}
+        )
 
     module.forward = forward
 
 
-def norm_over_heads(module: nn.Module, group: dist.ProcessGroup) -> None:
+def own_heads_of(argument: torch.Tensor, heads: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """This rank's heads of a mask or bias (..., heads or batch x heads, queries, keys), or all of one without heads."""
+    dim = argument.dim() - 3
+    if dim < 0 or argument.shape[dim] % heads:
+        return argument
+    degree, rank = dist.get_world_size(group), dist.get_rank(group)
+    by_head = argument.unflatten(dim, (-1, heads))
+    return by_head.narrow(dim + 1, rank * (heads // degree), heads // degree).flatten(dim, dim + 1)
+
+
+def join_features(module: nn.Module, group: dist.ProcessGroup) -> None:
+    """Colwise linear whose output features (b, s, features) are used together, by statistics over all of them.
+
+    Forward: all-gather of (b, s, features / T); every rank computes alike until a rowwise linear cuts. Backward: own
+    part of the gradient, which is whole.
+    """
+    plain_forward = module.forward
+
+    @functools.wraps(plain_forward)
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        features = plain_forward(hidden_states)
+        return join(features, features.dim() - 1, group)
+
+    module.forward = forward
+
+
+def norm_over_heads(module: nn.Module, segment: Segment, group: dist.ProcessGroup) -> None:
     """A norm over the features of all heads (OLMo 2's of queries and keys): (b, s, features / T) in and out.
 
     Forward: all-gather of the features, the norm on every rank, own features. Backward: all-gather of the gradient.
+    Where ranks share heads, each head counts once in the norm, and gets the gradients of all that share it.
     """
+    degree = dist.get_world_size(group)
+    sharing = degree // segment.heads if segment.is_shared(degree) else 1
     plain_forward = module.forward
 
     @functools.wraps(plain_forward)
     def forward(features: torch.Tensor) -> torch.Tensor:
         dim = features.dim() - 1
-        return cut(plain_forward(join(features, dim, group)), dim, group)
+        whole = join(features, dim, group)
+        if sharing == 1:
+            return cut(plain_forward(whole), dim, group)
+        distinct = whole.unflatten(dim, (segment.heads, sharing, -1)).select(dim + 1, 0).flatten(dim)
+        by_head = plain_forward(distinct).unflatten(dim, (segment.heads, -1))
+        return cut(by_head.repeat_interleave(sharing, dim).flatten(dim), dim, group)
 
     module.forward = forward
 

@@ -23,13 +23,13 @@ LocalValue = Callable[[torch.Tensor], torch.Tensor]
 
 
 def compute_locally(module: nn.Module, values: Mapping[str, LocalValue]) -> None:
-    """Let `module.forward` see, for each of its own parameters that `values` names, the local value instead.
+    """Let `module.forward` see, for each parameter that `values` names, the local value instead.
 
-    Only parameters that the module owns itself and reads in its own forward.
+    Only parameters that this forward reads itself: the module's own, or with a dotted name those of an inner module
+    whose forward is not what reads them. Everything else keeps its hands off.
     """
     module._local_values = dict(values)
     plain_forward = module.forward
-
     @functools.wraps(plain_forward)
     def forward(*args, **kwargs):
         with _local_parameters([module]):
@@ -58,19 +58,22 @@ def with_local_parameters(layer: nn.Module, forward: Callable) -> Callable:
 @contextlib.contextmanager
 def _local_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Within the block, parameters of `modules` that are DTensors are their local values."""
-    places = [
-        (module, name, module._parameters[name])
-        for module in modules
-        for name in module._local_values
-        if isinstance(module._parameters[name], DTensor)
-    ]
+    places = [place for module in modules for place in _places(module)]
     try:
-        for module, name, parameter in places:
-            module._parameters[name] = module._local_values[name](parameter.to_local())
+        for owner, name, parameter, value in places:
+            owner._parameters[name] = value(parameter.to_local())
         yield
     finally:
-        for module, name, parameter in places:
-            module._parameters[name] = parameter
+        for owner, name, parameter, _ in places:
+            owner._parameters[name] = parameter
+
+
+def _places(module: nn.Module) -> Iterator[tuple[nn.Module, str, DTensor, LocalValue]]:
+    for full_name, value in module._local_values.items():
+        inner, _, name = full_name.rpartition(".")
+        owner = module.get_submodule(inner)
+        if isinstance(parameter := owner._parameters[name], DTensor):
+            yield owner, name, parameter, value
 
 
 def own_part(shard: torch.Tensor) -> torch.Tensor:
@@ -90,6 +93,17 @@ def on_first_rank(group: dist.ProcessGroup) -> LocalValue:
     """A bias that is added to one term of a sum over ranks. The others add 0 times it: all take part in its backward."""
     factor = float(dist.get_rank(group) == 0)
     return lambda whole: enter(whole, group) * factor
+
+
+def own_heads(segment: Segment, group: dist.ProcessGroup) -> LocalValue:
+    """Rows of the head that this rank shares with others, of a parameter that has a row or value a head.
+
+    There are fewer heads than ranks and little in a row, so every rank has them all.
+    """
+    degree, rank = dist.get_world_size(group), dist.get_rank(group)
+    rows = segment.size // segment.heads
+    first = rank * segment.heads // degree * rows
+    return lambda whole: enter(whole, group).narrow(0, first, rows)
 
 
 def shared_heads(segments: tuple[Segment, ...], dim: int, group: dist.ProcessGroup) -> LocalValue:

@@ -25,7 +25,17 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Style = Literal["colwise", "rowwise", "vocabulary", "replicate", "split", "norm_over_heads"]
+Style = Literal["colwise", "rowwise", "vocabulary", "replicate", "outside", "split", "norm_over_heads"]
+"""How a module's weights are split, or one parameter.
+
+colwise           a linear's output features; its input is whole
+rowwise           a linear's input features; its output is a term of a sum over ranks, the exit of a region
+vocabulary        rows, one a token
+replicate         not at all; inside a region every rank computes a part of the gradient
+outside           not at all; in the module of a region, but behind its exit: every rank computes the whole gradient
+split             the first dimension (one value or row a head, or a channel), each rank computes with its own
+norm_over_heads   not at all; every rank computes it whole from the features of all heads and keeps its own
+"""
 
 
 @dataclass(frozen=True)
@@ -51,11 +61,16 @@ class Split:
     """For "colwise": the fused parts of the output, in order; empty where it is one part without heads."""
     is_transposed: bool = False
     """Whether the weight is (in, out), as GPT-2's Conv1D has it, rather than (out, in)."""
+    is_joined: bool = False
+    """For "colwise": every rank gets the features of all; for "rowwise": they come in so, and each takes its own."""
+    is_direct: bool = False
+    """Whether code of the layer around the module reads the parameters, rather than the module's own forward."""
 
     def __str__(self) -> str:
+        words = self.style + "+join" * self.is_joined + "+direct" * self.is_direct
         if len(self.segments) < 2:
-            return self.style
-        return f"{self.style} [{' | '.join(str(segment.size) for segment in self.segments)}]"
+            return words
+        return f"{words} [{' | '.join(str(segment.size) for segment in self.segments)}]"
 
 
 @dataclass(frozen=True)
@@ -63,15 +78,17 @@ class Region:
     """A module whose input is whole and whose inside is split: attention, an mlp, or a linear that is both ends."""
 
     attributes: dict[str, Any] = field(default_factory=dict)
-    """Attributes of the instance (head counts, widths) and the values that they have on one rank."""
+    """Attributes (head counts, widths) and their values on one rank; of inner modules as "norm.num_heads"."""
     config: dict[str, Any] = field(default_factory=dict)
     """The same for fields of the config that the instance reads in its forward; it gets a copy of its own."""
     head_arguments: dict[str, int] = field(default_factory=dict)
-    """Arguments of its forward that have a dimension of heads (or batch x heads), and which: each rank takes its own."""
+    """Arguments of its forward that may be (..., heads, queries, keys) or (batch x heads, queries, keys), as alibi is,
+    and the heads of the whole model: each rank takes those of its own."""
 
     def __str__(self) -> str:
         values = {**self.attributes, **self.config}
-        return "region" + "".join(f", {name} {value}" for name, value in values.items())
+        arguments = "".join(f", own heads of {name}" for name in self.head_arguments)
+        return "region" + "".join(f", {name} {value}" for name, value in values.items()) + arguments
 
 
 @dataclass(frozen=True)
@@ -81,6 +98,8 @@ class TensorPlan:
     degree: int
     splits: dict[str, Split]
     regions: dict[str, Region]
+    sequence_arguments: tuple[str, ...] = ()
+    """Arguments of the layers, beside the hidden states, that are (batch, seq, features) and used outside regions."""
 
     def split_of(self, parameter_name: str) -> Split | None:
         """The decision for a parameter: its own, or that of its module."""
@@ -95,7 +114,7 @@ class TensorPlan:
         entries: dict[str, list[str]] = {}
         for name in sorted({*self.splits, *self.regions}, key=_natural):
             parts = [str(part[name]) for part in (self.regions, self.splits) if name in part]
-            entries.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), []).append("; ".join(parts))
+            entries.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1), []).append("; ".join(parts))
         width = max(map(len, entries), default=0)
         return [f"{name:<{width}}  {' or '.join(dict.fromkeys(texts))}" for name, texts in entries.items()]
 

@@ -12,13 +12,17 @@ same communication, and the activations between regions take 1 / ranks of the me
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from parallelize.tensor_parallel.collectives import cut, gather_and_enter, join, leave_and_scatter, pad_to_multiple
 
-_SEQUENCE = -2  # of (batch, seq, hidden), and of (tokens, hidden) where a model flattens
+_SEQUENCE = -2  # of (batch, seq, hidden), of (tokens, hidden), and of (streams, batch, seq, hidden)
 
 
 class SequenceShards:
@@ -28,15 +32,19 @@ class SequenceShards:
         self.group = group
         self._length = 0  # of the sequence that is in the layers now
 
-    def install(self, first: nn.Module, last: nn.Module) -> None:
-        first.register_forward_pre_hook(self._before_first, with_kwargs=True)
-        last.register_forward_hook(self._after_last)
+    def install(self, layers: Sequence[nn.Module], arguments: Sequence[str] = ()) -> None:
+        """`layers` run one after another; `arguments` of theirs travel with the hidden states and are cut as they."""
+        layers[0].register_forward_pre_hook(self._before_first, with_kwargs=True)
+        layers[-1].register_forward_hook(self._after_last)
+        for layer in layers:
+            if names := [name for name in inspect.signature(layer.forward).parameters if name in arguments]:
+                _change_arguments(layer, names, self._cut)
 
     def enter_region(self, shard: torch.Tensor) -> torch.Tensor:
         """(batch, seq / ranks, hidden) -> (batch, seq, hidden)"""
         whole = gather_and_enter(shard, shard.dim() + _SEQUENCE, self.group)
         # Tokens of padding at the end would be seen by no other token, but masks and positions have the true length.
-        return whole[:, : self._length] if whole.dim() == 3 else whole
+        return whole if whole.dim() == 2 else whole.narrow(_SEQUENCE, 0, self._length)
 
     def leave_region(self, term: torch.Tensor) -> torch.Tensor:
         """This rank's term (batch, seq, hidden) of a sum -> its shard (batch, seq / ranks, hidden) of the sum"""
@@ -46,8 +54,8 @@ class SequenceShards:
 
     def _before_first(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         whole = args[0] if args else kwargs["hidden_states"]
-        self._length = whole.shape[1]
-        shard = cut(pad_to_multiple(whole, 1, dist.get_world_size(self.group)), 1, self.group)
+        self._length = whole.shape[_SEQUENCE]
+        shard = self._cut(whole)
         return ((shard, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": shard})
 
     def _after_last(self, layer: nn.Module, args: tuple, output):
@@ -55,5 +63,27 @@ class SequenceShards:
             return self._joined(output)
         return type(output)([self._joined(output[0]), *output[1:]])  # a tuple or a list, by the model's convention
 
+    def _cut(self, whole: torch.Tensor) -> torch.Tensor:
+        dim = whole.dim() + _SEQUENCE
+        return cut(pad_to_multiple(whole, dim, dist.get_world_size(self.group)), dim, self.group)
+
     def _joined(self, shard: torch.Tensor) -> torch.Tensor:
-        return join(shard, 1, self.group)[:, : self._length]
+        return join(shard, shard.dim() + _SEQUENCE, self.group).narrow(_SEQUENCE, 0, self._length)
+
+
+def _change_arguments(module: nn.Module, names: Sequence[str], change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Let the module's forward see changed tensors for the arguments `names`, however they are passed."""
+    plain_forward = module.forward
+    order = list(inspect.signature(plain_forward).parameters)
+
+    @functools.wraps(plain_forward)
+    def forward(*args, **kwargs):
+        positional = [_changed(name in names, value, change) for name, value in zip(order, args, strict=False)]
+        kwargs = {name: _changed(name in names, value, change) for name, value in kwargs.items()}
+        return plain_forward(*positional, *args[len(order) :], **kwargs)
+
+    module.forward = forward
+
+
+def _changed(is_named: bool, value, change: Callable[[torch.Tensor], torch.Tensor]):
+    return change(value) if is_named and isinstance(value, torch.Tensor) else value

@@ -1,0 +1,91 @@
+"""Attention heads: which modules count them, and under which names attributes, config fields and arguments do."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from transformers_backend.decoder import Decoder
+
+# Attributes of attention modules, and fields of configs, by what they count.
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "attention_heads")
+_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+_GROUPS = ("num_key_value_groups",)
+_WIDTHS = ("split_size", "embed_dim", "hidden_size", "all_head_size", "qk_dim", "v_dim")
+# Arguments of attention modules that have a dimension of heads, and what such biases may already be added to.
+_BIASES = ("alibi", "position_bias")
+_MASK = "attention_mask"
+# Arguments of layers, beside hidden states, that are (batch, seq, features): what gemma3n and gemma4 give each layer.
+_SEQUENCE_ARGUMENTS = ("per_layer_input",)
+
+
+def heads_of(model: PreTrainedModel, decoder: Decoder, name: str) -> tuple[int, int] | None:
+    """(query heads, key and value heads) of the block that `name` is (in), or None for one without heads."""
+    block = _block_name(decoder, name)
+    if not any(word in block.lower() for word in ("attn", "attention")):
+        root = model.get_submodule(block)
+        if not any(key in _HEADS for module in root.modules() for key in vars(module)):
+            return None
+    layer = next(index for index, layer in enumerate(decoder.layers) if name.startswith(f"{layer}."))
+    return head_counts(model.config, layer)
+
+
+def _block_name(decoder: Decoder, name: str) -> str:
+    """The child of a decoder layer that `name` is, or is in."""
+    layer = next((layer for layer in decoder.layers if name.startswith(f"{layer}.")), None)
+    if layer is None:
+        return name
+    return f"{layer}.{name.removeprefix(f'{layer}.').partition('.')[0]}"
+
+
+def head_counts(hf_config, layer: int | None) -> tuple[int, int]:
+    """(query heads, key and value heads) of a layer's attention."""
+    fields = hf_config.to_dict()
+    per_layer = {int(index): settings for index, settings in (fields.get("per_layer_config") or {}).items()}
+    fields = {**fields, **per_layer.get(layer, {})}
+    heads = next(fields[name] for name in _HEADS if isinstance(fields.get(name), int))
+    key_value = next((fields[name] for name in _KEY_VALUE_HEADS if isinstance(fields.get(name), int)), heads)
+    return heads, key_value
+
+
+def local_attributes(attention: nn.Module, heads: tuple[int, int], degree: int) -> tuple[dict, dict]:
+    """Values that head counts of an attention module, and of the config it reads, have on one of `degree` ranks."""
+    query, key_value = heads
+    local_query, local_key_value = query // degree, max(1, key_value // degree)
+
+    def local(name: str, value) -> int | None:
+        if name in _HEADS and value == query:
+            return local_query
+        if name in _KEY_VALUE_HEADS and value == key_value:
+            return local_key_value
+        return None
+
+    attributes = {}
+    for prefix, module in attention.named_modules():
+        for name, value in vars(module).items():
+            full = f"{prefix}.{name}" if prefix else name
+            if (count := local(name, value)) is not None:
+                attributes[full] = count
+            elif name in _GROUPS and value == query // key_value:
+                attributes[full] = local_query // local_key_value
+            elif not prefix and name in _WIDTHS and isinstance(value, int) and value % degree == 0:
+                attributes[full] = value // degree
+    config = {}
+    if "config" in vars(attention):
+        fields = attention.config.to_dict()
+        config = {name: count for name in fields if (count := local(name, fields[name])) is not None}
+    return attributes, config
+
+
+def head_arguments(attention: nn.Module, heads: int) -> dict[str, int]:
+    """Arguments of the forward of an attention module of which every rank takes its own heads."""
+    names = set(inspect.signature(attention.forward).parameters)
+    biases = names.intersection(_BIASES)
+    return {name: heads for name in sorted(biases | (names & {_MASK} if biases else set()))}
+
+
+def sequence_arguments(layer: nn.Module) -> tuple[str, ...]:
+    """Arguments of a decoder layer that are cut along the sequence as its hidden states are."""
+    return tuple(name for name in inspect.signature(layer.forward).parameters if name in _SEQUENCE_ARGUMENTS)

@@ -1,0 +1,127 @@
+"""The ways to split one block (attention, mlp) of a decoder layer, from what a run of the twin showed of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from transformers_backend.decoder import Decoder
+from transformers_backend.tensor_plan.attention_heads import heads_of
+from transformers_backend.tensor_plan.recipe import Recipe, pattern_of
+from transformers_backend.tensor_plan.trace import BlockTrace
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the twin."""
+
+    twin: PreTrainedModel
+    decoder: Decoder
+    root: str
+    """The module, or the layer itself for linears that it owns."""
+    matrices: list[str]
+    parts: list[str]
+    """Everything in it that needs a style: modules with weights, and parameters of modules that contain others."""
+    trace: BlockTrace
+    direct: set[str]
+    """Modules whose parameters other code reads."""
+
+    def input_features(self, matrix: str) -> int:
+        module = self.twin.get_submodule(matrix)
+        return module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
+
+    def output_features(self, matrix: str) -> int:
+        module = self.twin.get_submodule(matrix)
+        return module.out_features if isinstance(module, nn.Linear) else module.weight.shape[1]
+
+    def matrices_feeding(self, name: str) -> set[str]:
+        """The matrices whose outputs reach the input of `name` without passing another matrix."""
+        found = set()
+        for feeder in self.trace.feeders.get(name, ()):
+            found |= {feeder} if feeder in self.matrices else self.matrices_feeding(feeder)
+        return found
+
+
+def ways_to_split(block: Block) -> list[Recipe]:
+    """Styles of a block's parts that are not replicated, best first."""
+    ran = [name for name in block.trace.order if name in block.matrices]
+    if not block.trace.is_called or len(ran) < 2:
+        return []
+    *inner, last = ran
+    hidden = block.trace.inputs[inner[0]][-1]
+    if block.output_features(last) != hidden:  # it does not end in hidden states: a router's coefficients
+        return []
+    reading = {name: block.matrices_feeding(name) & set(inner) for name in inner}
+    feeders = set().union(*reading.values())
+    plain = {name: "replicate" if name in feeders else "colwise" for name in inner} | {last: "rowwise"}
+    has_heads = heads_of(block.twin, block.decoder, block.root) is not None
+    ways = [plain]
+    if feeders & block.matrices_feeding(last):  # what feeds another matrix is not only a compressed input of it
+        over_heads = {name: "norm_over_heads" for name in inner if reading[name]}
+        ways.append({name: "colwise" for name in inner} | over_heads | {last: "rowwise"})
+    if has_heads:
+        ways.append({name: "packed_halves" if words == "colwise" else words for name, words in plain.items()})
+    else:
+        if len(inner) == 1 and block.output_features(inner[0]) == 3 * block.input_features(last):
+            ways.insert(0, {inner[0]: "packed_qkv", last: "rowwise"})
+        ways.append({name: "colwise+join" for name in inner} | {last: "rowwise+join"})
+    if block.root in block.decoder.layers or block.trace.bypasses:
+        return [_regions_of_their_own(way) for way in ways if "norm_over_heads" not in way.values()]
+    return [_with_root(block, way) for way in ways]
+
+
+def _regions_of_their_own(way: Recipe) -> Recipe:
+    """Every matrix enters the region itself, so that what else reads the block's input stays outside."""
+    return {
+        pattern_of(name): words if words.startswith(("rowwise", "replicate")) else f"{words}+region"
+        for name, words in way.items()
+    }
+
+
+def _with_root(block: Block, way: Recipe) -> Recipe:
+    styles = {name: way.get(name) or _style(block, name, way) for name in block.parts}
+    styles = {name: words + "+direct" if name in block.direct else words for name, words in styles.items()}
+    return {pattern_of(name): words for name, words in {**styles, block.root: "region"}.items()}
+
+
+def _style(block: Block, name: str, way: Recipe) -> str:
+    """The style of a part that is no matrix: a norm, a convolution, a parameter of the attention itself."""
+    is_module = name in dict(block.twin.named_modules())
+    parameter = next(block.twin.get_submodule(name).parameters()) if is_module else block.twin.get_parameter(name)
+    names = {f"{name}.{own}" for own, _ in block.twin.get_submodule(name).named_parameters()} if is_module else {name}
+    if name in block.trace.order and not names & block.trace.inside:
+        return "outside"
+    if not is_module and name not in block.trace.inside and name not in block.matrices:
+        return "outside"
+    heads = heads_of(block.twin, block.decoder, block.root)
+    if "colwise+join" in way.values():
+        return "outside"
+    if is_module:
+        return _style_of_module(block, name, parameter, way, heads)
+    return "split" if heads is not None and parameter.shape[0] in heads and parameter.shape[0] > 1 else "replicate"
+
+
+def _style_of_module(
+    block: Block, name: str, parameter: nn.Parameter, way: Recipe, heads: tuple[int, int] | None
+) -> str:
+    module = block.twin.get_submodule(name)
+    if isinstance(module, nn.Conv1d):
+        return "split" if module.groups == module.out_channels else "replicate"
+    shape = block.trace.inputs.get(name)
+    if shape is None:
+        return "replicate"
+    size = parameter.numel()
+    if len(shape) > 3:
+        by_head = heads is not None and size in {count * shape[-1] for count in heads if count > 1}
+        return "split" if by_head and size != shape[-1] else "replicate"
+    split_widths = {
+        block.output_features(feeder)
+        for feeder in block.matrices_feeding(name)
+        if way.get(feeder, "").startswith(("colwise", "packed"))
+    }
+    last = next(matrix for matrix, words in way.items() if words == "rowwise")
+    if split_widths and size == shape[-1] and size in {*split_widths, block.input_features(last)}:
+        return "norm_over_heads"
+    return "replicate"

@@ -1,0 +1,80 @@
+"""Recipes derived from the twin: one run shows what reads a block's input, what feeds what and what comes last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from transformers_backend.decoder import Decoder
+from transformers_backend.tensor_plan.block import Block, ways_to_split
+from transformers_backend.tensor_plan.recipe import Derived, Recipe, pattern_of
+from transformers_backend.tensor_plan.trace import is_leaf, trace
+
+
+def is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def derive(twin: PreTrainedModel, decoder: Decoder, input_ids: torch.Tensor) -> Derived:
+    """Styles of every module with weights, from one run of the twin."""
+    blocks = {name: block for layer in decoder.layers for name, block in _blocks(twin, layer).items()}
+    runs = trace(twin, blocks, input_ids)
+    direct = {parameter.rpartition(".")[0] for parameter in runs.direct}
+    fixed = {
+        pattern_of(name): "replicate+direct" if name in direct else "replicate" for name in _with_weights(twin)
+    }
+    fixed.update({pattern_of(name): "vocabulary" for name in runs.token_embeddings})
+    fixed[decoder.embedding] = fixed[decoder.head] = "vocabulary"
+    ways: dict[str, list[Recipe]] = {}
+    for root, matrices in blocks.items():
+        inside = _inside(twin, root, matrices, decoder)
+        replicated = {pattern_of(name): fixed[pattern_of(name)] for name in inside}
+        block = Block(twin, decoder, root, matrices, inside, runs.blocks[root], direct)
+        for index, way in enumerate([*ways_to_split(block), {}]):
+            known = ways.setdefault(pattern_of(root), [])
+            if index == len(known):
+                known.append({})
+            known[index] = {**replicated, **known[index], **way}
+    owned = {pattern for block in ways.values() for way in block for pattern in way}
+    return Derived({pattern: words for pattern, words in fixed.items() if pattern not in owned}, ways)
+
+
+def _inside(model: nn.Module, root: str, matrices: list[str], decoder: Decoder) -> list[str]:
+    """Names of what belongs to a block and needs a style: below its root, or of a layer the matrices."""
+    if root in decoder.layers:
+        return matrices
+    return [name for name in _with_weights(model) if name.startswith(f"{root}.")]
+
+
+def _with_weights(model: nn.Module) -> Iterator[str]:
+    """Modules with weights, and single parameters of modules that contain others."""
+    for name, module in model.named_modules():
+        own = [parameter for parameter, value in module._parameters.items() if value is not None]
+        if own and is_leaf(model, name):
+            yield name
+        else:
+            yield from (f"{name}.{parameter}" for parameter in own)
+
+
+def _blocks(model: nn.Module, layer: str) -> dict[str, list[str]]:
+    """{block: its matrices}: the layer's children that have several, and the layer itself for those it owns."""
+    blocks: dict[str, list[str]] = {}
+    for child_name, child in model.get_submodule(layer).named_children():
+        name = f"{layer}.{child_name}"
+        if is_matrix(child):
+            blocks.setdefault(layer, []).append(name)
+        elif matrices := [f"{name}.{inner}" for inner, module in child.named_modules() if is_matrix(module)]:
+            blocks[_innermost(model, name, matrices)] = matrices
+    return blocks
+
+
+def _innermost(model: nn.Module, name: str, matrices: list[str]) -> str:
+    """The module inside `name` that has all its matrices, e.g. the attention that GPT-Neo wraps in another."""
+    for child, _ in model.get_submodule(name).named_children():
+        if all(matrix.startswith(f"{name}.{child}.") for matrix in matrices):
+            return _innermost(model, f"{name}.{child}", matrices)
+    return name

@@ -1,0 +1,68 @@
+"""Recipes: how the modules of an architecture are split, as {pattern: style word}, whatever the sizes and the degree.
+
+Patterns are names of modules or parameters with "*" for layer numbers. Words are those of `tensor_parallel_plan` in
+the configuration; "colwise+region" is a matrix that is a region of its own. What structure leaves open is an ordered
+list of ways to split a block, and `search` finds the first that are exact.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+Recipe = dict[str, str]
+
+
+def pattern_of(name: str) -> str:
+    """The name with "*" for the number of the layer."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1)  # a later one tells modules of a Sequential apart
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What the structure of a model says about how it may be split."""
+
+    fixed: Recipe
+    """Everything outside blocks: embedding, head, norms of layers."""
+    blocks: dict[str, list[Recipe]]
+    """For each block, e.g. "model.layers.*.mlp", the ways to split it, best first. The last is "replicate" for all of
+    it, without a region: every rank computes the whole block, which is always exact."""
+
+    def first(self) -> Recipe:
+        """The best way of every block."""
+        return self.with_ways(0 for _ in self.blocks)
+
+    def with_ways(self, numbers: Iterable[int]) -> Recipe:
+        """The recipe with the numbered way of each block; -1 is the replicated one."""
+        ways = [self.blocks[block][number] for block, number in zip(self.blocks, numbers, strict=True)]
+        return {**self.fixed, **{pattern: words for way in ways for pattern, words in way.items()}}
+
+
+def search(try_recipe: Callable[[Recipe], bool], derived: Derived) -> Recipe:
+    """The best recipe that `try_recipe` finds exact: True for one that gives the plain model's loss and gradients.
+
+    First the best ways of all blocks together, which is what nearly every model needs. Else each block on its own with
+    the others replicated, and then all the found ways together. A ValueError where not even replicated blocks are
+    exact.
+    """
+    if try_recipe(derived.first()):
+        return derived.first()
+    numbers = [-1] * len(derived.blocks)
+    if not try_recipe(derived.with_ways(numbers)):
+        raise ValueError("not even with every block of the layers replicated does the model compute the same")
+    found = list(numbers)
+    for index, ways in enumerate(derived.blocks.values()):
+        for way in range(len(ways) - 1):
+            numbers[index] = way
+            if try_recipe(derived.with_ways(numbers)):
+                found[index] = way
+                break
+        numbers[index] = -1
+    if try_recipe(derived.with_ways(found)):
+        return derived.with_ways(found)
+    for index, way in enumerate(found):  # as many of them as are exact together
+        numbers[index] = way
+        if not try_recipe(derived.with_ways(numbers)):
+            numbers[index] = -1
+    return derived.with_ways(numbers)

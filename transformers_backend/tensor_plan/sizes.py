@@ -1,0 +1,125 @@
+"""Recipe -> plan: sizes and head counts of one model on one of `degree` ranks."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from parallelize.tensor_parallel.plan import Region, Segment, Split, TensorPlan
+from transformers_backend.decoder import Decoder
+from transformers_backend.tensor_plan.attention_heads import (
+    head_arguments,
+    heads_of,
+    local_attributes,
+    sequence_arguments,
+)
+from transformers_backend.tensor_plan.derive import is_matrix
+from transformers_backend.tensor_plan.recipe import Recipe, pattern_of
+
+_COLWISE = ("colwise", "packed_qkv", "packed_gate_up", "packed_halves")
+
+
+def make_plan(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: int) -> TensorPlan:
+    """Work out `recipe` for the sizes of `model`; a ValueError lists the degrees that would do."""
+    splits: dict[str, Split] = {}
+    regions: dict[str, Region] = {}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in [*(name for name, _ in model.named_modules()), *parameters]:
+        words = recipe.get(pattern_of(name), recipe.get(name))
+        if words is None:
+            continue
+        *styles, _ = [word for word in words.split("+") if word not in ("region", "join", "direct")] + [None]
+        modifiers = set(words.split("+")) - set(styles)
+        if "region" in modifiers:
+            regions[name] = _region(model, decoder, name, degree)
+        for style in styles:
+            splits[name] = _split(
+                model, decoder, name, style, degree, is_joined="join" in modifiers, is_direct="direct" in modifiers
+            )
+    arguments = sequence_arguments(model.get_submodule(decoder.layers[0]))
+    return TensorPlan(degree=degree, splits=splits, regions=regions, sequence_arguments=arguments)
+
+
+def _region(model: PreTrainedModel, decoder: Decoder, name: str, degree: int) -> Region:
+    module, heads = model.get_submodule(name), heads_of(model, decoder, name)
+    if is_matrix(module) or heads is None:
+        return Region()
+    attributes, config = local_attributes(module, heads, degree)
+    return Region(attributes=attributes, config=config, head_arguments=head_arguments(module, heads[0]))
+
+
+def _split(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    name: str,
+    style: str,
+    degree: int,
+    *,
+    is_joined: bool,
+    is_direct: bool,
+) -> Split:
+    if style in ("split", "norm_over_heads"):
+        segment = _segment_of_heads(model, decoder, name)
+        _check_divides(name, segment, degree, may_share=True)
+        return Split(style, (segment,), is_direct=is_direct)
+    if style != "rowwise" and style not in _COLWISE:
+        return Split(style, is_direct=is_direct)
+    module = model.get_submodule(name)
+    transposed = isinstance(module, Conv1D)
+    if style == "rowwise":
+        return Split("rowwise", is_transposed=transposed, is_joined=is_joined)
+    size = module.weight.shape[1 if transposed else 0]
+    heads = heads_of(model, decoder, name)
+    segments = _segments(name, style, size, heads)
+    for segment in segments:
+        _check_divides(name, segment, degree, may_share=_is_narrow(name) or segment is not segments[0])
+    return Split("colwise", segments, transposed, is_joined=is_joined)
+
+
+def _segments(name: str, style: str, size: int, heads: tuple[int, int] | None) -> tuple[Segment, ...]:
+    """The parts of a colwise matrix's `size` output features."""
+    if style == "packed_gate_up":
+        return (Segment(size // 2), Segment(size // 2))
+    if heads is None:
+        return (Segment(size // 3),) * 3 if style == "packed_qkv" else (Segment(size),)
+    query, key_value = heads
+    if style == "packed_qkv":
+        width = size // (query + 2 * key_value)
+        return (Segment(query * width, query), *[Segment(key_value * width, key_value)] * 2)
+    count = key_value if _is_narrow(name) else query
+    if style == "packed_halves":
+        return (Segment(size // 2, count // 2),) * 2
+    return (Segment(size, count),)
+
+
+def _is_narrow(name: str) -> bool:
+    """Whether a projection yields keys or values, by its name."""
+    own = name.rpartition(".")[2].lower()
+    return "query" not in own and re.search(r"(^|_)(k|v|key|value)(_|$)", own) is not None
+
+
+def _segment_of_heads(model: PreTrainedModel, decoder: Decoder, name: str) -> Segment:
+    """The heads of a parameter that has something for each: a value, a row, or a part of a norm's weight."""
+    modules = dict(model.named_modules())
+    module: nn.Module | None = modules.get(name)
+    parameter = model.get_parameter(name) if module is None else next(module.parameters())
+    size, heads = parameter.shape[0], heads_of(model, decoder, name)
+    if heads is None:
+        return Segment(size)
+    query, key_value = heads
+    return Segment(size, key_value if size == key_value or _is_narrow(name) else query)
+
+
+def _check_divides(name: str, segment: Segment, degree: int, *, may_share: bool) -> None:
+    count, what = (segment.heads, "heads") if segment.heads is not None else (segment.size, "features")
+    valid = [d for d in range(1, count + 1) if count % d == 0]
+    if may_share and segment.is_shared(degree) and degree % segment.heads == 0:
+        return
+    if count % degree:
+        raise ValueError(
+            f"parallelism.tensor_parallel_degree = {degree}: {name} has {count} {what}, which it does not divide. Use "
+            f"one of {', '.join(map(str, valid[:12]))}."
+        )
