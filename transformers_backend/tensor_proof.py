@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ProvenRecipe:
-    """Styles by pattern that the twin showed to be exact, see `tensor_plan.py`."""
+    """Styles by pattern that the twin showed to be exact, see `tensor_plan/`."""
 
     recipe: Recipe
     sequence_parallel: bool
@@ -47,29 +47,35 @@ def prove_tensor_plan(
 ) -> ProvenRecipe:
     """Find the recipe for this model and try it over `mesh`, the tensor-parallel one; every rank of it calls this.
 
-    Raises a ValueError that names the first module whose output differs where nothing is exact, and where
+    Raises a ValueError that names the first module whose output differs where a plan is not exact, and where
     sequence_parallel is "always" and not exact.
     """
     trial = _Trial(hf_config, model_class, attn_implementation, mesh)
-    derived = derive(trial.build(), trial.decoder, trial.batch[0])
-    recipe = {**derived.first(), **user_recipe}
-    reason = trial.difference(recipe, sequence_parallel=sequence_parallel != "never")
-    if reason is None:
-        return ProvenRecipe(recipe, sequence_parallel != "never", None)
-    # What is exact with sequence parallelism is so without it, which is what ways to split are told apart by.
-    recipe = search(
-        lambda recipe: trial.difference({**recipe, **user_recipe}, sequence_parallel=False) is None, derived
-    )
-    recipe = {**recipe, **user_recipe}
-    if sequence_parallel == "never":
+    derived = derive(trial.build(), trial.decoder, trial.batch[0]).overridden(user_recipe)
+    wants_sequence = sequence_parallel != "never"
+    if trial.is_exact(derived.first(), sequence_parallel=wants_sequence):
+        return ProvenRecipe(derived.first(), wants_sequence, None)
+    if user_recipe and not trial.is_exact(derived.first(), sequence_parallel=False):
+        _refuse_users_plan(trial, derived.first(), user_recipe)
+    recipe = search(lambda recipe: trial.is_exact(recipe, sequence_parallel=False), derived)
+    if not wants_sequence:
         return ProvenRecipe(recipe, False, None)
     reason = trial.difference(recipe, sequence_parallel=True)
-    if sequence_parallel == "always" and reason is not None:
+    if reason is not None and sequence_parallel == "always":
         raise ValueError(
             f'parallelism.sequence_parallel = "always": with it {model_class.__name__} computes something else '
             f'({reason}). Set it to "auto".'
         )
-    return ProvenRecipe(recipe, reason is None, reason and f"on the twin it is not exact ({reason})")
+    return ProvenRecipe(recipe, reason is None, None if reason is None else f"it is not exact ({reason})")
+
+
+def _refuse_users_plan(trial: _Trial, recipe: Recipe, user_recipe: Recipe) -> None:
+    reason, module = trial.difference(recipe, sequence_parallel=False), trial.first_difference(recipe)
+    where = "" if module is None else f" The first module whose output differs is {module}."
+    raise ValueError(
+        f"parallelism.tensor_parallel_plan = {user_recipe}: with it the model computes something else ({reason})."
+        f"{where} Correct the plan, or leave it out to have one derived."
+    )
 
 
 class _Trial:
@@ -94,6 +100,9 @@ class _Trial:
         twin = build_twin(*self._arguments, attn_implementation=self._attention, degree=self._mesh.size())
         return twin.to(self._mesh.device_type)
 
+    def is_exact(self, recipe: Recipe, *, sequence_parallel: bool) -> bool:
+        return self.difference(recipe, sequence_parallel=sequence_parallel) is None
+
     def difference(self, recipe: Recipe, *, sequence_parallel: bool) -> str | None:
         """How loss or gradients of the split twin differ from the plain one's; the same answer on every rank."""
         try:
@@ -102,6 +111,10 @@ class _Trial:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         reasons = gather_objects(reason, self._mesh.get_group())
         return next((reason for reason in reasons if reason is not None), None)
+
+    def first_difference(self, recipe: Recipe) -> str | None:
+        """The first module, in order of execution, whose output in the split twin is no part of the plain one's."""
+        return None
 
     def _split_loss_and_gradients(
         self, recipe: Recipe, sequence_parallel: bool

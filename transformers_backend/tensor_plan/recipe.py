@@ -29,6 +29,15 @@ class Derived:
     """For each block, e.g. "model.layers.*.mlp", the ways to split it, best first. The last is "replicate" for all of
     it, without a region: every rank computes the whole block, which is always exact."""
 
+    def overridden(self, user_recipe: Recipe) -> Derived:
+        """The same with the user's words for the patterns that they name, in every way."""
+        blocks = {
+            block: [{**way, **{key: word for key, word in user_recipe.items() if key in way}} for way in ways]
+            for block, ways in self.blocks.items()
+        }
+        rest = {key: word for key, word in user_recipe.items() if not any(key in way[0] for way in blocks.values())}
+        return Derived({**self.fixed, **rest}, blocks)
+
     def first(self) -> Recipe:
         """The best way of every block."""
         return self.with_ways(0 for _ in self.blocks)
