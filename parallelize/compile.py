@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
+from parallelize.tensor_parallel.local import with_local_parameters
+
 COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
 """What a layer that cannot be compiled as one graph raises at its first call."""
 
@@ -25,4 +27,5 @@ def apply_compile(layers: Iterable[nn.Module], *, backend: str) -> None:
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     for layer in layers:
-        layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True)
+        compiled = torch.compile(layer.forward, backend=backend, fullgraph=True)
+        layer.forward = with_local_parameters(layer, compiled)

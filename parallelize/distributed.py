@@ -7,6 +7,7 @@ The program knows one convention: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 from datetime import timedelta
@@ -140,6 +141,30 @@ def from_first_rank(value):
     objects = [value]
     dist.broadcast_object_list(objects, src=0)
     return objects[0]
+
+
+def are_equal(tensor: torch.Tensor, group: dist.ProcessGroup) -> bool:
+    """Whether every rank of the group holds the same integer tensor, of any shape; the same answer on each of them.
+
+    What is compared is a digest of shape and contents, so that shapes may differ.
+    """
+    contents = tensor.detach().cpu().contiguous().numpy().tobytes()
+    digest = hashlib.sha256(repr(tuple(tensor.shape)).encode() + contents).hexdigest()
+    digests = [""] * dist.get_world_size(group)
+    dist.all_gather_object(digests, digest, group=group)
+    return len(set(digests)) == 1
+
+
+def share_random_state(group: dist.ProcessGroup) -> None:
+    """Give every rank of the group the state of the first one's default random generators (CPU, and its CUDA device).
+
+    Ranks that compute the same (those of a tensor-parallel group, outside the split regions) must drop the same.
+    """
+    state = [torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None]
+    dist.broadcast_object_list(state, group=group, group_src=0)
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
 
 
 def rank_and_world_size() -> tuple[int, int]:

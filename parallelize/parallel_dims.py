@@ -43,8 +43,9 @@ class ParallelDims:
             raise ValueError(
                 f"parallelism: the degrees multiply to {shard * fixed}, but the job runs on {world_size} ranks "
                 f"(data_parallel_replicate_degree = {config.data_parallel_replicate_degree}, "
-                f"data_parallel_shard_degree = {config.data_parallel_shard_degree}). They must multiply to the number "
-                "of ranks; data_parallel_shard_degree = -1 takes the rest."
+                f"data_parallel_shard_degree = {config.data_parallel_shard_degree}, tensor_parallel_degree = "
+                f"{config.tensor_parallel_degree}). They must multiply to the number of ranks; "
+                "data_parallel_shard_degree = -1 takes the rest."
             )
         return cls(
             pp=config.pipeline_parallel_degree,
@@ -64,7 +65,7 @@ class ParallelDims:
 
     @property
     def data_parallel_size(self) -> int:
-        """Number of ranks that see different data."""
+        """Number of ranks that see different data; those that differ only in cp, tp or pp see the same."""
         return self.dp_replicate * self.dp_shard
 
     def build_mesh(self, device_type: str) -> DeviceMesh:

@@ -154,7 +154,7 @@ def count_accumulation_steps(config: JobConfig, data_ranks: int) -> int:
 
 
 def count_tokens_per_step(config: JobConfig, data_ranks: int) -> int:
-    """Tokens that all ranks together see in one optimizer step."""
+    """Tokens that all data ranks together see in one optimizer step; other ranks see the same ones again."""
     sequences = config.training.local_batch_size * data_ranks * count_accumulation_steps(config, data_ranks)
     return sequences * config.training.seq_len
 

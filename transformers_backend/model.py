@@ -23,8 +23,22 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from parallelize.config import ActivationCheckpointConfig, CompileConfig, KernelConfig, ParallelismConfig, check
-from parallelize.distributed import first_rank_first, gather_objects, pick_device, sum_over
+from parallelize.config import (
+    ActivationCheckpointConfig,
+    CompileConfig,
+    KernelConfig,
+    ParallelismConfig,
+    async_tensor_parallel_problems,
+    check,
+)
+from parallelize.distributed import (
+    are_equal,
+    first_rank_first,
+    gather_objects,
+    pick_device,
+    share_random_state,
+    sum_over,
+)
 from parallelize.fsdp import reshard
 from parallelize.grad_norm import clip_grad_norm_
 from parallelize.mixed_precision import parameters_cast_to
@@ -99,6 +113,11 @@ class HFTransformerModel:
         self._cast_to: torch.dtype | None = None  # what FSDP2 does not cast, see parallelize/mixed_precision.py
         self.loss_is_chunked = True
         """Whether the head runs chunk by chunk and full logits never exist; known once the loss is installed."""
+        self.tensor_plan = None
+        """How modules are split over tensor-parallel ranks; None without tensor parallelism."""
+        self.sequence_parallel_because: str | None = None
+        """Why tensor-parallel ranks do not share the sequence; None where they do."""
+        self._batches_compared = False
         self._ready = False
         self._isolation: Isolation | None = None  # None: batches hold no packed documents, see `isolate_documents`
         self._local_losses_are_finite = torch.tensor(True)  # of the micro-batches since the last clipping
@@ -136,6 +155,7 @@ class HFTransformerModel:
         if not dist.is_initialized():
             raise ValueError("parallelize needs an initialised process group: torch.distributed.init_process_group().")
         self.device = pick_device()
+        check(async_tensor_parallel_problems(parallelism, compile, self.device.type))
         self.dims = ParallelDims.resolve(parallelism, dist.get_world_size())
         self.mesh = self.dims.build_mesh(self.device.type)
         if not self._is_meta:
@@ -163,6 +183,8 @@ class HFTransformerModel:
             if not self._is_meta:
                 self.hf_model.to(self.device)
         self._fill(torch.device("cpu") if cpu_offload else self.device, seed)
+        if self.dims.tp > 1:
+            share_random_state(self.mesh.get_group("tp"))
         self._ready = True
         return self
 
@@ -280,6 +302,7 @@ class HFTransformerModel:
         """
         self._make_ready()
         self._check_shapes(input_ids, labels, position_ids)
+        self._check_same_batch(input_ids, labels)
         if not self.hf_model.training:  # from_pretrained gives a model in evaluation mode
             self.hf_model.train()
         if num_items_in_batch is None:
@@ -320,6 +343,17 @@ class HFTransformerModel:
                     f"{name} has shape {tuple(tensor.shape)}: input_ids, labels and position_ids must all be "
                     f"(batch, seq); input_ids is {tuple(input_ids.shape)}."
                 )
+
+    def _check_same_batch(self, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
+        """Once, at the first batch: ranks that split a model's matrices must work on the same tokens."""
+        if self._batches_compared or self.dims.tp == 1:
+            return
+        self._batches_compared = True
+        if not are_equal(torch.stack([input_ids, labels]), self.mesh.get_group("tp")):
+            raise ValueError(
+                f"input_ids or labels differ between ranks of one tensor-parallel group of {self.dims.tp}, which "
+                "compute on the same tokens. Give each rank the batch of its data_rank, of dims.data_parallel_size."
+            )
 
     def _sum_loss(
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None
@@ -395,7 +429,7 @@ class HFTransformerModel:
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """{Transformers parameter name: full gradient on the CPU} of parameters that have one, on every rank."""
         return {
-            name: full_tensor(self.hf_model, name, parameter.grad).to("cpu", copy=True)
+            name: self._full(name, parameter.grad)
             for name, parameter in self.hf_model.named_parameters()
             if parameter.grad is not None
         }
@@ -403,10 +437,10 @@ class HFTransformerModel:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """{Transformers name: full CPU tensor} of parameters and persistent buffers, on every rank."""
         self._fill_if_meta()
-        return {
-            name: full_tensor(self.hf_model, name, tensor).to("cpu", copy=True)
-            for name, tensor in named_tensors(self.hf_model).items()
-        }
+        return {name: self._full(name, tensor) for name, tensor in named_tensors(self.hf_model).items()}
+
+    def _full(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return full_tensor(self.hf_model, name, tensor).to("cpu", copy=True)
 
     def save_pretrained(
         self,
@@ -443,4 +477,3 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-

@@ -140,6 +140,8 @@ class ShardedMuon(torch.optim.Muon):
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         update = update.bfloat16()  # before the gather: the orthogonalisation starts in bf16 anyway
+        # A fused parameter comes in its stored order (parallelize/tensor_parallel/packing.py), a permutation P of its
+        # original rows or columns, and needs no translation: Newton-Schulz on P X is P times Newton-Schulz on X.
         whole = update.full_tensor() if isinstance(update, DTensor) else update
         whole = orthogonalize(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
         if isinstance(parameter, DTensor):

@@ -6,8 +6,9 @@ runs the module's own code on its part, and `collectives.py` is the only communi
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -27,26 +28,52 @@ def compute_locally(module: nn.Module, values: Mapping[str, LocalValue]) -> None
     Only parameters that this forward reads itself: the module's own, or with a dotted name those of an inner module
     whose forward is not what reads them. Everything else keeps its hands off.
     """
+    module._local_values = dict(values)
     plain_forward = module.forward
-    owners = {name: (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in values}
-
     @functools.wraps(plain_forward)
     def forward(*args, **kwargs):
-        distributed = {name: owner._parameters[own] for name, (owner, own) in owners.items()}
-        try:
-            for name, (owner, own) in owners.items():
-                owner._parameters[own] = values[name](_local(distributed[name]))
+        with _local_parameters([module]):
             return plain_forward(*args, **kwargs)
-        finally:
-            for name, (owner, own) in owners.items():
-                owner._parameters[own] = distributed[name]
 
     module.forward = forward
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    assert isinstance(parameter, DTensor), "a parameter that the plan split lost its mesh"
-    return parameter.to_local()
+def with_local_parameters(layer: nn.Module, forward: Callable) -> Callable:
+    """`forward` of a whole layer, called while all its modules have their local values already.
+
+    For a compiled forward: its graph then has plain tensors as inputs, and no parameters that change places in it.
+    """
+    modules = [module for module in layer.modules() if hasattr(module, "_local_values")]
+    if not modules:
+        return forward
+
+    @functools.wraps(forward)
+    def forward_with_local_parameters(*args, **kwargs):
+        with _local_parameters(modules):
+            return forward(*args, **kwargs)
+
+    return forward_with_local_parameters
+
+
+@contextlib.contextmanager
+def _local_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block, parameters of `modules` that are DTensors are their local values."""
+    places = [place for module in modules for place in _places(module)]
+    try:
+        for owner, name, parameter, value in places:
+            owner._parameters[name] = value(parameter.to_local())
+        yield
+    finally:
+        for owner, name, parameter, _ in places:
+            owner._parameters[name] = parameter
+
+
+def _places(module: nn.Module) -> Iterator[tuple[nn.Module, str, DTensor, LocalValue]]:
+    for full_name, value in module._local_values.items():
+        inner, _, name = full_name.rpartition(".")
+        owner = module.get_submodule(inner)
+        if isinstance(parameter := owner._parameters[name], DTensor):
+            yield owner, name, parameter, value
 
 
 def own_part(shard: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@
     start.py          where a run starts from
     state.py          what is saved of a run, and how it is put back
     writing.py        one write: by all ranks, now or beside training
+    planners.py       fused parameters in Transformers' order on disk
     reading.py        is a checkpoint whole, and does it fit this run
     storage.py        where checkpoints lie, as the files above see it
     local.py          a folder of this machine or of a shared file system

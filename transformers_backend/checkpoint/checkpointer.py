@@ -28,6 +28,7 @@ from transformers_backend.checkpoint.state import (
     DATA_KEY,
     RANDOM_KEY,
     blank_optimizer_state,
+    find_packings,
     get_model_state,
     get_optimizer_state,
     get_random_state,
@@ -152,7 +153,8 @@ class Checkpointer:
             self._abandon([left_behind])
             left_behind = None
         files = {CONFIG_FILE: self._config_text}
-        self._writer.write(name, state, files, then=lambda: self._clean_up(left_behind))
+        packings = find_packings(self._model, state)
+        self._writer.write(name, state, packings, files, then=lambda: self._clean_up(left_behind))
 
     def _fail(self, error: SaveError) -> None:
         self._saved_step = None
@@ -279,7 +281,7 @@ class Checkpointer:
         if parts != {"model"} and config_text is not None:
             self._warn_of_changes(config_text, count_ranks(metadata, DATA_KEY), storage.locate(name))
         state = self._wanted(metadata, parts)
-        read_state(state, storage, name, metadata, group)
+        read_state(state, find_packings(self._model, state), storage, name, metadata, group)
         self._put_back(state)
         if "step" in state and (saved := count_ranks(metadata, RANDOM_KEY)) != (ranks := self._data_ranks):
             logger.info(

@@ -13,6 +13,8 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from parallelize.tensor_parallel.packing import Packing
+from transformers_backend.checkpoint.planners import PackedLoadPlanner
 from transformers_backend.checkpoint.storage import DamagedFileError, Storage
 from transformers_backend.job_config.values import to_toml, toml_reader
 
@@ -57,9 +59,14 @@ def read_metadata(storage: Storage, name: str) -> Metadata:
     return metadata
 
 
-def read_state(state: dict[str, Any], storage: Storage, name: str, metadata: Metadata, group) -> None:
+def read_state(
+    state: dict[str, Any], packings: Mapping[str, Packing], storage: Storage, name: str, metadata: Metadata, group
+) -> None:
     """Fill `state` from a checkpoint, on all ranks. ValueError if it does not fit, DamagedCheckpoint if it is damaged
-    after all, LoadError if storage fails."""
+    after all, LoadError if storage fails.
+
+    packings: of the fused tensors in `state`, by key of the flattened state.
+    """
     location = storage.locate(name)
     if misfits := find_misfits(state, metadata):
         raise ValueError(
@@ -68,7 +75,7 @@ def read_state(state: dict[str, Any], storage: Storage, name: str, metadata: Met
             "out in checkpoint.exclude_from_loading."
         )
     try:
-        dcp.load(state, storage_reader=storage.reader(name), process_group=group)
+        dcp.load(state, storage_reader=storage.reader(name), planner=PackedLoadPlanner(packings), process_group=group)
     except CheckpointException as error:
         causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
         for cause in causes.values():

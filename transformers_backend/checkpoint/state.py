@@ -1,7 +1,9 @@
 """What a checkpoint holds of a run, and how it is put back: model, optimizers, schedulers, random numbers.
 
 Keys: `model` and `optimizer` by Hugging Face parameter name (sharded tensors, which torch.distributed.checkpoint lays
-out anew for any mesh), `schedulers` and `data_rank_N` as JSON, `random_rank_N`, `step`.
+out anew for any mesh; fused ones in Transformers' order, see `planners.py`), `schedulers` and `data_rank_N` as JSON,
+`random_rank_N`, `step`. N is a data rank: ranks that differ only in tensor parallelism have the same position and the
+same random state, which is saved once.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from parallelize.tensor_parallel.packing import Packing, packing_of
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.weights import named_tensors
 
-DATA_KEY, RANDOM_KEY = "data_rank_", "random_rank_"  # followed by the data rank, by the rank
+DATA_KEY, RANDOM_KEY = "data_rank_", "random_rank_"  # both followed by the data rank
 _STATE = "state."  # begins torch's keys of what an optimizer holds of a parameter
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -30,6 +33,24 @@ def get_model_state(model: HFTransformerModel) -> dict[str, torch.Tensor]:
     first_names: dict[int, str] = {}
     tensors = named_tensors(model.hf_model)
     return {name: tensor for name, tensor in tensors.items() if first_names.setdefault(id(tensor), name) == name}
+
+
+def find_packings(model: HFTransformerModel, state: dict[str, Any]) -> dict[str, Packing]:
+    """{key of the flattened `state`: how that tensor is packed}, of fused parameters and what optimizers hold of them.
+
+    state: whole or in parts. What an optimizer holds of a parameter is packed as it is where it has its shape.
+    """
+    packed = {
+        name: (tensor.shape, packing)
+        for name, tensor in named_tensors(model.hf_model).items()
+        if (packing := packing_of(model.hf_model, name)) is not None
+    }
+    packings = {f"model.{name}": packed[name][1] for name in state.get("model", {}) if name in packed}
+    for key, value in state.get("optimizer", {}).items():
+        shape, packing = packed.get(_name(key), (None, None))
+        if key.startswith(_STATE) and isinstance(value, torch.Tensor) and value.shape == shape:
+            packings[f"optimizer.{key}"] = packing
+    return packings
 
 
 def without_live_buffers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

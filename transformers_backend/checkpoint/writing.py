@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
@@ -26,6 +26,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from parallelize.tensor_parallel.packing import Packing
+from transformers_backend.checkpoint.planners import PackedSavePlanner
 from transformers_backend.checkpoint.storage import Storage, StorageError
 
 logger = logging.getLogger(__name__)
@@ -65,12 +67,22 @@ class Writer:
         self._staged.set()
         self._in_flight: Future[None] | None = None
 
-    def write(self, name: str, state: dict[str, Any], files: dict[str, str], then: Callable[[], None]) -> None:
+    def write(
+        self,
+        name: str,
+        state: dict[str, Any],
+        packings: Mapping[str, Packing],
+        files: dict[str, str],
+        then: Callable[[], None],
+    ) -> None:
         """Write `state` and text files as checkpoint `name`, then call `then` on rank 0, while the others wait.
-        `wait` says how it went."""
+        `wait` says how it went.
+
+        packings: of the fused tensors in `state`, by key of the flattened state.
+        """
         assert self._in_flight is None, "wait for the last one first"
         self._in_flight = Future()
-        arguments = (self._in_flight, name, state, files, then)
+        arguments = (self._in_flight, name, state, packings, files, then)
         if not self._beside_training:
             self._run(*arguments)
             return
@@ -136,14 +148,22 @@ class Writer:
         finally:
             self._staged.set()
 
-    def _write(self, name: str, state: dict[str, Any], files: dict[str, str], then: Callable[[], None]) -> None:
+    def _write(
+        self,
+        name: str,
+        state: dict[str, Any],
+        packings: Mapping[str, Packing],
+        files: dict[str, str],
+        then: Callable[[], None],
+    ) -> None:
         try:
             state = self._stage(state)
         except StorageError as error:
             raise self._save_error(name, error) from None
         try:
             self._on_first_rank(lambda: self._storage.begin(name))
-            dcp.save(state, storage_writer=self._storage.writer(name), process_group=self.group)
+            planner = PackedSavePlanner(packings)
+            dcp.save(state, storage_writer=self._storage.writer(name), planner=planner, process_group=self.group)
             self._on_first_rank(lambda: self._storage.commit(name, files))
         except (CheckpointException, StorageError) as error:
             if dist.get_rank() == 0:

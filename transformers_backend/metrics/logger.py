@@ -38,8 +38,8 @@ class MetricsLogger:
         loss                          nats a target token, mean over the global batch
         grad_norm                     global norm before clipping
         lr                            learning rate of the step
-        tokens_per_second             all ranks together, since the last log
-        tokens_per_second_per_device  the same divided by world_size
+        tokens_per_second             all data ranks together, since the last log
+        tokens_per_second_per_device  the same divided by world_size: tensor-parallel ranks share in each token
         tflops_per_device             model TFLOP/s by the formula in parallelize/costs.py
         mfu                           that as a fraction of the device's peak; null where the peak is unknown
         peak_memory_gib               GiB so far on this rank: reserved on the CUDA device, else resident in RAM
@@ -64,8 +64,9 @@ class MetricsLogger:
         progress_bar: bool = False,
         trackers: Sequence[Tracker] = (),
     ) -> None:
-        """steps_done: optimizer steps of the checkpoint that the run resumed from, 0 for a new run.
+        """world_size: number of devices, whatever each of them does of a token.
 
+        steps_done: optimizer steps of the checkpoint that the run resumed from, 0 for a new run.
         keep_earlier: set the folder's earlier files aside, even those of the run that this one resumed from. The
         trackers are closed with the logger.
         """
@@ -99,7 +100,7 @@ class MetricsLogger:
         data_wait_seconds: float | None = None,
         extra: dict[str, float] | None = None,
     ) -> None:
-        """Record step `step`; `tokens` is what all ranks together processed since the last log.
+        """Record step `step`; `tokens` is what all data ranks together processed since the last log.
 
         data_wait_seconds: what of the time since then this rank waited for the next batch.
         """
@@ -131,7 +132,7 @@ class MetricsLogger:
         self._track("train", record)
 
     def log_validation(self, step: int, loss: float, tokens: int, seconds: float | None = None) -> None:
-        """Record a validation after step `step` over `tokens` tokens of all ranks.
+        """Record a validation after step `step` over `tokens` tokens of all data ranks.
 
         `seconds` is what it took: that time is then not counted into the training throughput of the current interval.
         """

@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -29,7 +28,7 @@ from parallelize.distributed import rank_and_world_size, same_outcome
 from transformers_backend.decoder import Decoder
 from transformers_backend.folders import replace_folder
 from transformers_backend.weights.layout import INDEX_FILE, Layout, convert_group, plan_layout
-from transformers_backend.weights.shards import named_tensors
+from transformers_backend.weights.shards import full_tensor, named_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ class LiveTensors:
     """The tensors of a (sharded) model: ranks gather them together, and the ones that do not keep them drop them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._tensors = named_tensors(model)
+        self._model, self._tensors = model, named_tensors(model)
 
     def meta(self, name: str) -> torch.Tensor:
         tensor = self._tensors[name]
@@ -67,8 +66,7 @@ class LiveTensors:
     def read(self, names: tuple[str, ...], *, keep: bool) -> dict[str, torch.Tensor]:
         kept = {}
         for name in names:
-            full = self._tensors[name].detach()
-            full = full.full_tensor() if isinstance(full, DTensor) else full
+            full = full_tensor(self._model, name, self._tensors[name])
             if keep:
                 kept[name] = full.to("cpu", copy=True)
         return kept

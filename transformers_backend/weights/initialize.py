@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from parallelize.tensor_parallel.packing import packing_of
 from transformers_backend.decoder import Decoder
 from transformers_backend.weights.shards import fill_local, named_tensors
 
@@ -63,9 +64,9 @@ def init_weights(
         drawn = _initialised(blueprint, group, device, seed * 1_000_003 + index)
         left += _undefined(drawn)
         for name, full in drawn.items():
-            fill_local(targets[name], lambda region, full=full: full[region])
+            fill_local(targets[name], lambda region, full=full: full[region], packing_of(model, name))
     for name, full in _constructed(blueprint, left, seed).items():
-        fill_local(targets[name], lambda region, full=full: full[region])
+        fill_local(targets[name], lambda region, full=full: full[region], packing_of(model, name))
 
 
 def init_buffers(model: nn.Module, blueprint: PreTrainedModel, *, device: torch.device) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from parallelize.tensor_parallel.packing import packing_of
 from transformers_backend.weights.shards import fill_local, named_tensors
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -61,10 +62,14 @@ def load_hf_weights(model: nn.Module, blueprint: PreTrainedModel, name: str, *, 
         with _open(file) as opened:  # one file mapped at a time bounds the host memory
             for target, key in entries:
                 view = opened.get_slice(key)
-                fill_local(targets[target], lambda region, view=view: view[region] if region else view[...])
+                fill_local(
+                    targets[target],
+                    lambda region, view=view: view[region] if region else view[...],
+                    packing_of(model, target),
+                )
     for first, conversion in plan.conversions.items():
         for target, full in _convert(first, conversion, blueprint).items():
-            fill_local(targets[target], lambda region, full=full: full[region])
+            fill_local(targets[target], lambda region, full=full: full[region], packing_of(model, target))
 
 
 def recall_conversions(blueprint: PreTrainedModel, folder: Path) -> None:
