@@ -13,6 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from parallelize.tensor_parallel.plan import Segment
+from transformers_backend.tensor_plan.attention_heads import fused_head_counts
+from transformers_backend.tensor_plan.matrices import input_features, output_features
 
 _BLOCKS = re.compile(r"(packed_qkv|rowwise)_in_(\d+)")
 
@@ -24,7 +26,8 @@ def fused_layouts(
 
     query_heads: of the twin's attention, None for an mlp. Empty for a linear that is not fused, or not as known here.
     """
-    features, ends = _output_features(twin, fused), _input_features(twin, last)
+    features = output_features(twin.get_submodule(fused))
+    ends = input_features(twin.get_submodule(last))
     if query_heads is None:
         candidates = [("packed_gate_up", "rowwise"), ("colwise", "rowwise")] if features == 2 * ends else []
         counts = None
@@ -36,16 +39,6 @@ def fused_layouts(
     pieces = query_heads or 2
     reaches = _reaches(twin, fused, last, pieces, input_ids)
     return [words for words in candidates if _fits(reaches, *words, features, ends, counts)]
-
-
-def fused_head_counts(features: int, ends: int, query_heads: int) -> tuple[int, int] | None:
-    """(query heads, key and value heads) of a linear that yields queries, keys and values of one size per head.
-
-    features: what it yields; ends: inputs of the linear that ends the attention. None where it is no such linear.
-    """
-    head_dim = ends // query_heads
-    key_value, rest = divmod(features - ends, 2 * head_dim) if head_dim else (0, 1)
-    return (query_heads, key_value) if rest == 0 and key_value > 0 and query_heads % key_value == 0 else None
 
 
 def packed_segments(word: str, size: int, heads: tuple[int, int] | None) -> tuple[Segment, ...] | None:
@@ -70,16 +63,6 @@ def _attention_candidates(query: int, key_value: int) -> list[tuple[str, str]]:
         blocks = [count for count in range(2, query) if query % (2 * count) == 0]
         candidates += [(f"packed_qkv_in_{count}", f"rowwise_in_{count}") for count in blocks]
     return [*candidates, ("colwise", "rowwise")] if key_value > 1 else candidates
-
-
-def _output_features(twin: PreTrainedModel, name: str) -> int:
-    weight = twin.get_submodule(name).weight
-    return weight.shape[0] if isinstance(twin.get_submodule(name), torch.nn.Linear) else weight.shape[1]
-
-
-def _input_features(twin: PreTrainedModel, name: str) -> int:
-    weight = twin.get_submodule(name).weight
-    return weight.shape[1] if isinstance(twin.get_submodule(name), torch.nn.Linear) else weight.shape[0]
 
 
 @torch.enable_grad()
