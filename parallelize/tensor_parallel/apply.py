@@ -155,10 +155,12 @@ def _placement(split: Split, name: str, degree: int) -> Placement:
 
 
 def _packing(split: Split, name: str, degree: int) -> Packing | None:
-    if split.style != "colwise" or len(split.segments) < 2:
+    if split.style not in ("colwise", "rowwise") or len(split.segments) < 2:
         return None
-    dim = 1 if split.is_transposed and name == "weight" else 0
-    return Packing(dim=dim, segments=tuple(segment.size for segment in split.segments), degree=degree)
+    placement = _placement(split, name, degree)
+    if not isinstance(placement, Shard):  # the bias of a rowwise linear
+        return None
+    return Packing(dim=placement.dim, segments=tuple(segment.size for segment in split.segments), degree=degree)
 
 
 # -- what modules compute -------------------------------------------------------------------------------------------
@@ -196,6 +198,8 @@ def _compute(
     sequence: SequenceShards | None,
 ) -> None:
     style = split.style if split is not None else "replicate"
+    for attribute, value in split.attributes.items() if split is not None else ():
+        setattr(module, attribute, value)
     if style == "vocabulary" and isinstance(module, nn.Embedding):
         look_up_vocabulary(module, values, group)
         return

@@ -58,13 +58,16 @@ class Split:
 
     style: Style
     segments: tuple[Segment, ...] = ()
-    """For "colwise": the fused parts of the output, in order; empty where it is one part without heads."""
+    """For "colwise": the fused parts of the output, in order; empty where it is one part without heads. For "rowwise"
+    those of the input, where a rank's part of it is not one piece."""
     is_transposed: bool = False
     """Whether the weight is (in, out), as GPT-2's Conv1D has it, rather than (out, in)."""
     is_joined: bool = False
     """For "colwise": every rank gets the features of all; for "rowwise": they come in so, and each takes its own."""
     is_direct: bool = False
     """Whether code of the layer around the module reads the parameters, rather than the module's own forward."""
+    attributes: dict[str, Any] = field(default_factory=dict)
+    """Attributes that the module's forward reads, such as its number of outputs, and their values on one rank."""
 
     def __str__(self) -> str:
         words = self.style + "+join" * self.is_joined + "+direct" * self.is_direct

@@ -8,12 +8,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transformers_backend.decoder import Decoder
+from transformers_backend.tensor_plan.matrices import input_features, is_matrix, output_features
 
 # Attributes of attention modules, and fields of configs, by what they count.
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "attention_heads")
-_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 _GROUPS = ("num_key_value_groups",)
 _WIDTHS = ("split_size", "embed_dim", "hidden_size", "all_head_size", "qk_dim", "v_dim")
+_KEY_VALUE_WIDTHS = ("kv_dim",)
 # Arguments of attention modules that have a dimension of heads, and what such biases may already be added to.
 _BIASES = ("alibi", "position_bias")
 _MASK = "attention_mask"
@@ -29,7 +31,38 @@ def heads_of(model: PreTrainedModel, decoder: Decoder, name: str) -> tuple[int, 
         if not any(key in _HEADS for module in root.modules() for key in vars(module)):
             return None
     layer = next(index for index, layer in enumerate(decoder.layers) if name.startswith(f"{layer}."))
-    return head_counts(model.config, layer)
+    counts = head_counts(model.config, layer)
+    return _counts_of_fused(model.get_submodule(block), counts[0]) or counts
+
+
+def _counts_of_fused(attention: nn.Module, query_heads: int) -> tuple[int, int] | None:
+    """Head counts by the sizes of an attention's two linears, of which one yields queries, keys and values.
+
+    Falcon's config has key and value heads that its model leaves out with `multi_query`, for one.
+    """
+    matrices = [module for module in attention.modules() if is_matrix(module)]
+    if len(matrices) != 2:
+        return None
+    last, fused = sorted(matrices, key=output_features)
+    return fused_head_counts(output_features(fused), input_features(last), query_heads)
+
+
+def is_fused(model: PreTrainedModel, decoder: Decoder, name: str) -> bool:
+    """Whether the linear `name` of an attention yields queries, keys and values in one."""
+    attention = model.get_submodule(_block_name(decoder, name))
+    largest = max((module for module in attention.modules() if is_matrix(module)), key=output_features)
+    counts = _counts_of_fused(attention, heads_of(model, decoder, name)[0])
+    return counts is not None and largest is model.get_submodule(name)
+
+
+def fused_head_counts(features: int, ends: int, query_heads: int) -> tuple[int, int] | None:
+    """(query heads, key and value heads) of a linear that yields queries, keys and values of one size per head.
+
+    features: what it yields; ends: inputs of the linear that ends the attention. None where it is no such linear.
+    """
+    head_dim = ends // query_heads
+    key_value, rest = divmod(features - ends, 2 * head_dim) if head_dim else (0, 1)
+    return (query_heads, key_value) if rest == 0 and key_value > 0 and query_heads % key_value == 0 else None
 
 
 def _block_name(decoder: Decoder, name: str) -> str:
@@ -70,6 +103,8 @@ def local_attributes(attention: nn.Module, heads: tuple[int, int], degree: int) 
                 attributes[full] = count
             elif name in _GROUPS and value == query // key_value:
                 attributes[full] = local_query // local_key_value
+            elif not prefix and name in _KEY_VALUE_WIDTHS:
+                attributes[full] = value // key_value * local_key_value
             elif not prefix and name in _WIDTHS and isinstance(value, int) and value % degree == 0:
                 attributes[full] = value // degree
     config = {}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from transformers_backend.decoder import Decoder
 from transformers_backend.tensor_plan.attention_heads import heads_of
+from transformers_backend.tensor_plan.fused import fused_layouts
+from transformers_backend.tensor_plan.matrices import input_features, output_features
 from transformers_backend.tensor_plan.recipe import Recipe, pattern_of
 from transformers_backend.tensor_plan.trace import BlockTrace
 
@@ -27,14 +30,14 @@ class Block:
     trace: BlockTrace
     direct: set[str]
     """Modules whose parameters other code reads."""
+    input_ids: torch.Tensor
+    """What the twin runs on, (batch, seq)."""
 
     def input_features(self, matrix: str) -> int:
-        module = self.twin.get_submodule(matrix)
-        return module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
+        return input_features(self.twin.get_submodule(matrix))
 
     def output_features(self, matrix: str) -> int:
-        module = self.twin.get_submodule(matrix)
-        return module.out_features if isinstance(module, nn.Linear) else module.weight.shape[1]
+        return output_features(self.twin.get_submodule(matrix))
 
     def matrices_feeding(self, name: str) -> set[str]:
         """The matrices whose outputs reach the input of `name` without passing another matrix."""
@@ -57,7 +60,7 @@ def ways_to_split(block: Block) -> list[Recipe]:
     feeders = set().union(*reading.values())
     plain = {name: "replicate" if name in feeders else "colwise" for name in inner} | {last: "rowwise"}
     has_heads = heads_of(block.twin, block.decoder, block.root) is not None
-    ways = [plain]
+    ways = [*_fused_ways(block, plain, last), plain]
     if feeders & block.matrices_feeding(last):  # what feeds another matrix is not only a compressed input of it
         over_heads = {name: "norm_over_heads" for name in inner if reading[name]}
         ways.append({name: "colwise" for name in inner} | over_heads | {last: "rowwise"})
@@ -70,6 +73,17 @@ def ways_to_split(block: Block) -> list[Recipe]:
     if block.root in block.decoder.layers or block.trace.bypasses:
         return [_regions_of_their_own(way) for way in ways if "norm_over_heads" not in way.values()]
     return [_with_root(block, way) for way in ways]
+
+
+def _fused_ways(block: Block, plain: Recipe, last: str) -> list[Recipe]:
+    """Ways for a block with a single colwise linear, which then yields queries, keys and values or gate and up."""
+    colwise = [name for name, words in plain.items() if words == "colwise"]
+    if len(colwise) != 1:
+        return []
+    heads = heads_of(block.twin, block.decoder, block.root)
+    layouts = fused_layouts(block.twin, colwise[0], last, heads and heads[0], block.input_ids)
+    ways = [{**plain, colwise[0]: words, last: last_words} for words, last_words in layouts]
+    return [way for way in ways if way != plain]
 
 
 def _regions_of_their_own(way: Recipe) -> Recipe:

@@ -7,16 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from transformers_backend.decoder import Decoder
 from transformers_backend.tensor_plan.block import Block, ways_to_split
+from transformers_backend.tensor_plan.matrices import is_matrix
 from transformers_backend.tensor_plan.recipe import Derived, Recipe, pattern_of
 from transformers_backend.tensor_plan.trace import is_leaf, trace
-
-
-def is_matrix(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def derive(twin: PreTrainedModel, decoder: Decoder, input_ids: torch.Tensor) -> Derived:
@@ -33,7 +29,7 @@ def derive(twin: PreTrainedModel, decoder: Decoder, input_ids: torch.Tensor) -> 
     for root, matrices in blocks.items():
         inside = _inside(twin, root, matrices, decoder)
         replicated = {pattern_of(name): fixed[pattern_of(name)] for name in inside}
-        block = Block(twin, decoder, root, matrices, inside, runs.blocks[root], direct)
+        block = Block(twin, decoder, root, matrices, inside, runs.blocks[root], direct, input_ids)
         for index, way in enumerate([*ways_to_split(block), {}]):
             known = ways.setdefault(pattern_of(root), [])
             if index == len(known):

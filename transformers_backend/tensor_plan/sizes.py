@@ -6,20 +6,31 @@ import re
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from parallelize.tensor_parallel.plan import Region, Segment, Split, TensorPlan
 from transformers_backend.decoder import Decoder
 from transformers_backend.tensor_plan.attention_heads import (
     head_arguments,
     heads_of,
+    is_fused,
     local_attributes,
     sequence_arguments,
 )
-from transformers_backend.tensor_plan.derive import is_matrix
+from transformers_backend.tensor_plan.fused import packed_segments
+from transformers_backend.tensor_plan.matrices import (
+    input_features,
+    is_matrix,
+    is_transposed,
+    local_output_features,
+    output_features,
+)
 from transformers_backend.tensor_plan.recipe import Recipe, pattern_of
 
 _COLWISE = ("colwise", "packed_qkv", "packed_gate_up", "packed_halves")
+
+
+class DegreeError(ValueError):
+    """Heads or features of the model are not divided evenly by the degree."""
 
 
 def make_plan(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: int) -> TensorPlan:
@@ -65,31 +76,34 @@ def _split(
         segment = _segment_of_heads(model, decoder, name)
         _check_divides(name, segment, degree, may_share=True)
         return Split(style, (segment,), is_direct=is_direct)
-    if style != "rowwise" and style not in _COLWISE:
+    if not style.startswith(("rowwise", *_COLWISE)):
         return Split(style, is_direct=is_direct)
     module = model.get_submodule(name)
-    transposed = isinstance(module, Conv1D)
-    if style == "rowwise":
-        return Split("rowwise", is_transposed=transposed, is_joined=is_joined)
-    size = module.weight.shape[1 if transposed else 0]
-    heads = heads_of(model, decoder, name)
-    segments = _segments(name, style, size, heads)
-    for segment in segments:
-        _check_divides(name, segment, degree, may_share=_is_narrow(name) or segment is not segments[0])
-    return Split("colwise", segments, transposed, is_joined=is_joined)
+    transposed, heads = is_transposed(module), heads_of(model, decoder, name)
+    if style.startswith("rowwise"):
+        segments = packed_segments(style, input_features(module), heads) or ()
+        for segment in segments or (Segment(input_features(module)),):
+            _check_divides(name, segment, degree, may_share=False)
+        return Split("rowwise", segments, transposed, is_joined=is_joined)
+    size = output_features(module)
+    segments = packed_segments(style, size, heads) or _segments(model, decoder, name, style, size, heads)
+    for index, segment in enumerate(segments):
+        may_share = (_is_narrow(name) or index > 0) and segment.size % degree == 0
+        _check_divides(name, segment, degree, may_share=may_share)
+    local_size = sum(segment.size // (segment.heads if segment.is_shared(degree) else degree) for segment in segments)
+    attributes = local_output_features(module, local_size)
+    return Split("colwise", segments, transposed, is_joined=is_joined, attributes=attributes)
 
 
-def _segments(name: str, style: str, size: int, heads: tuple[int, int] | None) -> tuple[Segment, ...]:
+def _segments(
+    model: PreTrainedModel, decoder: Decoder, name: str, style: str, size: int, heads: tuple[int, int] | None
+) -> tuple[Segment, ...]:
     """The parts of a colwise matrix's `size` output features."""
-    if style == "packed_gate_up":
-        return (Segment(size // 2), Segment(size // 2))
     if heads is None:
         return (Segment(size // 3),) * 3 if style == "packed_qkv" else (Segment(size),)
     query, key_value = heads
-    if style == "packed_qkv":
-        width = size // (query + 2 * key_value)
-        return (Segment(query * width, query), *[Segment(key_value * width, key_value)] * 2)
-    count = key_value if _is_narrow(name) else query
+    # Fused by groups: the queries that share a key and a value lie beside them, so they stay together.
+    count = key_value if _is_narrow(name) or is_fused(model, decoder, name) else query
     if style == "packed_halves":
         return (Segment(size // 2, count // 2),) * 2
     return (Segment(size, count),)
@@ -119,7 +133,7 @@ def _check_divides(name: str, segment: Segment, degree: int, *, may_share: bool)
     if may_share and segment.is_shared(degree) and degree % segment.heads == 0:
         return
     if count % degree:
-        raise ValueError(
+        raise DegreeError(
             f"parallelism.tensor_parallel_degree = {degree}: {name} has {count} {what}, which it does not divide. Use "
             f"one of {', '.join(map(str, valid[:12]))}."
         )
