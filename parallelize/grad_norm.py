@@ -2,8 +2,8 @@
 
 Called between backward and optimizer step (`HFTransformerModel.clip_grad_norm_`). torch's own `clip_grad_norm_`
 raises where parameters live on different meshes (some sharded over all ranks, some plain or on a sub-mesh: tensor
-parallelism alone, or with FSDP2 on top), because it stacks DTensors of different meshes. Here the norm is taken mesh by mesh, each is reduced to a plain number that
-is the same on every rank, and the numbers are combined.
+parallelism alone, or with FSDP2 on top), because it stacks DTensors of different meshes. Here the norm is taken mesh
+by mesh, each is reduced to a plain number that is the same on every rank, and the numbers are combined.
 """
 
 from __future__ import annotations

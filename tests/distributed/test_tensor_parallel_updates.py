@@ -1,8 +1,8 @@
 """Gradient norms, clipping and optimizers on the meshes that tensor parallelism makes, 4 gloo processes.
 
 The reference is the same on plain tensors. Parameters have all layouts that occur: whole and split along either
-dimension over tp, evenly, unevenly and with empty parts, and each of these cut further by FSDP2 along dimension 0, which
-makes `_StridedShard` of what tp splits there too.
+dimension over tp, evenly, unevenly and with empty parts, and each of these cut further by FSDP2 along dimension 0,
+which makes `_StridedShard` of what tp splits there too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from parallelize.grad_norm import clip_grad_norm_
+from parallelize.mixed_precision import parameters_cast_to
 from parallelize.parallel_dims import ParallelDims, data_parallel_mesh
 from tests.distributed.workers import WorkerPool
 from transformers_backend.optimizer import build_optimizer
@@ -168,3 +169,59 @@ def _compare_optimizers(degrees: tuple[int, int, int] | None, name: str, impleme
 @pytest.mark.parametrize("degrees", MESHES, ids=str)
 def test_updates_are_the_plain_ones(four: WorkerPool, degrees, name: str, implementation: str):
     four.run(_compare_optimizers, degrees, name, implementation)
+
+
+# --- mixed precision without FSDP2
+
+
+class _Tied(nn.Module):
+    """An embedding that is the head too, and a norm's weight between them; computes on local tensors where split.
+
+    With a vocabulary that is split, `forward` gives this rank's logits; the embedding's part of the output is all that
+    this rank's rows contribute, so that no communication is needed where each token is one of its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embedding = nn.Embedding(7, 6)
+        self.embedding.weight = nn.Parameter(torch.randn(7, 6, generator=generator))
+        self.norm = nn.RMSNorm(6)
+        self.head = nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, local_ids: torch.Tensor) -> torch.Tensor:
+        hidden = nn.functional.embedding(local_ids, _local(self.embedding.weight))
+        hidden = nn.functional.rms_norm(hidden, (6,), _local(self.norm.weight))
+        return nn.functional.linear(hidden, _local(self.head.weight))
+
+
+def _compare_casts() -> None:
+    mesh = _mesh(2, 1, 2)["tp"]
+    rank, rows = mesh.get_local_rank(), [4, 3]
+    first = sum(rows[:rank])
+    split, plain = _Tied(), _Tied()
+    tied = nn.Parameter(distribute_tensor(split.head.weight.detach(), mesh, [Shard(0)], src_data_rank=None))
+    split.embedding.weight = split.head.weight = tied
+    split.norm.weight = nn.Parameter(distribute_tensor(split.norm.weight.detach(), mesh, [Replicate()]))
+    for _ in range(2):  # a second backward adds to the first
+        with parameters_cast_to(split, torch.bfloat16):
+            assert split.head.weight is split.embedding.weight is not tied, "one cast for both"
+            logits = split(torch.arange(rows[rank]))
+            assert logits.dtype == torch.bfloat16
+            logits.float().square().sum().backward()
+        with parameters_cast_to(plain, torch.bfloat16):
+            mine = slice(first, first + rows[rank])
+            plain(torch.arange(7)[mine])[:, mine].float().square().sum().backward()
+    assert split.head.weight is split.embedding.weight is tied
+    for parameter, reference in ((tied, plain.head.weight), (split.norm.weight, plain.norm.weight)):
+        assert isinstance(parameter.grad, DTensor)
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+        assert parameter.grad.placements == parameter.placements
+        local = reference.grad[mine] if reference.ndim == 2 else reference.grad
+        torch.testing.assert_close(parameter.grad.to_local(), local, rtol=1e-6, atol=1e-6)
+        assert local.abs().max() > 0
+
+
+def test_gradients_of_casts_arrive_in_the_parameters_own_dtype_and_placement(four: WorkerPool):
+    four.run(_compare_casts)
