@@ -120,9 +120,7 @@ def loss_and_gradients(
     """
     columns = VOCABULARY_SIZE if vocabulary is None else vocabulary.largest
     chunk_elements = input_ids.numel() * columns // 3 + 1
-    install_loss(
-        twin, describe_decoder(twin), chunked=chunked, chunk_elements=chunk_elements, vocabulary=vocabulary
-    )
+    install_loss(twin, describe_decoder(twin), chunked=chunked, chunk_elements=chunk_elements, vocabulary=vocabulary)
     if before_run is not None:
         before_run()
     loss = twin(input_ids=input_ids, targets=shift_labels(labels)) / count_targets(labels)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from parallelize.tensor_parallel.collectives import cut, enter, join, leave
+from parallelize.tensor_parallel.collectives import cut, enter, gather_and_enter, join, leave
 from parallelize.tensor_parallel.local import (
     LocalValue,
     compute_locally,
@@ -182,7 +182,7 @@ def _local_value(
         return own_part
     if split.style == "rowwise":
         return own_part if name.endswith(".weight") else on_first_rank(group)
-    if split.style == "norm_over_heads":  # every rank computes the whole norm, with the whole gradient
+    if split.style in ("norm_over_heads", "whole"):  # computed whole, with the whole gradient
         return own_part
     in_layer = any(name.startswith(f"{layer}.") for layer in layers)
     in_region = plan.region_of(name) is not None and split.style != "outside"
@@ -206,8 +206,8 @@ def _compute(
     compute_locally(module, values)
     if style == "rowwise":
         leave_region(module, group, sequence, is_joined=split.is_joined)
-    elif style == "colwise" and split.is_joined:
-        join_features(module, group)
+    elif style == "colwise" and (split.is_joined or split.is_gathered):
+        join_features(module, split, group)
     elif style == "norm_over_heads":
         norm_over_heads(module, split.segments[0], group)
 
@@ -238,6 +238,10 @@ def enter_region(module: nn.Module, region: Region, group: dist.ProcessGroup, se
     Forward: nothing, or with sequence parallelism all-gather of (b, s / T, H). Backward: all-reduce of the gradient's
     terms (b, s, H), or reduce-scatter.
     """
+    if region.is_whole:
+        if sequence is not None:
+            sequence.compute_whole(module)
+        return
     for name, value in region.attributes.items():
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, value)
@@ -279,18 +283,19 @@ def own_heads_of(argument: torch.Tensor, heads: int, group: dist.ProcessGroup) -
     return by_head.narrow(dim + 1, rank * (heads // degree), heads // degree).flatten(dim, dim + 1)
 
 
-def join_features(module: nn.Module, group: dist.ProcessGroup) -> None:
+def join_features(module: nn.Module, split: Split, group: dist.ProcessGroup) -> None:
     """Colwise linear whose output features (b, s, features) are used together, by statistics over all of them.
 
-    Forward: all-gather of (b, s, features / T); every rank computes alike until a rowwise linear cuts. Backward: own
-    part of the gradient, which is whole.
+    Forward: all-gather of (b, s, features / T). With `is_joined` every rank then computes alike until a rowwise linear
+    cuts; backward: own part of the gradient, which is whole. With `is_gathered` every rank goes on with its part of
+    another linear; backward: reduce-scatter of the gradient's terms.
     """
     plain_forward = module.forward
 
     @functools.wraps(plain_forward)
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
         features = plain_forward(hidden_states)
-        return join(features, features.dim() - 1, group)
+        return (join if split.is_joined else gather_and_enter)(features, features.dim() - 1, group)
 
     module.forward = forward
 

@@ -28,8 +28,9 @@ def compute_locally(module: nn.Module, values: Mapping[str, LocalValue]) -> None
     Only parameters that this forward reads itself: the module's own, or with a dotted name those of an inner module
     whose forward is not what reads them. Everything else keeps its hands off.
     """
-    module._local_values = dict(values)
+    module._local_values = {**vars(module).get("_local_values", {}), **values}
     plain_forward = module.forward
+
     @functools.wraps(plain_forward)
     def forward(*args, **kwargs):
         with _local_parameters([module]):

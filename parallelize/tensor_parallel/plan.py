@@ -25,14 +25,15 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Style = Literal["colwise", "rowwise", "vocabulary", "replicate", "outside", "split", "norm_over_heads"]
+Style = Literal["colwise", "rowwise", "vocabulary", "replicate", "outside", "whole", "split", "norm_over_heads"]
 """How a module's weights are split, or one parameter.
 
 colwise           a linear's output features; its input is whole
 rowwise           a linear's input features; its output is a term of a sum over ranks, the exit of a region
 vocabulary        rows, one a token
 replicate         not at all; inside a region every rank computes a part of the gradient
-outside           not at all; in the module of a region, but behind its exit: every rank computes the whole gradient
+outside           not at all; in the module of a region, but behind its exit, as if it were no part of it
+whole             not at all; in a region, but computing with all features: every rank computes the whole gradient
 split             the first dimension (one value or row a head, or a channel), each rank computes with its own
 norm_over_heads   not at all; every rank computes it whole from the features of all heads and keeps its own
 """
@@ -64,13 +65,15 @@ class Split:
     """Whether the weight is (in, out), as GPT-2's Conv1D has it, rather than (out, in)."""
     is_joined: bool = False
     """For "colwise": every rank gets the features of all; for "rowwise": they come in so, and each takes its own."""
+    is_gathered: bool = False
+    """For "colwise" in front of another colwise linear (MLA's compressed keys): every rank gets the features of all."""
     is_direct: bool = False
     """Whether code of the layer around the module reads the parameters, rather than the module's own forward."""
     attributes: dict[str, Any] = field(default_factory=dict)
     """Attributes that the module's forward reads, such as its number of outputs, and their values on one rank."""
 
     def __str__(self) -> str:
-        words = self.style + "+join" * self.is_joined + "+direct" * self.is_direct
+        words = self.style + "+join" * self.is_joined + "+gather" * self.is_gathered + "+direct" * self.is_direct
         if len(self.segments) < 2:
             return words
         return f"{words} [{' | '.join(str(segment.size) for segment in self.segments)}]"
@@ -80,6 +83,8 @@ class Split:
 class Region:
     """A module whose input is whole and whose inside is split: attention, an mlp, or a linear that is both ends."""
 
+    is_whole: bool = False
+    """Whether nothing inside is split: every rank computes all of it, from the whole sequence."""
     attributes: dict[str, Any] = field(default_factory=dict)
     """Attributes (head counts, widths) and their values on one rank; of inner modules as "norm.num_heads"."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -90,8 +95,9 @@ class Region:
 
     def __str__(self) -> str:
         values = {**self.attributes, **self.config}
-        arguments = "".join(f", own heads of {name}" for name in self.head_arguments)
-        return "region" + "".join(f", {name} {value}" for name, value in values.items()) + arguments
+        arguments = "".join(f", own heads of {key}" for key in self.head_arguments)
+        name = "whole_region" if self.is_whole else "region"
+        return name + "".join(f", {key} {value}" for key, value in values.items()) + arguments
 
 
 @dataclass(frozen=True)

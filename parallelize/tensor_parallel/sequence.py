@@ -52,6 +52,21 @@ class SequenceShards:
         padded = pad_to_multiple(term, dim, dist.get_world_size(self.group))
         return leave_and_scatter(padded, dim, self.group)
 
+    def compute_whole(self, module: nn.Module) -> None:
+        """Let a module that nothing splits see the whole sequence, and give back this rank's part of its output."""
+        plain_forward = module.forward
+
+        @functools.wraps(plain_forward)
+        def forward(*args, **kwargs):
+            output = plain_forward(*args, **kwargs)
+            if isinstance(output, torch.Tensor):
+                return self._cut(output)
+            return type(output)([self._cut(output[0]), *output[1:]])
+
+        module.forward = forward
+        first = next(iter(inspect.signature(plain_forward).parameters))
+        _change_arguments(module, [first], self._joined)
+
     def _before_first(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         whole = args[0] if args else kwargs["hidden_states"]
         self._length = whole.shape[_SEQUENCE]

@@ -25,6 +25,8 @@ _SEQUENCE_ARGUMENTS = ("per_layer_input",)
 
 def heads_of(model: PreTrainedModel, decoder: Decoder, name: str) -> tuple[int, int] | None:
     """(query heads, key and value heads) of the block that `name` is (in), or None for one without heads."""
+    if name in decoder.layers:
+        return None
     block = _block_name(decoder, name)
     if not any(word in block.lower() for word in ("attn", "attention")):
         root = model.get_submodule(block)

@@ -58,7 +58,7 @@ def ways_to_split(block: Block) -> list[Recipe]:
         return []
     reading = {name: block.matrices_feeding(name) & set(inner) for name in inner}
     feeders = set().union(*reading.values())
-    plain = {name: "replicate" if name in feeders else "colwise" for name in inner} | {last: "rowwise"}
+    plain = {name: "colwise+gather" if name in feeders else "colwise" for name in inner} | {last: "rowwise"}
     has_heads = heads_of(block.twin, block.decoder, block.root) is not None
     ways = [*_fused_ways(block, plain, last), plain]
     if feeders & block.matrices_feeding(last):  # what feeds another matrix is not only a compressed input of it
@@ -71,7 +71,7 @@ def ways_to_split(block: Block) -> list[Recipe]:
             ways.insert(0, {inner[0]: "packed_qkv", last: "rowwise"})
         ways.append({name: "colwise+join" for name in inner} | {last: "rowwise+join"})
     if block.root in block.decoder.layers or block.trace.bypasses:
-        return [_regions_of_their_own(way) for way in ways if "norm_over_heads" not in way.values()]
+        return [_regions_of_their_own(plain)]
     return [_with_root(block, way) for way in ways]
 
 
@@ -86,12 +86,20 @@ def _fused_ways(block: Block, plain: Recipe, last: str) -> list[Recipe]:
     return [way for way in ways if way != plain]
 
 
+def whole_way(block: Block) -> Recipe:
+    """The way that splits nothing. What mixes tokens must see the whole sequence even so."""
+    mixes = heads_of(block.twin, block.decoder, block.root) is not None or any(
+        isinstance(module, nn.Conv1d) for module in block.twin.get_submodule(block.root).modules()
+    )
+    if not mixes or not block.trace.is_called or block.root in block.decoder.layers:
+        return {}
+    styles = {name: "whole+direct" if name in block.direct else "whole" for name in block.parts}
+    return {pattern_of(name): words for name, words in {**styles, block.root: "whole_region"}.items()}
+
+
 def _regions_of_their_own(way: Recipe) -> Recipe:
     """Every matrix enters the region itself, so that what else reads the block's input stays outside."""
-    return {
-        pattern_of(name): words if words.startswith(("rowwise", "replicate")) else f"{words}+region"
-        for name, words in way.items()
-    }
+    return {pattern_of(name): words if words == "rowwise" else f"{words}+region" for name, words in way.items()}
 
 
 def _with_root(block: Block, way: Recipe) -> Recipe:
@@ -111,7 +119,7 @@ def _style(block: Block, name: str, way: Recipe) -> str:
         return "outside"
     heads = heads_of(block.twin, block.decoder, block.root)
     if "colwise+join" in way.values():
-        return "outside"
+        return "whole"
     if is_module:
         return _style_of_module(block, name, parameter, way, heads)
     return "split" if heads is not None and parameter.shape[0] in heads and parameter.shape[0] > 1 else "replicate"
@@ -133,7 +141,7 @@ def _style_of_module(
     split_widths = {
         block.output_features(feeder)
         for feeder in block.matrices_feeding(name)
-        if way.get(feeder, "").startswith(("colwise", "packed"))
+        if way.get(feeder, "").startswith(("colwise", "packed")) and not way[feeder].endswith("gather")
     }
     last = next(matrix for matrix, words in way.items() if words == "rowwise")
     if split_widths and size == shape[-1] and size in {*split_widths, block.input_features(last)}:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transformers_backend.decoder import Decoder
-from transformers_backend.tensor_plan.block import Block, ways_to_split
+from transformers_backend.tensor_plan.block import Block, ways_to_split, whole_way
 from transformers_backend.tensor_plan.matrices import is_matrix
 from transformers_backend.tensor_plan.recipe import Derived, Recipe, pattern_of
 from transformers_backend.tensor_plan.trace import is_leaf, trace
@@ -20,23 +20,29 @@ def derive(twin: PreTrainedModel, decoder: Decoder, input_ids: torch.Tensor) -> 
     blocks = {name: block for layer in decoder.layers for name, block in _blocks(twin, layer).items()}
     runs = trace(twin, blocks, input_ids)
     direct = {parameter.rpartition(".")[0] for parameter in runs.direct}
-    fixed = {
-        pattern_of(name): "replicate+direct" if name in direct else "replicate" for name in _with_weights(twin)
-    }
+    fixed = {pattern_of(name): "replicate+direct" if name in direct else "replicate" for name in _with_weights(twin)}
     fixed.update({pattern_of(name): "vocabulary" for name in runs.token_embeddings})
     fixed[decoder.embedding] = fixed[decoder.head] = "vocabulary"
-    ways: dict[str, list[Recipe]] = {}
+    by_pattern: dict[str, list[list[Recipe]]] = {}  # the ways of every block by that name, one a layer
     for root, matrices in blocks.items():
         inside = _inside(twin, root, matrices, decoder)
         replicated = {pattern_of(name): fixed[pattern_of(name)] for name in inside}
         block = Block(twin, decoder, root, matrices, inside, runs.blocks[root], direct, input_ids)
-        for index, way in enumerate([*ways_to_split(block), {}]):
-            known = ways.setdefault(pattern_of(root), [])
-            if index == len(known):
-                known.append({})
-            known[index] = {**replicated, **known[index], **way}
+        found = [{**replicated, **way} for way in [*ways_to_split(block), whole_way(block)]]
+        by_pattern.setdefault(pattern_of(root), []).append(found)
+    ways = {pattern: _merged(layers) for pattern, layers in by_pattern.items()}
     owned = {pattern for block in ways.values() for way in block for pattern in way}
     return Derived({pattern: words for pattern, words in fixed.items() if pattern not in owned}, ways)
+
+
+def _merged(layers: list[list[Recipe]]) -> list[Recipe]:
+    """The ways of a block in all layers, which may differ a little, such as in a bias that only the last one has."""
+    count = max(len(ways) for ways in layers) - 1
+    numbered = [[ways[min(number, len(ways) - 1)] for ways in layers] for number in range(count)]
+    return [
+        {pattern: words for way in ways for pattern, words in way.items()}
+        for ways in [*numbered, [ways[-1] for ways in layers]]
+    ]
 
 
 def _inside(model: nn.Module, root: str, matrices: list[str], decoder: Decoder) -> list[str]:

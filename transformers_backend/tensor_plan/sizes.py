@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 from torch import nn
@@ -26,6 +27,7 @@ from transformers_backend.tensor_plan.matrices import (
 )
 from transformers_backend.tensor_plan.recipe import Recipe, pattern_of
 
+_MODIFIERS = ("region", "whole_region", "join", "gather", "direct")
 _COLWISE = ("colwise", "packed_qkv", "packed_gate_up", "packed_halves")
 
 
@@ -39,22 +41,27 @@ def make_plan(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: 
     regions: dict[str, Region] = {}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name in [*(name for name, _ in model.named_modules()), *parameters]:
-        words = recipe.get(pattern_of(name), recipe.get(name))
+        words = recipe.get(name, recipe.get(pattern_of(name)))
         if words is None:
             continue
-        *styles, _ = [word for word in words.split("+") if word not in ("region", "join", "direct")] + [None]
-        modifiers = set(words.split("+")) - set(styles)
-        if "region" in modifiers:
-            regions[name] = _region(model, decoder, name, degree)
-        for style in styles:
-            splits[name] = _split(
-                model, decoder, name, style, degree, is_joined="join" in modifiers, is_direct="direct" in modifiers
+        modifiers = set(words.split("+")) & set(_MODIFIERS)
+        if modifiers & {"region", "whole_region"}:
+            regions[name] = _region(model, decoder, name, degree, is_whole="whole_region" in modifiers)
+        for style in [word for word in words.split("+") if word not in modifiers]:
+            split = _split(model, decoder, name, style, degree)
+            splits[name] = dataclasses.replace(
+                split,
+                is_joined="join" in modifiers,
+                is_gathered="gather" in modifiers,
+                is_direct="direct" in modifiers,
             )
     arguments = sequence_arguments(model.get_submodule(decoder.layers[0]))
     return TensorPlan(degree=degree, splits=splits, regions=regions, sequence_arguments=arguments)
 
 
-def _region(model: PreTrainedModel, decoder: Decoder, name: str, degree: int) -> Region:
+def _region(model: PreTrainedModel, decoder: Decoder, name: str, degree: int, *, is_whole: bool) -> Region:
+    if is_whole:
+        return Region(is_whole=True)
     module, heads = model.get_submodule(name), heads_of(model, decoder, name)
     if is_matrix(module) or heads is None:
         return Region()
@@ -62,29 +69,20 @@ def _region(model: PreTrainedModel, decoder: Decoder, name: str, degree: int) ->
     return Region(attributes=attributes, config=config, head_arguments=head_arguments(module, heads[0]))
 
 
-def _split(
-    model: PreTrainedModel,
-    decoder: Decoder,
-    name: str,
-    style: str,
-    degree: int,
-    *,
-    is_joined: bool,
-    is_direct: bool,
-) -> Split:
+def _split(model: PreTrainedModel, decoder: Decoder, name: str, style: str, degree: int) -> Split:
     if style in ("split", "norm_over_heads"):
         segment = _segment_of_heads(model, decoder, name)
         _check_divides(name, segment, degree, may_share=True)
-        return Split(style, (segment,), is_direct=is_direct)
+        return Split(style, (segment,))
     if not style.startswith(("rowwise", *_COLWISE)):
-        return Split(style, is_direct=is_direct)
+        return Split(style)
     module = model.get_submodule(name)
     transposed, heads = is_transposed(module), heads_of(model, decoder, name)
     if style.startswith("rowwise"):
         segments = packed_segments(style, input_features(module), heads) or ()
         for segment in segments or (Segment(input_features(module)),):
             _check_divides(name, segment, degree, may_share=False)
-        return Split("rowwise", segments, transposed, is_joined=is_joined)
+        return Split("rowwise", segments, transposed)
     size = output_features(module)
     segments = packed_segments(style, size, heads) or _segments(model, decoder, name, style, size, heads)
     for index, segment in enumerate(segments):
@@ -92,7 +90,7 @@ def _split(
         _check_divides(name, segment, degree, may_share=may_share)
     local_size = sum(segment.size // (segment.heads if segment.is_shared(degree) else degree) for segment in segments)
     attributes = local_output_features(module, local_size)
-    return Split("colwise", segments, transposed, is_joined=is_joined, attributes=attributes)
+    return Split("colwise", segments, transposed, attributes=attributes)
 
 
 def _segments(
