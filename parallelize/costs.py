@@ -34,7 +34,7 @@ paper does so for one architecture. Here it follows from a layer's weights, so t
     H S scores of H query heads over S tokens, only where attention is not fused: kept after the softmax in fp32, and
         once more in b' = b bytes where b < 4, else b' = 0
 
-It leaves out dropout masks, and experts.
+With tensor parallelism these are the widths that one rank has (`LayerWidths`). Dropout masks and experts are left out.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ def training_flops_per_token(*, matmul_parameters: int, attention: Sequence[Atte
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """How wide, in numbers a token, the values are that one decoder layer computes."""
+    """How wide, in numbers a token, the values are that one decoder layer computes and this rank keeps."""
 
     hidden: int
     """Of the hidden states that enter the layer."""
     matrices: tuple[tuple[int, int], ...]
-    """The two sizes of each weight matrix."""
+    """The two sizes of each weight matrix: of its outputs and inputs."""
     norms: tuple[int, ...]
     """What each norm normalises."""
     score_heads: int

@@ -1,9 +1,9 @@
 """One gradient norm for the whole model, whatever the meshes its parameters live on.
 
 Called between backward and optimizer step (`HFTransformerModel.clip_grad_norm_`). torch's own `clip_grad_norm_`
-raises where parameters live on different meshes (some sharded over all ranks, some plain or on a sub-mesh), because
-it stacks DTensors of different meshes. Here the norm is taken mesh by mesh, each is reduced to a plain number that
-is the same on every rank, and the numbers are combined.
+raises where parameters live on different meshes (some sharded over all ranks, some plain or on a sub-mesh: tensor
+parallelism alone, or with FSDP2 on top), because it stacks DTensors of different meshes. Here the norm is taken mesh
+by mesh, each is reduced to a plain number that is the same on every rank, and the numbers are combined.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
@@ -57,24 +58,40 @@ def _mesh_of(tensor: Tensor) -> DeviceMesh | None:
 
 
 def _norm_of_one_mesh(gradients: list[Tensor], norm_type: float) -> Tensor:
-    """The norm of gradients that share a mesh (or have none), as a plain scalar of at least float32."""
+    """The norm of gradients that share a mesh (or have none), as a plain scalar of at least float32.
+
+    Every number of a gradient is counted on one rank: along a dimension on which it is whole, on the first. Then one
+    scalar is reduced along each dimension, whatever the placements, and all ranks get the same bits. (torch's own
+    function gathers gradients of unlike placements one by one, and refuses the infinity norm of empty shards.)
+    """
     mesh = _mesh_of(gradients[0])
-    if mesh is not None and norm_type == float("inf"):
-        norm = _infinity_norm(gradients, mesh)
-    else:
-        norm = get_total_norm(gradients, norm_type)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()  # sums the shards' contributions over the mesh
-    # bf16 gradients give a bf16 norm: combining those would round once more.
+    if mesh is None:
+        return _at_least_float32(get_total_norm(gradients, norm_type))
+    counted = [local for gradient in gradients if (local := _counted_here(gradient)) is not None]
+    norm = _at_least_float32(get_total_norm(counted, norm_type)).to(gradients[0].device)
+    is_infinite = norm_type == float("inf")
+    total = norm if is_infinite else norm**norm_type
+    for dimension in range(mesh.ndim):
+        if mesh.size(dimension) > 1:
+            operation = dist.ReduceOp.MAX if is_infinite else dist.ReduceOp.SUM
+            dist.all_reduce(total, op=operation, group=mesh.get_group(dimension))
+    return total if is_infinite else total ** (1.0 / norm_type)
+
+
+def _counted_here(gradient: DTensor) -> Tensor | None:
+    """This rank's part of a gradient; None where it is empty or another rank counts it. Partial sums are added up."""
+    mesh = gradient.device_mesh
+    if any(placement.is_partial() for placement in gradient.placements):
+        gradient = gradient.redistribute(
+            placements=[Replicate() if placement.is_partial() else placement for placement in gradient.placements]
+        )
+    for dimension, placement in enumerate(gradient.placements):
+        if placement.is_replicate() and mesh.get_local_rank(dimension) > 0:
+            return None
+    local = gradient.to_local()
+    return local if local.numel() > 0 else None
+
+
+def _at_least_float32(norm: Tensor) -> Tensor:
+    """bf16 gradients give a bf16 norm: combining those would round once more."""
     return norm.to(torch.promote_types(norm.dtype, torch.float32))
-
-
-def _infinity_norm(gradients: list[Tensor], mesh: DeviceMesh) -> DTensor:
-    """The largest absolute entry: torch refuses the infinity norm of the empty shards that small parameters have."""
-    reduced = [
-        gradient.redistribute(placements=[Replicate() if p.is_partial() else p for p in gradient.placements])
-        for gradient in gradients
-    ]
-    filled = [local for local in (gradient.to_local() for gradient in reduced) if local.numel() > 0]
-    largest = get_total_norm(filled, float("inf")).to(device=gradients[0].device, dtype=torch.float32)
-    return DTensor.from_local(largest, mesh, [Partial("max")] * mesh.ndim, run_check=False)

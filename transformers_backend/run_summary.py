@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from parallelize.config import ActivationCheckpointConfig
 from parallelize.costs import MemoryEstimate
 from parallelize.model import needs_fsdp
+from parallelize.parallel_dims import MESH_DIMENSIONS
 from transformers_backend.checkpoint import is_remote, locate_folder
 from transformers_backend.decoder import parameter_kind
 from transformers_backend.job_config import JobConfig
@@ -50,6 +52,7 @@ def describe_run(
         ("run", _run_lines(config)),
         ("model", _model_lines(model)),
         ("mesh", _mesh_lines(config, model, computes_in)),
+        ("plan", _plan_lines(model)),
         ("parameters", parameter_table(model)),
         ("memory", _memory_lines(memory, model.device.type)),
         ("data", _data_lines(config, model, data_name, accumulation_steps, tokens_per_step, flops_per_token)),
@@ -83,6 +86,7 @@ def estimate_run_memory(
         accumulates=accumulates,
         offloaded=config.training.enable_cpu_offload and model.device.type != "cpu",
         device_type=model.device.type,
+        sequence_parallel=_shares_sequence(model),
     )
 
 
@@ -93,7 +97,8 @@ def parameter_table(model: HFTransformerModel) -> list[str]:
     """
     groups: dict[tuple[str, tuple[str, ...], str], _Group] = {}
     named = list(model.hf_model.named_parameters())
-    dimensions = list(dict.fromkeys(name for _, parameter in named for name in _placements(parameter)))
+    found = dict.fromkeys(name for _, parameter in named for name in _placements(parameter))
+    dimensions = sorted(found, key=lambda name: MESH_DIMENSIONS.index(name) if name in MESH_DIMENSIONS else -1)
     for name, parameter in named:
         placed = _placements(parameter)
         cells = tuple(placed.get(dimension, "") for dimension in dimensions) if placed else ("whole",)
@@ -141,7 +146,7 @@ def _placements(parameter: torch.Tensor) -> dict[str, str]:
 
 
 def _shown(placement: object) -> str:
-    if isinstance(placement, Shard):
+    if isinstance(placement, (Shard, _StridedShard)):  # the latter where tp has cut the same dimension before
         return f"Shard({placement.dim})"
     return "Replicate" if isinstance(placement, Replicate) else str(placement)
 
@@ -195,6 +200,19 @@ def _mesh_lines(config: JobConfig, model: HFTransformerModel, computes_in: torch
         f"computation in {str(computes_in).removeprefix('torch.')}",
         f"{compiled}; computed again in the backward: {names.get(recompute, f'one layer in {recompute}')}",
     ]
+
+
+def _shares_sequence(model: HFTransformerModel) -> bool:
+    return model.tensor_plan is not None and model.sequence_parallel_because is None
+
+
+def _plan_lines(model: HFTransformerModel) -> list[str]:
+    """How tensor parallelism splits the model, module by module; nothing without it."""
+    if model.tensor_plan is None:
+        return []
+    reason = model.sequence_parallel_because
+    sequence = "sequence parallel between regions" if reason is None else f"not sequence parallel: {reason}"
+    return [f"tensor parallel over {model.dims.tp} ranks; {sequence}", *model.tensor_plan.lines()]
 
 
 def _recompute(activation_checkpoint: ActivationCheckpointConfig) -> str:

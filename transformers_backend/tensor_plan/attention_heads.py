@@ -32,7 +32,7 @@ def heads_of(model: PreTrainedModel, decoder: Decoder, name: str) -> tuple[int, 
         root = model.get_submodule(block)
         if not any(key in _HEADS for module in root.modules() for key in vars(module)):
             return None
-    layer = next(index for index, layer in enumerate(decoder.layers) if name.startswith(f"{layer}."))
+    layer = next(index for index, layer in enumerate(decoder.layers) if f"{name}.".startswith(f"{layer}."))
     counts = head_counts(model.config, layer)
     return _counts_of_fused(model.get_submodule(block), counts[0]) or counts
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.optim import AdamW, Muon
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from parallelize.costs import LayerWidths, MemoryEstimate, activation_bytes_per_token
@@ -161,3 +166,70 @@ def test_state_gradients_and_casts_by_hand():
     layer = sum(p.numel() for p in hf_model.model.layers[0].parameters())
     root = 384 * 128 + 128  # the head and the final norm; the embedding is a unit of its own
     assert sharded.working == 2 * (root + 2 * layer) + (2 + 4) * layer
+
+
+# --- tensor parallelism
+
+
+@pytest.fixture
+def tensor_parallel() -> Iterator[DeviceMesh]:
+    """A mesh (dp_shard 2, tp 2) of four ranks, of which only this one is there."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
+    torch.distributed.destroy_process_group()
+
+
+def _split(hf_model, mesh: DeviceMesh) -> None:
+    """As a plan of tensor parallelism lays a Llama out."""
+    dimensions = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 0, "up_proj": 0, "down_proj": 1,
+                  "embed_tokens": 0, "lm_head": 0}  # fmt: skip
+    for name, module in hf_model.named_modules():
+        dimension = dimensions.get(name.rpartition(".")[2])
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            placement = Replicate() if dimension is None else Shard(dimension)
+            value = distribute_tensor(parameter.detach(), mesh["tp"], [placement], src_data_rank=None)
+            setattr(module, key, torch.nn.Parameter(value))
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["tp", "fsdp and tp"])
+def test_widths_of_a_tensor_parallel_rank(tensor_parallel: DeviceMesh, sequence_parallel: bool, is_sharded: bool):
+    hf_model = _build("qwen3", "eager")
+    decoder = describe_decoder(hf_model)
+    _split(hf_model, tensor_parallel)
+    if is_sharded:
+        for layer in hf_model.model.layers:
+            fully_shard(layer, mesh=tensor_parallel["dp_shard"])
+    (first, *_) = layer_widths(hf_model, decoder, sequence_parallel)
+    between = 64 if sequence_parallel else 128
+    assert first.hidden == between
+    assert first.matrices == (
+        # q, k, v (128, 64 and 64 outputs): the input of 128 is kept whole once; o gives back what is between regions.
+        (64, 128), (32, 64), (32, 64), (between, 64),
+        (176, 128), (176, 64), (between, 176),
+    )  # fmt: skip
+    assert sorted(first.norms) == sorted([between, between, 64, 32]), "norms of queries and keys are of local heads"
+    assert first.score_heads == 2
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["tp", "fsdp and tp"])
+def test_parts_of_a_tensor_parallel_rank(tensor_parallel: DeviceMesh, is_sharded: bool):
+    hf_model = _build("llama", "sdpa")
+    decoder = describe_decoder(hf_model)
+    norms = 7 * 128
+    layer = (sum(p.numel() for p in hf_model.model.layers[0].parameters()) - 2 * 128) // 2 + 2 * 128
+    total, table = (sum(p.numel() for p in hf_model.parameters()) - norms) // 2 + norms, 192 * 128
+    _split(hf_model, tensor_parallel)
+    if is_sharded:
+        for unit in [*hf_model.model.layers, hf_model.model.embed_tokens, hf_model]:
+            fully_shard(unit, mesh=tensor_parallel["dp_shard"])
+    estimate = estimate_memory(
+        hf_model, decoder, optimizers=[AdamW(hf_model.parameters())], computes_in=torch.bfloat16,
+        is_sharded=is_sharded, reshards=True, recompute="none", batch_size=2, seq_len=SEQ_LEN, loss_is_chunked=True,
+        accumulates=True, offloaded=False, device_type="cpu", sequence_parallel=True,
+    )  # fmt: skip
+    kept = total // 2 if is_sharded else total
+    assert (estimate.parameters, estimate.gradients, estimate.optimizer) == (4 * kept, 4 * kept, 8 * kept)
+    gathered = 2 * (table + 128 + 2 * layer) + (2 + 4) * layer
+    assert estimate.working == (gathered if is_sharded else 2 * total)
+    assert estimate.logits == 2 * SEQ_LEN * 192 * (2 + 8), "of half the vocabulary"

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from parallelize.parallel_dims import ParallelDims
 from tests.jobs import tiny_job
 from transformers_backend import JobConfig
 from transformers_backend.model import HFTransformerModel, HFTransformerModelArgs
-from transformers_backend.run_summary import WIDTH, describe_run, parameter_table
+from transformers_backend.run_summary import WIDTH, describe_run, estimate_run_memory, parameter_table
 
 
 @pytest.fixture
@@ -126,3 +131,68 @@ def test_kinds_of_other_architectures(config, model_type: str, overrides: dict, 
     rows = [line.split() for line in parameter_table(_model(config))]
     assert {row[0]: int(row[3]) for row in rows[1:-1] if row[2] == "float32"} == kinds
     assert any("tied" in line for line in parameter_table(_model(config))) is ("head" not in kinds)
+
+
+# --- tensor parallelism
+
+
+class _Plan:
+    def lines(self) -> list[str]:
+        return ["model.embed_tokens                 vocabulary", "model.layers.*.self_attn.q_proj    colwise"]
+
+
+@pytest.fixture
+def four_ranks() -> Iterator[None]:
+    """Of which only the first is there."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def _split(model: HFTransformerModel, *, is_sharded: bool) -> None:
+    model.dims = ParallelDims(pp=1, dp_replicate=1, dp_shard=2, cp=1, tp=2)
+    model.mesh = model.dims.build_mesh("cpu")
+    model.tensor_plan = _Plan()
+    for module in model.hf_model.modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            placement = Shard(0) if parameter.ndim == 2 else Replicate()
+            value = distribute_tensor(parameter.detach(), model.mesh["tp"], [placement], src_data_rank=None)
+            setattr(module, key, torch.nn.Parameter(value))
+    if is_sharded:
+        fully_shard(model.hf_model, mesh=model.mesh["dp_shard"])
+
+
+@pytest.mark.usefixtures("four_ranks")
+def test_placements_have_a_column_for_each_dimension(config):
+    model = _model(config)
+    _split(model, is_sharded=True)
+    rows = [line.split() for line in parameter_table(model)]
+    assert rows[0][:3] == ["kind", "dp_shard", "tp"]
+    assert {row[0]: row[1:3] for row in rows[1:-1]} == {
+        "embedding": ["Shard(0)", "Shard(0)"], "attention": ["Shard(0)", "Shard(0)"], "mlp": ["Shard(0)", "Shard(0)"],
+        "norms": ["Shard(0)", "Replicate"], "head": ["Shard(0)", "Shard(0)"],
+    }  # fmt: skip
+    assert rows[1][-2:] == ["12,288", "0.01"], "all numbers, and MiB of a quarter of them"
+
+
+@pytest.mark.usefixtures("four_ranks")
+def test_the_plan_is_told_and_whether_the_sequence_is_shared(config):
+    assert "\nplan " not in _describe(config)
+    model = _model(config)
+    _split(model, is_sharded=False)
+    activations = {}
+    for reason, told in ((None, "sequence parallel between regions"), ("norms differ", "not sequence parallel: norms")):
+        model.sequence_parallel_because = reason
+        text = describe_run(
+            config, model, optimizers=[torch.optim.AdamW(model.hf_model.parameters())], computes_in=torch.float32,
+            accumulation_steps=1, tokens_per_step=64, flops_per_token=1e9, data_name="text",
+        )  # fmt: skip
+        assert _section(text, "plan").startswith(f"tensor parallel over 2 ranks; {told}")
+        assert _section(text, "plan").endswith("model.layers.*.self_attn.q_proj colwise")
+        assert "mesh dp_shard 2 x tp 2" in text
+        assert "on each of 2 data ranks" in _section(text, "data")
+        assert next(line for line in text.splitlines() if line.startswith("parameters")).split()[1:3] == ["kind", "tp"]
+        activations[reason] = estimate_run_memory(
+            config, model, optimizers=[], computes_in=torch.float32, accumulates=False
+        ).activations
+    assert activations[None] < activations["norms differ"]
