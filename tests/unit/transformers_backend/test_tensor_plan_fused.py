@@ -167,7 +167,9 @@ _DERIVED = Derived({"head": "vocabulary"}, {block: [{block: "a"}, {block: "b"}, 
 
 def _search(exact) -> tuple[str, int]:
     trials = []
-    recipe = search(lambda recipe: trials.append(recipe) or exact(**{block: recipe[block] for block in "xyz"}), _DERIVED)
+    recipe = search(
+        lambda recipe: trials.append(recipe) or exact(**{block: recipe[block] for block in "xyz"}), _DERIVED
+    )
     assert recipe["head"] == "vocabulary"
     return " ".join(recipe[block] for block in "xyz"), len(trials)
 
