@@ -7,7 +7,17 @@ leaves something open -> `search` (`recipe.py`) has them tried on the twin (`ten
 """
 
 from transformers_backend.tensor_plan.derive import derive
-from transformers_backend.tensor_plan.recipe import Derived, Recipe, search
-from transformers_backend.tensor_plan.sizes import make_plan
+from transformers_backend.tensor_plan.recipe import Derived, Recipe, check_users_recipe, search
+from transformers_backend.tensor_plan.sizes import DegreeError, make_plan
+from transformers_backend.tensor_plan.transformers_plan import recipe_of_transformers
 
-__all__ = ["Derived", "Recipe", "derive", "make_plan", "search"]
+__all__ = [
+    "DegreeError",
+    "Derived",
+    "Recipe",
+    "check_users_recipe",
+    "derive",
+    "make_plan",
+    "recipe_of_transformers",
+    "search",
+]

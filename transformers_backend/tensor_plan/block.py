@@ -56,23 +56,29 @@ def ways_to_split(block: Block) -> list[Recipe]:
     hidden = block.trace.inputs[inner[0]][-1]
     if block.output_features(last) != hidden:  # it does not end in hidden states: a router's coefficients
         return []
-    reading = {name: block.matrices_feeding(name) & set(inner) for name in inner}
-    feeders = set().union(*reading.values())
-    plain = {name: "colwise+gather" if name in feeders else "colwise" for name in inner} | {last: "rowwise"}
-    has_heads = heads_of(block.twin, block.decoder, block.root) is not None
+    plain = _plain_way(block, inner, last)
+    if block.root in block.decoder.layers or block.trace.bypasses:
+        # What comes in between from elsewhere (gemma's inputs of every layer) has all features.
+        return [] if block.trace.joined_by else [_regions_of_their_own(plain)]
     ways = [*_fused_ways(block, plain, last), plain]
-    if feeders & block.matrices_feeding(last):  # what feeds another matrix is not only a compressed input of it
-        over_heads = {name: "norm_over_heads" for name in inner if reading[name]}
-        ways.append({name: "colwise" for name in inner} | over_heads | {last: "rowwise"})
-    if has_heads:
+    if heads_of(block.twin, block.decoder, block.root) is not None:
         ways.append({name: "packed_halves" if words == "colwise" else words for name, words in plain.items()})
     else:
         if len(inner) == 1 and block.output_features(inner[0]) == 3 * block.input_features(last):
             ways.insert(0, {inner[0]: "packed_qkv", last: "rowwise"})
-        ways.append({name: "colwise+join" for name in inner} | {last: "rowwise+join"})
-    if block.root in block.decoder.layers or block.trace.bypasses:
-        return [_regions_of_their_own(plain)]
+        joined = {name: "colwise+join" for name in inner} | {last: "rowwise+join"}
+        ways.insert(0 if block.trace.reduces else len(ways), joined)
     return [_with_root(block, way) for way in ways]
+
+
+def _plain_way(block: Block, inner: list[str], last: str) -> Recipe:
+    """Outputs, then inputs are split; what feeds another linear is gathered for it (MLA's compressed inputs)."""
+    heads = heads_of(block.twin, block.decoder, block.root)
+    reading = {name: block.matrices_feeding(name) & set(inner) for name in inner}
+    over_heads = {name for name in inner if reading[name] and block.output_features(name) in (heads or ())}
+    feeders = {feeder for name in inner if name not in over_heads for feeder in reading[name]}
+    way = {name: "colwise+gather" if name in feeders else "colwise" for name in inner}
+    return {**way, **dict.fromkeys(over_heads, "norm_over_heads"), last: "rowwise"}
 
 
 def _fused_ways(block: Block, plain: Recipe, last: str) -> list[Recipe]:
@@ -143,7 +149,7 @@ def _style_of_module(
         for feeder in block.matrices_feeding(name)
         if way.get(feeder, "").startswith(("colwise", "packed")) and not way[feeder].endswith("gather")
     }
-    last = next(matrix for matrix, words in way.items() if words == "rowwise")
+    last = next(matrix for matrix, words in way.items() if words.startswith("rowwise"))
     if split_widths and size == shape[-1] and size in {*split_widths, block.input_features(last)}:
         return "norm_over_heads"
     return "replicate"

@@ -24,7 +24,9 @@ def derive(twin: PreTrainedModel, decoder: Decoder, input_ids: torch.Tensor) -> 
     fixed.update({pattern_of(name): "vocabulary" for name in runs.token_embeddings})
     fixed[decoder.embedding] = fixed[decoder.head] = "vocabulary"
     by_pattern: dict[str, list[list[Recipe]]] = {}  # the ways of every block by that name, one a layer
+    reducing = {pattern_of(root) for root in blocks if runs.blocks[root].reduces}
     for root, matrices in blocks.items():
+        runs.blocks[root].reduces = pattern_of(root) in reducing  # in some layers: one recipe is for all of them
         inside = _inside(twin, root, matrices, decoder)
         replicated = {pattern_of(name): fixed[pattern_of(name)] for name in inside}
         block = Block(twin, decoder, root, matrices, inside, runs.blocks[root], direct, input_ids)

@@ -7,9 +7,12 @@ list of ways to split a block, and `search` finds the first that are exact.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from parallelize.config import TENSOR_PARALLEL_STYLES
 
 Recipe = dict[str, str]
 
@@ -29,6 +32,26 @@ class Derived:
     """For each block, e.g. "model.layers.*.mlp", the ways to split it, best first. The last is "replicate" for all of
     it, without a region: every rank computes the whole block, which is always exact."""
 
+    def preferring(self, recipe: Recipe) -> Derived:
+        """The same with the first way of every block as `recipe` has it, where that differs, before the derived ones.
+
+        Only styles are replaced: what belongs to a style here (where a region is) stays as derived.
+        """
+        blocks = dict(self.blocks)
+        for block, (first, *others) in self.blocks.items():
+            way = {pattern: _with_style(words, recipe.get(pattern)) for pattern, words in first.items()}
+            if others and way != first:  # a block without a derived way has no region to be split in
+                blocks[block] = [way, first, *others]
+        return Derived(self.fixed, blocks)
+
+    def unsplit(self, recipe: Recipe) -> list[str]:
+        """Blocks that `recipe` leaves whole although they have ways to be split."""
+        return [
+            block
+            for block, ways in self.blocks.items()
+            if len(ways) > 1 and ways[-1].items() <= recipe.items() and not ways[0].items() <= recipe.items()
+        ]
+
     def overridden(self, user_recipe: Recipe) -> Derived:
         """The same with the user's words for the patterns that they name, in every way."""
         blocks = {
@@ -46,6 +69,33 @@ class Derived:
         """The recipe with the numbered way of each block; -1 is the replicated one."""
         ways = [self.blocks[block][number] for block, number in zip(self.blocks, numbers, strict=True)]
         return {**self.fixed, **{pattern: words for way in ways for pattern, words in way.items()}}
+
+
+def _with_style(words: str, style: str | None) -> str:
+    own, *modifiers = words.split("+")
+    if style is None or style == own or {own, style} <= {"replicate", "whole", "outside", "split"}:
+        return words
+    return "+".join([style, *modifiers])
+
+
+def check_users_recipe(user_recipe: Recipe, names: Iterable[str]) -> None:
+    """Raise a ValueError for patterns that none of `names`, of modules and parameters, fits, and for unknown words."""
+    known = sorted({*names, *map(pattern_of, names)})
+    for pattern, words in user_recipe.items():
+        if pattern not in known:
+            raise ValueError(
+                f'parallelism.tensor_parallel_plan names "{pattern}": the model has no such module or parameter. Write '
+                f"its name with * for the number of the layer; near ones: {_near(pattern, known)}."
+            )
+        if unknown := [word for word in words.split("+") if word not in TENSOR_PARALLEL_STYLES]:
+            raise ValueError(
+                f'parallelism.tensor_parallel_plan."{pattern}" = "{words}": there is no style "{unknown[0]}"; near '
+                f"ones: {_near(unknown[0], TENSOR_PARALLEL_STYLES)}."
+            )
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    return ", ".join(difflib.get_close_matches(word, [name for name in known if name], n=3, cutoff=0.0))
 
 
 def search(try_recipe: Callable[[Recipe], bool], derived: Derived) -> Recipe:

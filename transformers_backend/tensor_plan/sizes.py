@@ -48,7 +48,7 @@ def make_plan(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: 
         if modifiers & {"region", "whole_region"}:
             regions[name] = _region(model, decoder, name, degree, is_whole="whole_region" in modifiers)
         for style in [word for word in words.split("+") if word not in modifiers]:
-            split = _split(model, decoder, name, style, degree)
+            split = _split(model, decoder, name, style, degree, keeps_heads=not modifiers & {"join", "gather"})
             splits[name] = dataclasses.replace(
                 split,
                 is_joined="join" in modifiers,
@@ -69,7 +69,7 @@ def _region(model: PreTrainedModel, decoder: Decoder, name: str, degree: int, *,
     return Region(attributes=attributes, config=config, head_arguments=head_arguments(module, heads[0]))
 
 
-def _split(model: PreTrainedModel, decoder: Decoder, name: str, style: str, degree: int) -> Split:
+def _split(model: PreTrainedModel, decoder: Decoder, name: str, style: str, degree: int, *, keeps_heads: bool) -> Split:
     if style in ("split", "norm_over_heads"):
         segment = _segment_of_heads(model, decoder, name)
         _check_divides(name, segment, degree, may_share=True)
@@ -77,7 +77,7 @@ def _split(model: PreTrainedModel, decoder: Decoder, name: str, style: str, degr
     if not style.startswith(("rowwise", *_COLWISE)):
         return Split(style)
     module = model.get_submodule(name)
-    transposed, heads = is_transposed(module), heads_of(model, decoder, name)
+    transposed, heads = is_transposed(module), heads_of(model, decoder, name) if keeps_heads else None
     if style.startswith("rowwise"):
         segments = packed_segments(style, input_features(module), heads) or ()
         for segment in segments or (Segment(input_features(module)),):

@@ -14,6 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
+_REDUCTIONS = ("Mean", "Sum", "Std", "Var", "Norm", "Softmax", "Max", "Topk")  # names of nodes that go over features
+
+
 @dataclass
 class BlockTrace:
     """One block, as it ran (the last time that it ran with gradients)."""
@@ -28,6 +31,10 @@ class BlockTrace:
     """Parameters on which the input of the last matrix depends, or that are the last matrix's own."""
     bypasses: bool = False
     """Whether the block's input reaches its output on another way than through the last matrix."""
+    reduces: bool = False
+    """Whether features are summed up between the linears, outside of modules with parameters (a mean over all)."""
+    joined_by: set[str] = field(default_factory=set)
+    """Parameters elsewhere on which the input of the last matrix depends, beside the block's input."""
     is_called: bool = True
     """Whether its modules run inside its forward; one whose other methods are called has no entry to hook."""
 
@@ -154,12 +161,16 @@ class _Recorder:
         if last is None:
             return BlockTrace(is_called=False)
         leaves = _leaves(last.feeding, {entry})
+        names = {name for name, parameter in self.twin.named_parameters() if id(parameter) in leaves}
+        found.joined_by = {name for name in names if not name.startswith(f"{block}.")}
         prefix = f"{last.name}."
-        found.inside = {
-            name
-            for name, parameter in self.twin.named_parameters()
-            if id(parameter) in leaves or name.startswith(prefix)
-        }
+        found.inside = names | {name for name, _ in self.twin.named_parameters() if name.startswith(prefix)}
+        found.reduces = any(
+            any(word in type(node).__name__ for word in _REDUCTIONS)
+            for run in runs[1:]
+            for node in _walk(run.feeding, lambda node: node in outputs or node is entry)
+            if node not in outputs and node is not entry
+        )
         found.bypasses = _meets(output, entry, {last.output})
         return found
 
