@@ -18,6 +18,7 @@ from parallelize.config import ActivationCheckpointConfig, CompileConfig, Parall
 from parallelize.fsdp import apply_fsdp
 from parallelize.parallel_dims import data_parallel_mesh
 from parallelize.tensor_parallel import TensorPlan, apply_tensor_parallel
+from parallelize.tensor_parallel.overlap import overlap_in_compiled_code
 
 
 def parallelize_model(
@@ -28,6 +29,7 @@ def parallelize_model(
     mesh: DeviceMesh,
     tensor_plan: TensorPlan | None,
     sequence_parallel: bool,
+    has_dropout: bool,
     parallelism: ParallelismConfig,
     activation_checkpoint: ActivationCheckpointConfig,
     compile: CompileConfig,
@@ -38,13 +40,15 @@ def parallelize_model(
 
     layers: names of the decoder layers. separate_units: of further modules that are sharded on their own (an untied
     embedding). tensor_plan: how weights are split over mesh["tp"], or None; sequence_parallel: whether the sequence is
-    split over it, too.
+    split over it, too. has_dropout: whether the model draws random numbers in training.
     param_dtype: dtype of the computation, None for the parameters' own. Gradients are summed over ranks in fp32. Where
     `needs_fsdp` says no, the caller computes within `parameters_cast_to(model, param_dtype)` instead.
     """
     # Kernels, tensor and context parallelism change what a layer computes with, so they come first.
     if tensor_plan is not None:
-        apply_tensor_parallel(model, tensor_plan, mesh["tp"], layers=layers, sequence_parallel=sequence_parallel)
+        apply_tensor_parallel(
+            model, tensor_plan, mesh["tp"], layers=layers, sequence_parallel=sequence_parallel, has_dropout=has_dropout
+        )
     layer_modules = [model.get_submodule(name) for name in layers]
 
     # Recomputation wraps the layer as it is now, and the compiler then sees (and may fuse into) the recomputation.
@@ -57,6 +61,8 @@ def parallelize_model(
 
     # Compiled code must not contain FSDP2's hooks: they gather and free parameters around it.
     if compile.enable and "model" in compile.components:
+        if tensor_plan is not None and parallelism.enable_async_tensor_parallel:
+            overlap_in_compiled_code(mesh["tp"].get_group())
         apply_compile(layer_modules, backend=compile.backend)
 
     # Last, because it replaces parameters by shards that only its own hooks gather again.

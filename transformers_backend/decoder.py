@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 
@@ -152,3 +153,28 @@ def parameter_kind(name: str, hf_model: PreTrainedModel, decoder: Decoder) -> st
         return "other"
     within = name.removeprefix(f"{layer}.").lower()
     return "attention" if "attn" in within or "attention" in within else "mlp" if "." in within else "other"
+
+
+def has_dropout(hf_model: PreTrainedModel) -> bool:
+    """Whether the model draws random numbers in training: in modules, or in functions with a probability of the config.
+
+    Modules that stand unused beside a causal LM (GPT-2's summary, classifiers) do not count.
+    """
+    if any(isinstance(module, _DropoutNd) and module.p > 0 for module in hf_model.modules()):
+        return True
+    return _has_probability(hf_model.config.to_dict(), "dropout", "pdrop", "layerdrop")
+
+
+def may_skip_layers(hf_model: PreTrainedModel) -> bool:
+    """Whether training leaves out a layer now and then (OPT's layerdrop)."""
+    return _has_probability(hf_model.config.to_dict(), "layerdrop")
+
+
+def _has_probability(fields: dict, *words: str) -> bool:
+    """Whether a field with one of `words` in its name is positive, in nested configs, too."""
+    used = {name: value for name, value in fields.items() if not name.startswith(("summary_", "classifier_"))}
+    if any(isinstance(value, dict) and _has_probability(value, *words) for value in used.values()):
+        return True
+    return any(
+        isinstance(value, float) and value > 0 and any(word in name for word in words) for name, value in used.items()
+    )

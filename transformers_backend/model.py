@@ -45,13 +45,13 @@ from parallelize.mixed_precision import parameters_cast_to
 from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
 from parallelize.tensor_parallel import TensorPlan
-from transformers_backend.decoder import check_is_plain, describe_decoder
+from transformers_backend.decoder import check_is_plain, describe_decoder, has_dropout
 from transformers_backend.isolation import Isolation, find_isolation, packed_inputs, usual_way
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
 from transformers_backend.proof import check_recomputation, prove, why_not_compile
 from transformers_backend.tensor_plan import make_plan
-from transformers_backend.tensor_proof import prove_tensor_plan, vocabulary_shard
+from transformers_backend.tensor_proof import prove_tensor_plan, vocabulary_shard, why_not_random_shards
 from transformers_backend.weights import (
     DEFAULT_FILE_SIZE,
     allocate,
@@ -172,6 +172,7 @@ class HFTransformerModel:
             mesh=self.mesh,
             tensor_plan=self.tensor_plan,
             sequence_parallel=self.sequence_parallel,
+            has_dropout=has_dropout(self.hf_model),
             parallelism=parallelism,
             activation_checkpoint=activation_checkpoint,
             compile=compile,
@@ -204,6 +205,14 @@ class HFTransformerModel:
         self.sequence_parallel = proven.sequence_parallel
         self.sequence_parallel_because = proven.no_sequence_parallel_because
         self.tensor_plan = make_plan(self.hf_model, self.decoder, proven.recipe, mesh.size())
+        if self.sequence_parallel and (reason := why_not_random_shards(self.hf_model, self.tensor_plan)) is not None:
+            if parallelism.sequence_parallel == "always":
+                raise ValueError(f'parallelism.sequence_parallel = "always": {reason}. Set it to "auto".')
+            self.sequence_parallel, self.sequence_parallel_because = False, reason
+        if parallelism.enable_async_tensor_parallel and not self.sequence_parallel:
+            logger.warning(
+                "parallelism.enable_async_tensor_parallel does nothing: only exchanges of sequence parallelism overlap."
+            )
 
     def _check_same_weights(self) -> None:
         """Every rank brought a model of its own; sharding would make one of parts of several if they differed."""
@@ -236,7 +245,7 @@ class HFTransformerModel:
         """`compile`, less "model" where the compiled layers of the twin do not compute what they should."""
         if not (compile.enable and "model" in compile.components):
             return compile
-        reason = why_not_compile(
+        reason = self._why_not_compile_forks() or why_not_compile(
             self.hf_model.config, self.model_class, self._proven_attention, compile.backend, self.device,
             activation_checkpoint,
         )  # fmt: skip
@@ -244,6 +253,15 @@ class HFTransformerModel:
             return compile
         logger.warning("Layers are not compiled: %s", reason)
         return dataclasses.replace(compile, components=[name for name in compile.components if name != "model"])
+
+    def _why_not_compile_forks(self) -> str | None:
+        """Why dropout keeps layers from being compiled (see `parallelize/tensor_parallel/randomness.py`)."""
+        if self.tensor_plan is None or self.sequence_parallel or not has_dropout(self.hf_model):
+            return None
+        return (
+            "tensor-parallel ranks that do not share the sequence change their random state within a layer, for "
+            "dropout, which compiled code cannot. Set dropout to 0, or train without compiling."
+        )
 
     def _fill(self, device: torch.device, seed: int) -> None:
         """Allocate a meta model on `device` and load or initialise its weights; a real model is left alone."""

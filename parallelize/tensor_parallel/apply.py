@@ -29,6 +29,7 @@ from parallelize.tensor_parallel.local import (
 )
 from parallelize.tensor_parallel.packing import Packing, set_packing
 from parallelize.tensor_parallel.plan import Region, Segment, Split, TensorPlan
+from parallelize.tensor_parallel.randomness import ForkedRandomness
 from parallelize.tensor_parallel.sequence import SequenceShards
 from parallelize.tensor_parallel.vocabulary import VocabularyShard, embed, local_padding_index
 
@@ -40,17 +41,21 @@ def apply_tensor_parallel(
     *,
     layers: Iterable[str],
     sequence_parallel: bool,
+    has_dropout: bool = False,
 ) -> None:
     """Split `model` over the 1-D `mesh` as `plan` says, in place.
 
     layers: names of the decoder layers. Real parameters are cut where
-    they are (every rank holds the same model); those on the meta device stay there. Tied parameters stay tied. Raises
-    a ValueError that names every parameter about which the plan says nothing.
+    they are (every rank holds the same model); those on the meta device stay there. Tied parameters stay tied.
+    has_dropout: whether random numbers are drawn in training, which then differ between ranks where their parts do.
+    Raises a ValueError that names every parameter about which the plan says nothing.
     """
     check_complete(model, plan)
     layers = list(layers)
     group = mesh.get_group()
-    sequence = SequenceShards(group) if sequence_parallel else None
+    randomness = ForkedRandomness(mesh.get_local_rank(), mesh.device_type) if has_dropout else None
+    sequence = SequenceShards(group, randomness) if sequence_parallel else None
+    of_regions = None if sequence_parallel else randomness
     distribute_parameters(model, plan, mesh)
     for name, module in list(model.named_modules()):
         values = {
@@ -59,9 +64,9 @@ def apply_tensor_parallel(
             if parameter is not None and not plan.split_of(f"{name}.{own}" if name else own).is_direct
         }
         if values:
-            _compute(module, values, plan.splits.get(name), group, sequence)
+            _compute(module, values, plan.splits.get(name), group, sequence, of_regions)
     for name, region in plan.regions.items():
-        enter_region(model.get_submodule(name), region, group, sequence)
+        enter_region(model.get_submodule(name), region, group, sequence, of_regions)
     for layer in layers:
         direct = {
             name: _local_value(f"{layer}.{name}", plan, group, layers=layers, sequence=sequence)
@@ -70,17 +75,22 @@ def apply_tensor_parallel(
         }
         if direct:
             compute_locally(model.get_submodule(layer), direct)
+    if of_regions is not None:
+        for layer in layers:
+            of_regions.leave_after(model.get_submodule(layer))
     if sequence is not None:
-        for names in _stacks(layers):
+        for layer_list, names in _stacks(layers).items():
             sequence.install([model.get_submodule(name) for name in names], plan.sequence_arguments)
+            if randomness is not None:
+                randomness.leave_after(model.get_submodule(layer_list.rpartition(".")[0]))
 
 
-def _stacks(layers: list[str]) -> list[list[str]]:
-    """The layers by the list that they are in: each list is run from its first to its last layer."""
+def _stacks(layers: list[str]) -> dict[str, list[str]]:
+    """{list of layers: its layers}; each list is run from its first to its last layer."""
     stacks: dict[str, list[str]] = {}
     for name in layers:
         stacks.setdefault(name.rpartition(".")[0], []).append(name)
-    return list(stacks.values())
+    return stacks
 
 
 def check_complete(model: nn.Module, plan: TensorPlan) -> None:
@@ -196,6 +206,7 @@ def _compute(
     split: Split | None,
     group: dist.ProcessGroup,
     sequence: SequenceShards | None,
+    randomness: ForkedRandomness | None,
 ) -> None:
     style = split.style if split is not None else "replicate"
     for attribute, value in split.attributes.items() if split is not None else ():
@@ -205,7 +216,7 @@ def _compute(
         return
     compute_locally(module, values)
     if style == "rowwise":
-        leave_region(module, group, sequence, is_joined=split.is_joined)
+        leave_region(module, group, sequence, randomness, is_joined=split.is_joined)
     elif style == "colwise" and (split.is_joined or split.is_gathered):
         join_features(module, split, group)
     elif style == "norm_over_heads":
@@ -213,7 +224,12 @@ def _compute(
 
 
 def leave_region(
-    module: nn.Module, group: dist.ProcessGroup, sequence: SequenceShards | None, *, is_joined: bool = False
+    module: nn.Module,
+    group: dist.ProcessGroup,
+    sequence: SequenceShards | None,
+    randomness: ForkedRandomness | None,
+    *,
+    is_joined: bool = False,
 ) -> None:
     """Rowwise linear: input (b, s, features / T), weight (H, features / T); the output is one term of a sum.
 
@@ -221,22 +237,31 @@ def leave_region(
 
     Forward: all-reduce of (b, s, H), or with sequence parallelism reduce-scatter to (b, s / T, H). Backward: nothing,
     or all-gather of the gradient. "colwise" linears, whose output (b, s, features / T) is a shard, communicate nothing.
+    randomness: what was forked at the region's entry; what the module does after its exit is the same on every rank.
     """
     plain_forward = module.forward
 
     @functools.wraps(plain_forward)
     def forward(features: torch.Tensor) -> torch.Tensor:
         term = plain_forward(cut(features, features.dim() - 1, group) if is_joined else features)
+        if randomness is not None:
+            randomness.leave()
         return leave(term, group) if sequence is None else sequence.leave_region(term)
 
     module.forward = forward
 
 
-def enter_region(module: nn.Module, region: Region, group: dist.ProcessGroup, sequence: SequenceShards | None) -> None:
+def enter_region(
+    module: nn.Module,
+    region: Region,
+    group: dist.ProcessGroup,
+    sequence: SequenceShards | None,
+    randomness: ForkedRandomness | None,
+) -> None:
     """Attention, mlp, or first linear: hidden states (b, s, H) come in whole and every rank computes with its part.
 
     Forward: nothing, or with sequence parallelism all-gather of (b, s / T, H). Backward: all-reduce of the gradient's
-    terms (b, s, H), or reduce-scatter.
+    terms (b, s, H), or reduce-scatter. randomness: forked here in training, so that ranks drop numbers of their own.
     """
     if region.is_whole:
         if sequence is not None:
@@ -257,6 +282,8 @@ def enter_region(module: nn.Module, region: Region, group: dist.ProcessGroup, se
         arguments = {**dict(zip(order, args, strict=False)), **kwargs}
         whole = arguments[order[0]]
         entered = enter(whole, group) if sequence is None else sequence.enter_region(whole)
+        if randomness is not None and module.training:
+            randomness.enter()
 
         def own(name: str, value):
             if value is whole:  # CTRL passes its input three times, as queries, keys and values

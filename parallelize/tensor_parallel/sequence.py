@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from parallelize.tensor_parallel.collectives import cut, gather_and_enter, join, leave_and_scatter, pad_to_multiple
+from parallelize.tensor_parallel.randomness import ForkedRandomness
 
 _SEQUENCE = -2  # of (batch, seq, hidden), of (tokens, hidden), and of (streams, batch, seq, hidden)
 
@@ -28,8 +29,10 @@ _SEQUENCE = -2  # of (batch, seq, hidden), of (tokens, hidden), and of (streams,
 class SequenceShards:
     """Cuts the sequence before the first layer and joins it after the last; any length, padded inside."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, randomness: ForkedRandomness | None = None) -> None:
+        """randomness: what gives each rank random numbers of its own for its part; None where none are drawn."""
         self.group = group
+        self._randomness = randomness
         self._length = 0  # of the sequence that is in the layers now
 
     def install(self, layers: Sequence[nn.Module], arguments: Sequence[str] = ()) -> None:
@@ -71,9 +74,13 @@ class SequenceShards:
         whole = args[0] if args else kwargs["hidden_states"]
         self._length = whole.shape[_SEQUENCE]
         shard = self._cut(whole)
+        if self._randomness is not None and layer.training:
+            self._randomness.enter()
         return ((shard, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": shard})
 
     def _after_last(self, layer: nn.Module, args: tuple, output):
+        if self._randomness is not None:
+            self._randomness.leave()
         if isinstance(output, torch.Tensor):
             return self._joined(output)
         return type(output)([self._joined(output[0]), *output[1:]])  # a tuple or a list, by the model's convention
