@@ -162,19 +162,15 @@ def has_dropout(hf_model: PreTrainedModel) -> bool:
     """
     if any(isinstance(module, _DropoutNd) and module.p > 0 for module in hf_model.modules()):
         return True
-    return _has_probability(hf_model.config.to_dict(), "dropout", "pdrop", "layerdrop")
+    return _has_dropout(hf_model.config.to_dict())
 
 
-def may_skip_layers(hf_model: PreTrainedModel) -> bool:
-    """Whether training leaves out a layer now and then (OPT's layerdrop)."""
-    return _has_probability(hf_model.config.to_dict(), "layerdrop")
-
-
-def _has_probability(fields: dict, *words: str) -> bool:
-    """Whether a field with one of `words` in its name is positive, in nested configs, too."""
-    used = {name: value for name, value in fields.items() if not name.startswith(("summary_", "classifier_"))}
-    if any(isinstance(value, dict) and _has_probability(value, *words) for value in used.values()):
+def _has_dropout(fields: dict) -> bool:
+    """Whether a probability of a config, or of one nested in it, is positive."""
+    used = {name: value for name, value in fields.items() if not str(name).startswith(("summary_", "classifier_"))}
+    if any(_has_dropout(value) for value in used.values() if isinstance(value, dict)):
         return True
     return any(
-        isinstance(value, float) and value > 0 and any(word in name for word in words) for name, value in used.items()
+        isinstance(value, float) and value > 0 and ("dropout" in name or "pdrop" in name)
+        for name, value in used.items()
     )

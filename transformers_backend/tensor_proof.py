@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from parallelize.distributed import gather_objects
 from parallelize.tensor_parallel import TensorPlan, apply_tensor_parallel
 from parallelize.tensor_parallel.vocabulary import VocabularyShard
-from transformers_backend.decoder import Decoder, describe_decoder, has_dropout, may_skip_layers
+from transformers_backend.decoder import Decoder, describe_decoder, has_dropout
 from transformers_backend.proof import MODEL_ERRORS, difference, example_batch, gradients, loss_and_gradients
 from transformers_backend.tensor_plan import (
     DegreeError,
@@ -210,8 +210,6 @@ def why_not_random_shards(model: PreTrainedModel, plan: TensorPlan) -> str | Non
 
     Ranks that share it draw numbers of their own in all layers, so nothing that they compute alike may depend on them.
     """
-    if may_skip_layers(model):
-        return "ranks that share the sequence must run the same layers, and layerdrop leaves out layers at random"
     whole = [name for name, region in plan.regions.items() if region.is_whole]
     if whole and has_dropout(model):
         return f"every rank computes all of {whole[0]}, with dropout, which must then be the same on all of them"

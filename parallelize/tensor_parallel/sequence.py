@@ -47,7 +47,8 @@ class SequenceShards:
         """(batch, seq / ranks, hidden) -> (batch, seq, hidden)"""
         whole = gather_and_enter(shard, shard.dim() + _SEQUENCE, self.group)
         # Tokens of padding at the end would be seen by no other token, but masks and positions have the true length.
-        return whole if whole.dim() == 2 else whole.narrow(_SEQUENCE, 0, self._length)
+        # Contiguous as a plain model's, of which a view may be taken.
+        return whole if whole.dim() == 2 else whole.narrow(_SEQUENCE, 0, self._length).contiguous()
 
     def leave_region(self, term: torch.Tensor) -> torch.Tensor:
         """This rank's term (batch, seq, hidden) of a sum -> its shard (batch, seq / ranks, hidden) of the sum"""
@@ -90,7 +91,7 @@ class SequenceShards:
         return cut(pad_to_multiple(whole, dim, dist.get_world_size(self.group)), dim, self.group)
 
     def _joined(self, shard: torch.Tensor) -> torch.Tensor:
-        return join(shard, shard.dim() + _SEQUENCE, self.group).narrow(_SEQUENCE, 0, self._length)
+        return join(shard, shard.dim() + _SEQUENCE, self.group).narrow(_SEQUENCE, 0, self._length).contiguous()
 
 
 def _change_arguments(module: nn.Module, names: Sequence[str], change: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -15,15 +15,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
 from parallelize.distributed import initialize, pick_device, shutdown
+from parallelize.tensor_parallel.randomness import ForkedRandomness
 from transformers_backend.job_config import JobConfig
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.model_args import find_model_class
 from transformers_backend.optimizer import build_optimizer
 from transformers_backend.proof import example_batch, gradients, relative_errors
+from transformers_backend.tensor_proof import prove_tensor_plan
 from transformers_backend.trainer import Trainer
 from transformers_backend.twin import build_twin
 
@@ -141,6 +144,30 @@ class TrainingOnTheDevice(unittest.TestCase):
         assert [line["step"] for line in parts] == [1, 2, 3, 4]
         for ours, theirs in zip(parts, whole, strict=True):
             assert abs(ours["loss"] - theirs["loss"]) < 1e-3, f"step {ours['step']}"
+
+    def test_tensor_parallelism_computes_as_plain_transformers(self) -> None:
+        """Over a group of one, all there is on one GPU: the exchanges run on the device, and nothing is split."""
+        mesh = init_device_mesh(pick_device().type, (1,), mesh_dim_names=("tp",))
+        for model_type in ("llama", "gpt2"):
+            with self.subTest(model_type):
+                twin = make_twin(model_type)
+                proven = prove_tensor_plan(
+                    twin.config, type(twin), None, mesh, sequence_parallel="always", user_recipe={}
+                )
+                assert {"colwise+region", "rowwise"} & set(proven.recipe.values()), proven.recipe
+
+    def test_tensor_parallel_ranks_fork_the_random_state_of_the_device(self) -> None:
+        device, drawn = pick_device(), []
+        for rank in (0, 1):
+            fork = ForkedRandomness(rank, device.type)
+            torch.manual_seed(0)
+            fork.enter()
+            own = torch.rand(64, device=device)
+            fork.leave()
+            drawn.append((own, torch.rand(64, device=device)))
+        (first, shared), (second, shared_too) = drawn
+        assert torch.equal(shared, shared_too)
+        assert not torch.isin(first, torch.cat([second, shared])).any()
 
     def _train(self, model: HFTransformerModel, steps: int = 3) -> list[float]:
         """Losses of a few AdamW steps on one batch."""
