@@ -42,7 +42,7 @@ def tiny_job(folder: str | Path, name: str, **changes) -> JobConfig:
 @contextlib.contextmanager
 def restored_process() -> Iterator[None]:
     """Undo what a trainer sets up for its process: log handlers and levels, deterministic algorithms."""
-    names = [None, "transformers_backend", "parallelize", "__main__"]
+    names = [None, "transformers_backend", "parallelize", "__main__", "torch.distributed.tensor._redistribute"]
     levels, handlers = [logging.getLogger(name).level for name in names], list(logging.getLogger().handlers)
     try:
         yield

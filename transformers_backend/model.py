@@ -349,7 +349,7 @@ class HFTransformerModel:
         if self._batches_compared or self.dims.tp == 1:
             return
         self._batches_compared = True
-        if not are_equal(torch.stack([input_ids, labels]), self.mesh.get_group("tp")):
+        if not are_equal(torch.stack([input_ids.cpu(), labels.cpu()]), self.mesh.get_group("tp")):
             raise ValueError(
                 f"input_ids or labels differ between ranks of one tensor-parallel group of {self.dims.tp}, which "
                 "compute on the same tokens. Give each rank the batch of its data_rank, of dims.data_parallel_size."

@@ -15,6 +15,9 @@ from tqdm import tqdm
 _HANDLER = "transformers_backend"
 # `python -m transformers_backend.train` runs under the name __main__.
 _OWN_LOGGERS = ("transformers_backend", "parallelize", "__main__")
+# Advises, on every rank, to gather a parameter over two mesh dimensions (FSDP2 and tensor parallelism) in one step:
+# that is done for exports and Muon only, and cannot be helped from outside.
+_GIVES_ADVICE = "torch.distributed.tensor._redistribute"
 
 
 def setup_logging(rank: int) -> None:
@@ -32,6 +35,7 @@ def setup_logging(rank: int) -> None:
     handler.setLevel(logging.NOTSET if rank == 0 else logging.ERROR)
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
+    logging.getLogger(_GIVES_ADVICE).setLevel(logging.ERROR)
     for name in _OWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
 

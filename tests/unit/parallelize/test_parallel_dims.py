@@ -42,7 +42,14 @@ def test_degrees_must_multiply_to_the_world(world_size: int, replicate: int, sha
         _resolve(world_size, replicate, shard)
     assert f"data_parallel_replicate_degree = {replicate}" in str(caught.value)
     assert f"data_parallel_shard_degree = {shard}" in str(caught.value)
+    assert "tensor_parallel_degree = 1)" in str(caught.value)
     assert "-1 takes the rest" in str(caught.value)
+
+
+def test_the_rest_of_the_world_beside_tensor_parallelism():
+    dims = ParallelDims.resolve(ParallelismConfig(data_parallel_replicate_degree=2, tensor_parallel_degree=2), 16)
+    assert (dims.dp_replicate, dims.dp_shard, dims.tp) == (2, 4, 2)
+    assert (dims.world_size, dims.data_parallel_size) == (16, 8)
 
 
 def test_bad_values_are_told_before_the_product():

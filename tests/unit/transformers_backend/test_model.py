@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -22,8 +24,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from parallelize.config import ParallelismConfig
+from parallelize.config import CompileConfig, ParallelismConfig
 from parallelize.distributed import initialize, shutdown
+from parallelize.parallel_dims import ParallelDims
 from transformers_backend.model import HFTransformerModel, HFTransformerModelArgs
 from transformers_backend.twin import build_twin
 
@@ -345,8 +348,8 @@ def test_parallelize_needs_a_process_group_and_sound_values():
     model = HFTransformerModel.wrap(_llama())
     with pytest.raises(ValueError, match="needs an initialised process group"):
         model.parallelize(ParallelismConfig())
-    with pytest.raises(ValueError, match="tensor_parallel_degree = 2"):
-        model.parallelize(ParallelismConfig(tensor_parallel_degree=2))
+    with pytest.raises(ValueError, match="context_parallel_degree = 2"):
+        model.parallelize(ParallelismConfig(context_parallel_degree=2))
     assert torch.isfinite(model.forward_backward(*_batch())), "a refused parallelize leaves the model as it was"
 
 
@@ -433,3 +436,36 @@ def test_a_sharded_model_is_refused():
             HFTransformerModel.wrap(hf_model)
     finally:
         shutdown()
+
+
+# --- tensor parallelism
+
+
+@pytest.fixture
+def rank_five_of_eight() -> Iterator[None]:
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=5, world_size=8)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("rank_five_of_eight")
+@pytest.mark.parametrize(
+    ("replicate", "shard", "tensor", "data_rank"),
+    [(1, 8, 1, 5), (2, 2, 2, 2), (1, 4, 2, 2), (2, 1, 4, 1), (1, 1, 8, 0)],
+)
+def test_data_ranks_do_not_count_tensor_parallel_ones(replicate: int, shard: int, tensor: int, data_rank: int):
+    model = HFTransformerModel.wrap(_llama())
+    config = ParallelismConfig(
+        data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard, tensor_parallel_degree=tensor
+    )
+    model.dims = ParallelDims.resolve(config, 8)
+    model.mesh = model.dims.build_mesh("cpu")
+    assert (model.data_rank, model.dims.data_parallel_size) == (data_rank, 8 // tensor)
+
+
+@pytest.mark.usefixtures("rank_five_of_eight")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is what this refuses to be without")
+def test_asynchronous_tensor_parallelism_is_refused_without_cuda():
+    parallelism = ParallelismConfig(tensor_parallel_degree=2, enable_async_tensor_parallel=True)
+    with pytest.raises(ValueError, match=r"enable_async_tensor_parallel = true: needs CUDA devices .* is on cpu\. Do"):
+        HFTransformerModel.wrap(_llama()).parallelize(parallelism, compile=CompileConfig(enable=True))

@@ -19,6 +19,7 @@ RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
 # Tied embeddings count once. Those of model types, by hand: embedding + layers x (attention + MLP + norms) + norm.
 PARAMETERS = {
     "default": 384 * 256 + 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 704 + 2 * 256) + 256,
+    "llama3_1_70b": 70_553_706_496,
     "llama3_1_8b": 8_030_261_248,
     "qwen2_5_7b": 7_615_616_512,
     "qwen3_0_6b": 596_049_920,
