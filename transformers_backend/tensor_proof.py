@@ -20,7 +20,16 @@ from parallelize.tensor_parallel import TensorPlan, apply_tensor_parallel
 from parallelize.tensor_parallel.vocabulary import VocabularyShard
 from transformers_backend.decoder import Decoder, describe_decoder
 from transformers_backend.proof import MODEL_ERRORS, difference, example_batch, gradients, loss_and_gradients
-from transformers_backend.tensor_plan import Recipe, derive, make_plan, search
+from transformers_backend.tensor_plan import (
+    DegreeError,
+    Derived,
+    Recipe,
+    check_users_recipe,
+    derive,
+    make_plan,
+    recipe_of_transformers,
+    search,
+)
 from transformers_backend.twin import build_twin
 from transformers_backend.weights import full_tensor
 
@@ -50,8 +59,49 @@ def prove_tensor_plan(
     Raises a ValueError that names the first module whose output differs where a plan is not exact, and where
     sequence_parallel is "always" and not exact.
     """
-    trial = _Trial(hf_config, model_class, attn_implementation, mesh)
-    derived = derive(trial.build(), trial.decoder, trial.batch[0]).overridden(user_recipe)
+    arguments = (hf_config, model_class, attn_implementation, mesh)
+    trial = _Trial(*arguments, twin_degree=mesh.size())
+    names = [name for name, _ in (*trial.plain.named_modules(), *trial.plain.named_parameters(remove_duplicate=False))]
+    check_users_recipe(user_recipe, names)
+    proven, unsplit = _prove(trial, sequence_parallel=sequence_parallel, user_recipe=user_recipe)
+    if unsplit:  # heads in groups of a fixed number (CodeGen's fours) may need more of them than the twin has
+        wide = _Trial(*arguments, twin_degree=2 * mesh.size())
+        other, still_unsplit = _prove(wide, sequence_parallel=sequence_parallel, user_recipe=user_recipe)
+        if len(still_unsplit) < len(unsplit):
+            proven, unsplit = other, still_unsplit
+    if unsplit:
+        logger.warning(
+            "No exact way was found to split %s over %d ranks; every rank has all of it.",
+            " and ".join(unsplit), mesh.size(),
+        )  # fmt: skip
+    return proven
+
+
+def _prove(
+    trial: _Trial, *, sequence_parallel: Literal["auto", "always", "never"], user_recipe: Recipe
+) -> tuple[ProvenRecipe, list[str]]:
+    """The recipe for the trial's twin, and the blocks that it leaves whole although they have ways to be split."""
+    of_structure = derive(trial.build(), trial.decoder, trial.batch[0])
+    derived = of_structure.overridden(user_recipe)
+    trial.check_degree(derived.first())
+    preferred = of_structure.preferring(recipe_of_transformers(trial.plain, trial.decoder)).overridden(user_recipe)
+    if preferred != derived:
+        reason = trial.difference(preferred.first(), sequence_parallel=False)
+        if reason is None:
+            derived = preferred
+        else:
+            logger.info("Transformers' own tensor-parallel plan is not exact (%s); the derived one is used.", reason)
+    proven = _search(trial, derived, sequence_parallel=sequence_parallel, user_recipe=user_recipe)
+    return proven, derived.unsplit(proven.recipe)
+
+
+def _search(
+    trial: _Trial,
+    derived: Derived,
+    *,
+    sequence_parallel: Literal["auto", "always", "never"],
+    user_recipe: Recipe,
+) -> ProvenRecipe:
     wants_sequence = sequence_parallel != "never"
     if trial.is_exact(derived.first(), sequence_parallel=wants_sequence):
         return ProvenRecipe(derived.first(), wants_sequence, None)
@@ -63,7 +113,7 @@ def prove_tensor_plan(
     reason = trial.difference(recipe, sequence_parallel=True)
     if reason is not None and sequence_parallel == "always":
         raise ValueError(
-            f'parallelism.sequence_parallel = "always": with it {model_class.__name__} computes something else '
+            f'parallelism.sequence_parallel = "always": with it {type(trial.plain).__name__} computes something else '
             f'({reason}). Set it to "auto".'
         )
     return ProvenRecipe(recipe, reason is None, None if reason is None else f"it is not exact ({reason})")
@@ -87,18 +137,31 @@ class _Trial:
         model_class: type[PreTrainedModel],
         attn_implementation: str | None,
         mesh: DeviceMesh,
+        *,
+        twin_degree: int,
     ) -> None:
         self._arguments = (hf_config, model_class)
         self._attention = attn_implementation
         self._mesh = mesh
+        self._twin_degree = twin_degree
         self.batch = tuple(tensor.to(mesh.device_type) for tensor in example_batch())
-        plain = self.build()
-        self.decoder = describe_decoder(plain)
-        self._expected = loss_and_gradients(plain, *self.batch, chunked=False)
+        self.plain = self.build()
+        self.decoder = describe_decoder(self.plain)
+        self._expected = loss_and_gradients(self.plain, *self.batch, chunked=False)
 
     def build(self) -> PreTrainedModel:
-        twin = build_twin(*self._arguments, attn_implementation=self._attention, degree=self._mesh.size())
+        twin = build_twin(*self._arguments, attn_implementation=self._attention, degree=self._twin_degree)
         return twin.to(self._mesh.device_type)
+
+    def check_degree(self, recipe: Recipe) -> None:
+        """Raise the DegreeError of a recipe that the degree does not fit; what else is wrong with it, trials show."""
+        try:
+            make_plan(self.plain, self.decoder, recipe, self._mesh.size())
+        except DegreeError:
+            if self._twin_degree == self._mesh.size():
+                raise
+        except MODEL_ERRORS:
+            pass
 
     def is_exact(self, recipe: Recipe, *, sequence_parallel: bool) -> bool:
         return self.difference(recipe, sequence_parallel=sequence_parallel) is None

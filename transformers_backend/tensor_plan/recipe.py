@@ -37,25 +37,25 @@ class Derived:
     """For each block, e.g. "model.layers.*.mlp", the ways to split it, best first. The last is "replicate" for all of
     it, without a region: every rank computes the whole block, which is always exact."""
 
-    preferred: frozenset[str] = frozenset()
-    """Blocks whose first way is another's than the derived one: Transformers' own."""
-
     def preferring(self, recipe: Recipe) -> Derived:
         """The same with the first way of every block as `recipe` has it, where that differs, before the derived ones.
 
         Only styles are replaced: what belongs to a style here (where a region is) stays as derived.
         """
-        blocks, preferred = dict(self.blocks), set()
+        blocks = dict(self.blocks)
         for block, (first, *others) in self.blocks.items():
             way = {pattern: _with_style(words, recipe.get(pattern)) for pattern, words in first.items()}
             if others and way != first:  # a block without a derived way has no region to be split in
                 blocks[block] = [way, first, *others]
-                preferred.add(block)
-        return Derived(self.fixed, blocks, frozenset(preferred))
+        return Derived(self.fixed, blocks)
 
-    def not_taken(self, recipe: Recipe) -> list[str]:
-        """Preferred blocks that `recipe`, the outcome of a search, splits in another way."""
-        return [block for block in sorted(self.preferred) if not self.blocks[block][0].items() <= recipe.items()]
+    def unsplit(self, recipe: Recipe) -> list[str]:
+        """Blocks that `recipe` leaves whole although they have ways to be split."""
+        return [
+            block
+            for block, ways in self.blocks.items()
+            if len(ways) > 1 and ways[-1].items() <= recipe.items() and not ways[0].items() <= recipe.items()
+        ]
 
     def overridden(self, user_recipe: Recipe) -> Derived:
         """The same with the user's words for the patterns that they name, in every way."""
@@ -64,7 +64,7 @@ class Derived:
             for block, ways in self.blocks.items()
         }
         rest = {key: word for key, word in user_recipe.items() if not any(key in way[0] for way in blocks.values())}
-        return Derived({**self.fixed, **rest}, blocks, self.preferred)
+        return Derived({**self.fixed, **rest}, blocks)
 
     def first(self) -> Recipe:
         """The best way of every block."""
