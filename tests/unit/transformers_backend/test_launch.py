@@ -145,22 +145,40 @@ def test_ranks_that_an_interrupt_ended_in_set_up_have_not_failed(tmp_path: Path,
     assert launch._end_of_failure(agent) == 1
 
 
-def _launch_apart(script: str) -> tuple[int, str]:
+# The launcher, which makes a file `watches` once it watches its ranks.
+_SAYS_THAT_IT_WATCHES = """
+import pathlib, sys
+from transformers_backend import launch
+monitor = launch.Agent._monitor_workers
+def watch(*arguments):
+    pathlib.Path("watches").touch()
+    return monitor(*arguments)
+launch.Agent._monitor_workers = watch
+launch.SECONDS_BETWEEN_INTERRUPTS = 0.2
+sys.exit(launch.main(sys.argv[1:]))
+"""
+
+
+def _launch_apart(script: str, folder: Path) -> tuple[int, str]:
     """The launcher in a process of its own, which the rank (a shell script) signals; returns its status and words."""
+    waits = "wait_for() { while [ ! -e $1 ]; do sleep 0.05; done; }; "
     ran = subprocess.run(
-        [sys.executable, "-m", "transformers_backend.launch", "--standalone", "--nproc-per-node", "1",
-         "--max-restarts", "2", "--no-python", "/bin/sh", "-c", script],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=100, check=False,
+        [sys.executable, "-c", _SAYS_THAT_IT_WATCHES, "--standalone", "--nproc-per-node", "1",
+         "--max-restarts", "2", "--no-python", "/bin/sh", "-c", waits + script],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=240,
+        check=False,
     )  # fmt: skip
     return ran.returncode, ran.stderr
 
 
-def test_a_signal_before_the_first_step_ends_the_run_without_an_error() -> None:
+def test_a_signal_before_the_first_step_ends_the_run_without_an_error(tmp_path: Path) -> None:
     """The launcher passes it on to the rank, which has no handler for it yet."""
-    status, said = _launch_apart("sleep 1; kill -USR1 $PPID; exec sleep 60")
+    status, said = _launch_apart("wait_for watches; kill -USR1 $PPID; exec sleep 300", tmp_path)
     assert (status, said) == (0, "SIGUSR1: stopped before the first step; there is nothing to save\n")
 
 
-def test_a_second_interrupt_kills_the_ranks() -> None:
-    status, said = _launch_apart("trap '' INT; sleep 1; kill -INT $PPID; sleep 1.5; kill -INT $PPID; exec sleep 60")
+def test_a_second_interrupt_kills_the_ranks(tmp_path: Path) -> None:
+    """The second comes after the launcher has passed the first one on."""
+    script = "trap 'touch got' INT; wait_for watches; kill -INT $PPID; wait_for got; sleep 0.5; kill -INT $PPID"
+    status, said = _launch_apart(f"{script}; exec sleep 300", tmp_path)
     assert (status, said) == (130, "second Ctrl-C: stopped at once; what was saved before is whole\n")
