@@ -1,4 +1,4 @@
-"""Gloo processes that run a test's functions: started once for a test file, because importing the stack takes seconds.
+"""Gloo processes that run a test's functions, forked from a server that has imported the stack, which takes seconds.
 
     with WorkerPool(2) as pool:
         results = pool.run(function, argument)      # function(argument) on every rank -> [result of rank 0, rank 1]
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import multiprocessing
 import tempfile
 import time
 import traceback
@@ -24,16 +25,38 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 _SECONDS_FOR_OTHER_RANKS = 2.0
+
+# What nearly every test of the trainer ends up importing.
+_PRELOADED = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.debug",
+    "transformers_backend.train",
+    "transformers.models.byt5.tokenization_byt5",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.gpt2.modeling_gpt2",
+    "tests.jobs",
+]
+
+
+def quick_context() -> multiprocessing.context.ForkServerContext:
+    """Make processes in a moment, from a server that starts with the first one and does nothing but imports.
+
+    They have the environment variables of that time, and the working directory and import path of now.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 class WorkerPool:
     def __init__(self, world_size: int, *, timeout_seconds: float = 240) -> None:
         self.world_size = world_size
         self._timeout_seconds = timeout_seconds
-        self._context = mp.get_context("spawn")
+        self._context = quick_context()
         self._processes: list = []
         self._folder: tempfile.TemporaryDirectory | None = None
 
