@@ -34,6 +34,7 @@ def training_speed(dump_folder: Path) -> float:
     return max(json.loads(line)["tokens_per_second"] for line in lines)
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is asked is about training on a CPU")
 def test_the_default_runs_data_come_twenty_times_as_fast_as_it_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -122,6 +122,7 @@ def test_a_save_beside_training_is_of_its_step(job, slow_disk: threading.Event, 
     assert resumed.checkpointer.steps() == [2, 4, 6]
 
 
+@pytest.mark.alone
 def test_a_save_beside_training_does_not_hold_the_step(job):
     """26 million parameters and their AdamW state, 0.3 GB, to a real disk; the copy is made during the next step.
 

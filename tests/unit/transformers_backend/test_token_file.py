@@ -170,6 +170,7 @@ def test_reading_is_far_from_holding_a_run_up(tmp_path: Path, byt5: ByT5Tokenize
     assert tokens / (time.process_time() - start) > 5e6
 
 
+@pytest.mark.alone
 def test_four_workers_make_batches_of_it_at_five_million_tokens_a_second(tmp_path: Path, byt5: ByT5Tokenizer):
     """They do three times that; the best of several short looks is asked, as other work may share the cores."""
     lengths = np.full(8000, 500)
