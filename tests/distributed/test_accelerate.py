@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from tests.distributed.workers import quick_context
+from tests.distributed.workers import start_quickly
 from tests.jobs import tiny_job
 
 REPOSITORY = Path(__file__).parents[2]
@@ -45,13 +45,10 @@ accelerator.end_training()
 """
 
 
-def _run_launcher(arguments: list[str], folder: Path, environment: dict[str, str], printed: Path) -> None:
-    """The process that `accelerate launch` is."""
+def _run_launcher(arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """What the process of `accelerate launch` does."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(file, stream)
     os.chdir(folder)
     os.environ.update(environment)
     launch_command(launch_command_parser().parse_args(arguments))
@@ -69,10 +66,8 @@ def launch(*arguments: str, folder: Path) -> str:
         "HF_HOME": str(folder / "home"),  # where `accelerate config` may have left something
     }
     printed = folder / "printed.log"
-    launcher = quick_context().Process(
-        target=_run_launcher, args=([*program, *arguments], folder, environment, printed)
-    )
-    launcher.start()
+    printed.unlink(missing_ok=True)
+    launcher = start_quickly(_run_launcher, [*program, *arguments], folder, environment, printed=printed)
     launcher.join(timeout=300)
     launcher.kill()
     assert launcher.exitcode == 0, printed.read_text()

@@ -14,6 +14,9 @@ from __future__ import annotations
 import datetime
 import logging
 import multiprocessing
+import os
+import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -50,6 +53,25 @@ def quick_context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     return context
+
+
+def start_quickly(function: Callable[..., Any], *arguments: Any, printed: Path) -> multiprocessing.process.BaseProcess:
+    """Start a process that leads a group of its own and calls a program's function, whose result is its exit status.
+
+    What it and its children print, on both streams, goes to the file `printed`.
+    """
+    process = quick_context().Process(target=_become, args=(function, arguments, printed))
+    process.start()
+    return process
+
+
+def _become(function: Callable[..., Any], arguments: tuple, printed: Path) -> None:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
+    file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.exit(function(*arguments))
 
 
 class WorkerPool:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +12,10 @@ import pytest
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from tests.distributed.workers import start_quickly
 from tests.jobs import tiny_job
 from transformers_backend import launch
 from transformers_backend.signals import STOP_SIGNALS
-
-REPOSITORY = Path(__file__).parents[3]
 
 
 def _failure(folder: Path, rank: int, exitcode: int, *, timestamp: int, message: str = "", kind: str = "") -> dict:
@@ -145,30 +142,29 @@ def test_ranks_that_an_interrupt_ended_in_set_up_have_not_failed(tmp_path: Path,
     assert launch._end_of_failure(agent) == 1
 
 
-# The launcher, which makes a file `watches` once it watches its ranks.
-_SAYS_THAT_IT_WATCHES = """
-import pathlib, sys
-from transformers_backend import launch
-monitor = launch.Agent._monitor_workers
-def watch(*arguments):
-    pathlib.Path("watches").touch()
-    return monitor(*arguments)
-launch.Agent._monitor_workers = watch
-launch.SECONDS_BETWEEN_INTERRUPTS = 0.2
-sys.exit(launch.main(sys.argv[1:]))
-"""
+def _run_launcher(arguments: list[str], folder: Path) -> int:
+    """The launcher, which makes a file `watches` in the folder once it watches its ranks."""
+    os.chdir(folder)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    monitor = launch.Agent._monitor_workers
+
+    def watch(*arguments):
+        Path("watches").touch()
+        return monitor(*arguments)
+
+    launch.Agent._monitor_workers = watch
+    launch.SECONDS_BETWEEN_INTERRUPTS = 0.2
+    return launch.main(arguments)
 
 
 def _launch_apart(script: str, folder: Path) -> tuple[int, str]:
     """The launcher in a process of its own, which the rank (a shell script) signals; returns its status and words."""
     waits = "wait_for() { while [ ! -e $1 ]; do sleep 0.05; done; }; "
-    ran = subprocess.run(
-        [sys.executable, "-c", _SAYS_THAT_IT_WATCHES, "--standalone", "--nproc-per-node", "1",
-         "--max-restarts", "2", "--no-python", "/bin/sh", "-c", waits + script],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=240,
-        check=False,
-    )  # fmt: skip
-    return ran.returncode, ran.stderr
+    arguments = ["--standalone", "--nproc-per-node", "1", "--max-restarts", "2", "--no-python", "/bin/sh", "-c"]
+    launcher = start_quickly(_run_launcher, [*arguments, waits + script], folder, printed=folder / "printed.log")
+    launcher.join(timeout=240)
+    launcher.kill()
+    return launcher.exitcode, (folder / "printed.log").read_text()
 
 
 def test_a_signal_before_the_first_step_ends_the_run_without_an_error(tmp_path: Path) -> None:
