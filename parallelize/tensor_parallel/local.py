@@ -91,7 +91,7 @@ def summed(group: dist.ProcessGroup) -> LocalValue:
 
 
 def on_first_rank(group: dist.ProcessGroup) -> LocalValue:
-    """A bias that is added to one term of a sum over ranks. The others add 0 times it: all take part in its backward."""
+    """A bias, added to one term of a sum over ranks. The others add 0 times it: all take part in its backward."""
     factor = float(dist.get_rank(group) == 0)
     return lambda whole: enter(whole, group) * factor
 
