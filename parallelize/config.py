@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 TENSOR_PARALLEL_STYLES = (
-    "colwise", "rowwise", "packed_qkv", "packed_gate_up", "replicate", "split", "norm_over_heads", "vocabulary",
-    "region",
+    "colwise", "rowwise", "packed_qkv", "packed_gate_up", "packed_halves", "replicate", "outside", "whole", "split",
+    "norm_over_heads", "vocabulary", "region", "whole_region", "join", "gather", "direct",
 )  # fmt: skip
 """What `ParallelismConfig.tensor_parallel_plan` may say of a module or parameter; see docs/configuration.md."""
 
@@ -53,8 +53,9 @@ class ParallelismConfig:
 
     tensor_parallel_plan: dict[str, str] = field(default_factory=dict)
     """How modules or parameters are split, by name, with * for layer numbers: "model.layers.*.mlp.up_proj" =
-    "colwise". What it names goes before what is derived; empty derives everything. Styles: colwise, rowwise,
-    packed_qkv, packed_gate_up, replicate, split, norm_over_heads, vocabulary, region."""
+    "colwise". What it names goes before what is derived; empty derives everything. Several styles of one module are
+    joined by "+", as in "colwise+region". Styles: colwise, rowwise, packed_qkv, packed_gate_up, packed_halves,
+    replicate, outside, whole, split, norm_over_heads, vocabulary, region, whole_region, join, gather, direct."""
 
     pipeline_parallel_degree: int = 1
     """Number of ranks that the layers are split over. 1 means disabled; more is not available yet."""
@@ -111,8 +112,8 @@ def _plan_entry_problems(pattern: str, style: str) -> list[str]:
             f'parallelism.tensor_parallel_plan names "{pattern}": must be the name of a module or parameter without '
             'spaces around it, such as "model.layers.*.mlp.up_proj".'
         )
-    if style not in TENSOR_PARALLEL_STYLES:
-        (nearest,) = difflib.get_close_matches(style, TENSOR_PARALLEL_STYLES, n=1, cutoff=0.0)
+    for word in [word for word in style.split("+") if word not in TENSOR_PARALLEL_STYLES]:
+        (nearest,) = difflib.get_close_matches(word, TENSOR_PARALLEL_STYLES, n=1, cutoff=0.0)
         found.append(
             f'parallelism.tensor_parallel_plan."{pattern}" = "{style}": must be one of '
             f'{", ".join(TENSOR_PARALLEL_STYLES)}; the nearest is "{nearest}".'

@@ -1,7 +1,12 @@
-"""What holds for every test: no model hub, one thread, and no GPU tests without a GPU."""
+"""What holds for every test: no model hub, one thread, no GPU tests without a GPU; and runs that share the tests.
+
+scripts/test.sh runs two pytests beside each other. Every test under tests/unit is marked `beside`, unless it says that
+it must be `alone`; with --share the runs take the files with such tests in turn.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +14,11 @@ import pytest
 import torch
 
 GPU_TESTS = Path(__file__).parent / "gpu"
+UNIT_TESTS = Path(__file__).parent / "unit"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", metavar="FOLDER", help="skip files of tests that another run with this folder took")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,14 +30,36 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(environment.undo)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects by these marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what lies under tests/gpu, and skip all that is marked where no CUDA device is."""
+    """Mark what lies under tests/gpu, and skip all that is marked where no CUDA device is; mark what has company."""
     without_gpu = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if GPU_TESTS in item.path.parents:
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(without_gpu)
+        if UNIT_TESTS in item.path.parents and not item.get_closest_marker("alone"):
+            item.add_marker("beside")
+
+
+_TAKEN = pytest.StashKey[dict[Path, bool]]()
+
+
+@pytest.hookimpl(tryfirst=True)  # before any fixture
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """With --share, take the test's file for this run, which the first one to come here does."""
+    folder, taken = item.config.getoption("--share"), item.config.stash.setdefault(_TAKEN, {})
+    if folder and item.path not in taken:
+        name = "-".join(item.path.relative_to(UNIT_TESTS.parent).parts)
+        try:
+            os.close(os.open(Path(folder, name), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            taken[item.path] = False
+        else:
+            taken[item.path] = True
+    if folder and not taken[item.path]:
+        pytest.skip("the run beside this one has it")
 
 
 @pytest.fixture(scope="session", autouse=True)

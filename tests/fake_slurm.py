@@ -2,8 +2,9 @@
 
 `install(folder)` makes sbatch, srun, scontrol, squeue, sacct and scancel, each of which runs this file. What they
 know lies in the folder: `job-N.state` (Slurm's name of it), `job-N.pid` (the batch script), `job-N.requeue` (while
-that is asked for), `job-N.tasks` (the running tasks). Signals go where Slurm sends them: srun passes USR1 on to the
-tasks and answers TERM by killing them. Every node is called localhost.
+that is asked for), `job-N.tasks` (the running tasks); scripts and tasks begin when their process ids lie there. Signals
+go where Slurm sends them: srun passes USR1 on to the tasks and answers TERM by killing them. Every node is called
+localhost.
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ def run_job(slurm: Path, arguments: list[str]) -> int:
         environment |= {"SLURM_RESTART_COUNT": str(restart)} if restart else {}
         set_state(slurm, job_id, "RUNNING")
         with log.open("a") as output:
-            batch = subprocess.Popen(
-                ["bash", slurm / f"job-{job_id}.sh"], env=environment, stdout=output, stderr=subprocess.STDOUT
-            )
-            (slurm / f"job-{job_id}.pid").write_text(str(batch.pid))
-            status = batch.wait()
+            begin = ["bash", "-c", 'echo $$ >"$0"; exec bash "$1"', slurm / f"job-{job_id}.pid"]
+            status = subprocess.run(
+                [*begin, slurm / f"job-{job_id}.sh"], env=environment, stdout=output, stderr=subprocess.STDOUT,
+                check=False,
+            ).returncode  # fmt: skip
         if not requeue.exists():
             break
         requeue.unlink()
@@ -96,11 +97,16 @@ def srun(slurm: Path, arguments: list[str]) -> int:
 
     signal.signal(signal.SIGUSR1, lambda *_: send(signal.SIGUSR1))
     signal.signal(signal.SIGTERM, lambda *_: send(signal.SIGKILL))
+    begun = slurm / f"job-{os.environ['SLURM_JOB_ID']}.tasks"
+    begun.unlink(missing_ok=True)
+    begin = ["bash", "-c", 'while [[ ! -e "$0" ]]; do sleep 0.02; done; exec "$@"', begun]
     for rank in range(nodes * tasks_per_node):
         node, local = divmod(rank, tasks_per_node)
         own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node)}
-        tasks.append(subprocess.Popen(arguments, env={**os.environ, **common, **own}, start_new_session=True))
-    (slurm / f"job-{os.environ['SLURM_JOB_ID']}.tasks").write_text(" ".join(str(task.pid) for task in tasks))
+        tasks.append(
+            subprocess.Popen([*begin, *arguments], env={**os.environ, **common, **own}, start_new_session=True)
+        )
+    replace(begun, " ".join(str(task.pid) for task in tasks))
     worst = 0
     for task in tasks:
         status = task.wait()
@@ -165,9 +171,14 @@ def get_state(slurm: Path, job_id: str) -> str:
 
 
 def set_state(slurm: Path, job_id: str, state: str) -> None:
-    temporary = slurm / f"{job_id}.new"
-    temporary.write_text(state)
-    temporary.replace(slurm / f"job-{job_id}.state")
+    replace(slurm / f"job-{job_id}.state", state)
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file in one step: others read it at any time, and some write the same one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

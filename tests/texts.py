@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -43,6 +44,13 @@ def write_json_lines(path: Path, records: list[dict]) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Replace a file in one step: whoever reads it meanwhile sees the old text or the new one, not an empty file."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def tokens_of(batches: Iterable[dict[str, torch.Tensor]]) -> list[int]:

@@ -108,8 +108,9 @@ class HFTransformerModel:
         self.tensor_plan: TensorPlan | None = None
         """How weights are split over tensor-parallel ranks; None where there is one."""
         self.sequence_parallel = False
-        """Whether tensor-parallel ranks share the sequence between regions; `sequence_parallel_because`: if not, why."""
+        """Whether tensor-parallel ranks share the sequence between regions."""
         self.sequence_parallel_because: str | None = None
+        """Why they do not, where that was to be found out."""
         self._cast_to: torch.dtype | None = None  # what FSDP2 does not cast, see parallelize/mixed_precision.py
         self.loss_is_chunked = True
         """Whether the head runs chunk by chunk and full logits never exist; known once the loss is installed."""

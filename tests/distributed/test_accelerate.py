@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from tests.distributed.workers import start_quickly
 from tests.jobs import tiny_job
 
 REPOSITORY = Path(__file__).parents[2]
@@ -45,24 +45,33 @@ accelerator.end_training()
 """
 
 
+def _run_launcher(arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """What the process of `accelerate launch` does."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    os.chdir(folder)
+    os.environ.update(environment)
+    launch_command(launch_command_parser().parse_args(arguments))
+
+
 def launch(*arguments: str, folder: Path) -> str:
     """Run `accelerate launch` with 2 processes on the CPU in `folder`; return all that it printed."""
-    program = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1"]
+    program = ["--num_processes=2", "--num_machines=1"]
     program += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
     environment = {
-        **os.environ,
         "PYTHONPATH": str(REPOSITORY),
         "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HOME": str(folder / "home"),  # where `accelerate config` may have left something
     }
-    ran = subprocess.run(
-        [*program, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stdout
-    return ran.stdout
+    printed = folder / "printed.log"
+    printed.unlink(missing_ok=True)
+    launcher = start_quickly(_run_launcher, [*program, *arguments], folder, environment, printed=printed)
+    launcher.join(timeout=300)
+    launcher.kill()
+    assert launcher.exitcode == 0, printed.read_text()
+    return printed.read_text()
 
 
 def blocks() -> list[str]:

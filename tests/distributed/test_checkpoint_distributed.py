@@ -290,7 +290,7 @@ def test_all_ranks_wait_where_they_have_the_time_until_old_checkpoints_are_delet
 
 
 def _close_during_a_slow_save(config: JobConfig) -> list[str]:
-    """The first rank's part of a save takes longer than a collective may."""
+    """The first rank's part of a save takes longer than a collective may, from when it is waited for."""
     trainer = Trainer(config)
     trainer.job_config.comm.train_timeout_seconds = 0.1
     create_stream = FileSystem.create_stream
@@ -298,6 +298,9 @@ def _close_during_a_slow_save(config: JobConfig) -> list[str]:
     @contextmanager
     def slowly(self, path, mode):
         if trainer.rank == 0 and mode == "wb":
+            deadline = time.monotonic() + 60
+            while not any("still being written" in text for text in messages.texts) and time.monotonic() < deadline:
+                time.sleep(0.02)
             time.sleep(0.5)
         with create_stream(self, path, mode) as stream:
             yield stream

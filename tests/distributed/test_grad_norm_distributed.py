@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import warnings
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from parallelize.grad_norm import clip_grad_norm_
+from tests.distributed.workers import WorkerPool
 
 WORLD_SIZE = 2
 SHAPES = [(6, 4), (5, 3), (1, 7), (4, 4), (3,), (4, 6)]
@@ -23,16 +18,7 @@ def _full_gradients() -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
-def _check_all_norms(rank: int, rendezvous: str) -> None:
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=rendezvous,
-        rank=rank,
-        world_size=WORLD_SIZE,
-        timeout=datetime.timedelta(seconds=60),
-    )
+def _check_all_norms() -> None:
     line = init_device_mesh("cpu", (WORLD_SIZE,), mesh_dim_names=("shard",))
     plane = init_device_mesh("cpu", (1, WORLD_SIZE), mesh_dim_names=("replicate", "shard"))
     # Even, uneven (5 rows) and empty (1 row) shards, another mesh, a replicated one, a plain tensor.
@@ -48,7 +34,6 @@ def _check_all_norms(rank: int, rendezvous: str) -> None:
         for max_norm in (0.5, 1e9):
             _compare(placements, norm_type, max_norm)
     _unreduced_gradients_are_summed_first(line)
-    dist.destroy_process_group()
 
 
 def _compare(placements: list, norm_type: float, max_norm: float) -> None:
@@ -79,5 +64,5 @@ def _unreduced_gradients_are_summed_first(mesh) -> None:
     assert clip_grad_norm_([parameter], 1.0, norm_type=float("inf")).item() == pytest.approx(4.0 * WORLD_SIZE)
 
 
-def test_norm_over_several_meshes_is_the_plain_norm(tmp_path: Path):
-    mp.spawn(_check_all_norms, args=(f"file://{tmp_path}/rendezvous",), nprocs=WORLD_SIZE)
+def test_norm_over_several_meshes_is_the_plain_norm(two: WorkerPool):
+    two.run(_check_all_norms)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import warnings
-from pathlib import Path
-
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
+from tests.distributed.workers import WorkerPool
 from transformers_backend.optimizer import ShardedMuon, build_optimizer
 
 WORLD_SIZE = 2
@@ -21,16 +16,7 @@ SHAPES = [(8, 16), (16, 8), (64, 32), (7, 5), (1, 6)]
 MUON = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
 
 
-def _check(rank: int, rendezvous: str) -> None:
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=rendezvous,
-        rank=rank,
-        world_size=WORLD_SIZE,
-        timeout=datetime.timedelta(seconds=60),
-    )
+def _check() -> None:
     line = init_device_mesh("cpu", (WORLD_SIZE,), mesh_dim_names=("shard",))
     plane = init_device_mesh("cpu", (1, WORLD_SIZE), mesh_dim_names=("replicate", "shard"))
     for shape in SHAPES:
@@ -39,7 +25,6 @@ def _check(rank: int, rendezvous: str) -> None:
     _muon_communicates_once_a_matrix(line)
     for implementation in ("fused", "foreach", "for-loop"):
         _fully_sharded_model_equals_one_process(line, plane, implementation)
-    dist.destroy_process_group()
 
 
 def _muon_equals_one_process(shape: tuple[int, int], mesh, placements: list) -> None:
@@ -95,5 +80,5 @@ def _fully_sharded_model_equals_one_process(line, plane, implementation: str) ->
         torch.testing.assert_close(full, theirs.detach(), rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_sharded_updates_are_those_of_one_process(tmp_path: Path):
-    mp.spawn(_check, args=(f"file://{tmp_path}/rendezvous",), nprocs=WORLD_SIZE)
+def test_sharded_updates_are_those_of_one_process(two: WorkerPool):
+    two.run(_check)

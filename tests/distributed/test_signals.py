@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.workers import WorkerPool
+from tests.distributed.workers import WorkerPool, start_quickly
 from tests.jobs import tiny_job
+from transformers_backend import launch
 from transformers_backend.signals import StopRequest
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,51 +35,79 @@ def _children(pid: int) -> list[int]:
     return sorted(children)
 
 
-def _start(folder: Path) -> subprocess.Popen:
+@dataclass
+class Run:
+    """A launcher with two ranks."""
+
+    pid: int
+    status: Callable[[], int | None]  # None: it runs
+    kill: Callable[[], None]
+    printed: Path
+
+
+def _start(folder: Path, *, by_script: bool) -> Run:
+    """Start a long run: with scripts/train.sh as users do, or the launcher forked, which takes a moment."""
     (folder / "text").mkdir(exist_ok=True)
     for number in range(4):
         (folder / "text" / f"{number}.txt").write_text(f"{number}: some text that is long enough\n" * 20)
     config = tiny_job(folder, "run", training__steps=100_000, training__local_batch_size=1, checkpoint__enable=True)
     config.save(folder / "job.toml")
-    return subprocess.Popen(
-        [REPOSITORY / "scripts" / "train.sh", folder / "job.toml"],
-        env={**os.environ, "PYTHON": sys.executable, "NPROC": "2", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that a signal to the group, as Ctrl-C sends it, does not reach this process
-    )
+    printed = folder / "printed.log"
+    if not by_script:
+        forked = start_quickly(_run_launcher, str(folder / "job.toml"), printed=printed)
+        return Run(forked.pid, lambda: forked.exitcode, forked.kill, printed)
+    with printed.open("w") as file:
+        process = subprocess.Popen(
+            [REPOSITORY / "scripts" / "train.sh", folder / "job.toml"],
+            env={**os.environ, "PYTHON": sys.executable, "NPROC": "2", "OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that a signal to the group, as Ctrl-C sends it, does not reach this process
+        )
+    return Run(process.pid, process.poll, process.kill, printed)
 
 
-def _wait_for_steps(folder: Path, count: int, process: subprocess.Popen) -> None:
+def _run_launcher(config: str) -> int:
+    os.environ |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return launch.main(["--standalone", "--nproc-per-node", "2", "-m", launch.TRAINING, config])
+
+
+def _wait_for_steps(folder: Path, count: int, run: Run) -> None:
     path, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + SECONDS
     while not path.exists() or len(path.read_text().splitlines()) < count:
-        assert process.poll() is None, process.stdout.read()
+        assert run.status() is None, run.printed.read_text()
         assert time.monotonic() < deadline, "no steps"
         time.sleep(0.02)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
 @pytest.mark.parametrize(
-    ("number", "send"),
+    ("number", "send", "by_script"),
     [
-        (signal.SIGUSR1, lambda pid, number: os.kill(pid, number)),
-        (signal.SIGINT, lambda pid, number: [os.killpg(pid, number), *(os.kill(c, number) for c in _children(pid))]),
-        (signal.SIGTERM, lambda pid, number: os.kill(_children(pid)[-1], number)),
+        (signal.SIGUSR1, lambda pid, number: os.kill(pid, number), False),
+        (
+            signal.SIGINT,
+            lambda pid, number: [os.killpg(pid, number), *(os.kill(c, number) for c in _children(pid))],
+            True,
+        ),
+        (signal.SIGTERM, lambda pid, number: os.kill(_children(pid)[-1], number), False),
     ],
     ids=["USR1 to the launcher", "INT to its group and every rank", "TERM to one rank"],
 )
 def test_a_signal_ends_the_run_after_a_step_with_a_checkpoint(
-    tmp_path: Path, number: signal.Signals, send: Callable[[int, int], object]
+    tmp_path: Path, number: signal.Signals, send: Callable[[int, int], object], by_script: bool
 ) -> None:
-    process = _start(tmp_path)
+    run = _start(tmp_path, by_script=by_script)
     try:
-        _wait_for_steps(tmp_path, 3, process)
-        send(process.pid, number)
-        log, _ = process.communicate(timeout=SECONDS)
+        _wait_for_steps(tmp_path, 3, run)
+        send(run.pid, number)
+        deadline = time.monotonic() + SECONDS
+        while run.status() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
     finally:
-        process.kill()
-    assert process.returncode == 0, log
+        run.kill()
+    log = run.printed.read_text()
+    assert run.status() == 0, log
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     saved = tmp_path / "run" / "checkpoint"
     assert [path.name for path in saved.iterdir()] == [f"step-{last}"], log
@@ -101,7 +131,6 @@ def _steps_until_agreed(signalled_rank: int, at_step: int) -> tuple[int, str]:
     return step, reason.name
 
 
-def test_ranks_stop_at_the_same_step_when_one_is_signalled() -> None:
-    with WorkerPool(2) as two:
-        for rank in (0, 1):
-            assert two.run(_steps_until_agreed, rank, 3) == [(4, "SIGUSR1"), (4, "SIGUSR1")]
+def test_ranks_stop_at_the_same_step_when_one_is_signalled(two: WorkerPool) -> None:
+    for rank in (0, 1):
+        assert two.run(_steps_until_agreed, rank, 3) == [(4, "SIGUSR1"), (4, "SIGUSR1")]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.distributed.workers import quick_context
 from transformers_backend.verify import DENSE_MODEL_TYPES, PRETRAINED_LOSS_TOLERANCE, main, verify
 
 # The promise of the project, written out here so that a loosened tolerance in the sources shows.
@@ -33,7 +36,15 @@ def test_every_dense_type_passes_or_is_refused_with_a_reason():
     assert PRETRAINED_LOSS_TOLERANCE <= LOADED_LOSS
 
 
-def test_what_cannot_be_trained_is_refused_with_the_reason():
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the report's processes from a server; the first test above starts them as users do."""
+    quick_context()
+    forks = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
+    monkeypatch.setattr("transformers_backend.verify.mp.spawn", forks)
+
+
+def test_what_cannot_be_trained_is_refused_with_the_reason(quick: None):
     reports = {report.model: report for report in verify(["bert", "t5", "lama"], fsdp=1)}
     assert {report.verdict for report in reports.values()} == {"refused"}
     assert "not a causal language model" in reports["bert"].reason
@@ -63,7 +74,7 @@ def test_the_command_says_what_is_wrong(
     assert message in capsys.readouterr().err
 
 
-def test_the_table_has_a_header_and_names_what_cannot_be_fetched(capsys: pytest.CaptureFixture):
+def test_the_table_has_a_header_and_names_what_cannot_be_fetched(quick: None, capsys: pytest.CaptureFixture):
     assert main(["nobody/nothing", "llama", "--fsdp", "1"]) == 1
     header, nothing, llama, summary = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["model", "loss", "diff"]

@@ -17,7 +17,6 @@ import logging
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -159,7 +158,7 @@ def check_python(arguments: list[str]) -> None:
     elif module == "transformers_backend.verify":
         assert verify._parse(rest).models
     elif module == "pytest":
-        assert all(Path(name).exists() for name in rest if "/" in name)
+        assert all(Path(name).exists() for name in rest if "/" in name and not name.startswith("-"))
     else:
         assert (module, rest[:1]) in [
             ("transformers_backend.train", ["--help"]),
@@ -236,15 +235,12 @@ def test_configs_load(
 @pytest.fixture
 def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One process that torchrun might have started; what a run leaves behind in it goes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     variables = {
         "RANK": "0",
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": "0",  # any that is free
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

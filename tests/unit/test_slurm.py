@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -226,7 +227,7 @@ def test_an_earlier_runs_metrics_do_not_make_a_stopped_job_finished(
     """The first start is stopped before its first step, in a folder where a run of 50 steps has been."""
     checkout.mkdir(parents=True)
     (checkout / "metrics.jsonl").write_text('{"step": 50, "loss": 1.0}\n')
-    set_up = 'if [[ ! -e "$RUN/waited" ]]; then touch "$RUN/waited" "$RUN/waiting"; trap "exit 0" USR1; while :; do '
+    set_up = 'if [[ ! -e "$RUN/waited" ]]; then trap "exit 0" USR1; touch "$RUN/waited" "$RUN/waiting"; while :; do '
     set_up += 'sleep 0.1; done; fi\necho \'{"step": 3, "loss": 2.0}\' >"$RUN/metrics.jsonl"\n'
     (checkout.parents[1] / "checkout" / "scripts" / "train.sh").write_text(f"#!/usr/bin/env bash\n{set_up}")
     submit_stand_in(slurm, config)
@@ -275,7 +276,7 @@ def test_a_failed_job_is_listed_with_its_reason_and_resubmitted(
     capsys.readouterr()
     assert slurm.main(["--resubmit", "failed,out-of-memory", str(checkout)]) == 0
     _, row, total, resubmitted = capsys.readouterr().out.splitlines()
-    assert row.startswith("out of memory   1/3  2.5000  00:00:0")
+    assert re.match(r"out of memory   1/3  2\.5000  00:0\d:\d\d", row), row
     assert total == "1 run: 1 out of memory"
     assert resubmitted == f"resubmitted {checkout} as job 101"
     wait_for_training(checkout)

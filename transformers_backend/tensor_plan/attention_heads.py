@@ -120,7 +120,7 @@ def head_arguments(attention: nn.Module, heads: int) -> dict[str, int]:
     """Arguments of the forward of an attention module of which every rank takes its own heads."""
     names = set(inspect.signature(attention.forward).parameters)
     biases = names.intersection(_BIASES)
-    return {name: heads for name in sorted(biases | (names & {_MASK} if biases else set()))}
+    return dict.fromkeys(sorted(biases | (names & {_MASK} if biases else set())), heads)
 
 
 def sequence_arguments(layer: nn.Module) -> tuple[str, ...]:

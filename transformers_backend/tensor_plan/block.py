@@ -66,7 +66,7 @@ def ways_to_split(block: Block) -> list[Recipe]:
     else:
         if len(inner) == 1 and block.output_features(inner[0]) == 3 * block.input_features(last):
             ways.insert(0, {inner[0]: "packed_qkv", last: "rowwise"})
-        joined = {name: "colwise+join" for name in inner} | {last: "rowwise+join"}
+        joined = dict.fromkeys(inner, "colwise+join") | {last: "rowwise+join"}
         ways.insert(0 if block.trace.reduces else len(ways), joined)
     return [_with_root(block, way) for way in ways]
 

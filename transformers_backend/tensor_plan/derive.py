@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers_backend.decoder import Decoder
 from transformers_backend.tensor_plan.block import Block, ways_to_split, whole_way
 from transformers_backend.tensor_plan.matrices import is_matrix
-from transformers_backend.tensor_plan.recipe import Derived, Recipe, pattern_of
+from transformers_backend.tensor_plan.recipe import Derived, Recipe, pattern_of, starred
 from transformers_backend.tensor_plan.trace import is_leaf, trace
 
 
@@ -34,7 +34,16 @@ def derive(twin: PreTrainedModel, decoder: Decoder, input_ids: torch.Tensor) -> 
         by_pattern.setdefault(pattern_of(root), []).append(found)
     ways = {pattern: _merged(layers) for pattern, layers in by_pattern.items()}
     owned = {pattern for block in ways.values() for way in block for pattern in way}
-    return Derived({pattern: words for pattern, words in fixed.items() if pattern not in owned}, ways)
+    fixed = {pattern: words for pattern, words in fixed.items() if pattern not in owned}
+    return Derived(_for_any_number(fixed), {name: [_for_any_number(way) for way in ways[name]] for name in ways})
+
+
+def _for_any_number(recipe: Recipe) -> Recipe:
+    """With an entry for all items of inner lists that have one style; the model may have more of them than the twin."""
+    words: dict[str, set[str]] = {}
+    for pattern in recipe:
+        words.setdefault(starred(pattern), set()).add(recipe[pattern])
+    return {**{pattern: found.pop() for pattern, found in words.items() if len(found) == 1}, **recipe}
 
 
 def _merged(layers: list[list[Recipe]]) -> list[Recipe]:

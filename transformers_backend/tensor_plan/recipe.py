@@ -22,6 +22,11 @@ def pattern_of(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1)  # a later one tells modules of a Sequential apart
 
 
+def starred(name: str) -> str:
+    """The name with "*" for every number."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
 @dataclass(frozen=True)
 class Derived:
     """What the structure of a model says about how it may be split."""

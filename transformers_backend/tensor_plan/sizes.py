@@ -25,7 +25,7 @@ from transformers_backend.tensor_plan.matrices import (
     local_output_features,
     output_features,
 )
-from transformers_backend.tensor_plan.recipe import Recipe, pattern_of
+from transformers_backend.tensor_plan.recipe import Recipe, pattern_of, starred
 
 _MODIFIERS = ("region", "whole_region", "join", "gather", "direct")
 _COLWISE = ("colwise", "packed_qkv", "packed_gate_up", "packed_halves")
@@ -41,7 +41,7 @@ def make_plan(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: 
     regions: dict[str, Region] = {}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name in [*(name for name, _ in model.named_modules()), *parameters]:
-        words = recipe.get(name, recipe.get(pattern_of(name)))
+        words = recipe.get(name, recipe.get(pattern_of(name), recipe.get(starred(name))))
         if words is None:
             continue
         modifiers = set(words.split("+")) & set(_MODIFIERS)

@@ -1,7 +1,7 @@
 """What a run of the twin shows about its blocks: which modules run, what feeds what, and where a block ends.
 
 A block is an attention or mlp module of a decoder layer (or the layer itself, for linears that it owns). `trace` runs
-the twin once with hooks and follows the gradients' graph backwards; `tensor_plan.py` derives from it how a block splits.
+the twin once with hooks and follows the gradients' graph backwards; `block.py` derives from it how a block splits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-
 
 _REDUCTIONS = ("Mean", "Sum", "Std", "Var", "Norm", "Softmax", "Max", "Topk")  # names of nodes that go over features
 

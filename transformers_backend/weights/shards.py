@@ -99,13 +99,3 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             if name not in module._non_persistent_buffers_set:
                 tensors[f"{prefix}.{name}" if prefix else name] = buffer
     return tensors
-
-
-def full_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    if not isinstance(tensor, DTensor):
-        return tensor
-    from parallelize.tensor_parallel.packing import packing_of
-
-    packing = packing_of(model, name)
-    return packing.to_original(tensor.full_tensor()) if packing else tensor.full_tensor()

@@ -81,8 +81,16 @@ def test_a_style_that_there_is_not_is_told_the_nearest_and_all():
     (problem,) = ParallelismConfig(tensor_parallel_plan={"lm_head": "vocab", "model.norm": "replicate"}).problems()
     assert problem == (
         'parallelism.tensor_parallel_plan."lm_head" = "vocab": must be one of colwise, rowwise, packed_qkv, '
-        'packed_gate_up, replicate, split, norm_over_heads, vocabulary, region; the nearest is "vocabulary".'
+        "packed_gate_up, packed_halves, replicate, outside, whole, split, norm_over_heads, vocabulary, region, "
+        'whole_region, join, gather, direct; the nearest is "vocabulary".'
     )
+
+
+def test_words_are_joined_by_plus():
+    plan = {"lm_head": "colwise+join", "model.norm": "replicate+juin"}
+    (problem,) = ParallelismConfig(tensor_parallel_plan=plan).problems()
+    assert '"model.norm" = "replicate+juin"' in problem
+    assert problem.endswith('the nearest is "join".')
 
 
 @pytest.mark.parametrize("pattern", ["", " lm_head"])

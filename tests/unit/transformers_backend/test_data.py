@@ -22,6 +22,7 @@ from tests.texts import (
     build_batches,
     documents_of,
     load_byt5,
+    rewrite,
     same,
     tokens_of,
     write_json_lines,
@@ -401,7 +402,7 @@ def test_text_that_the_tokenizer_refuses(tmp_path, build, monkeypatch):
 def test_a_file_that_vanishes_or_changes_during_the_run(tmp_path, build, num_workers):
     path = write_text_files(tmp_path / "texts", ["x" * 9, "y" * 9])
     batches = build(path, seq_len=9, batch_size=1, num_workers=num_workers)
-    (path / "001.txt").write_text("y")
+    rewrite(path / "001.txt", "y")
     with pytest.raises(ValueError, match=r"001.txt had 9 bytes when the run began and has 1 now: data must not change"):
         list(islice(batches, 100_000))
     batches = build(path, seq_len=2, batch_size=1, num_workers=num_workers)
@@ -419,11 +420,11 @@ def test_a_file_of_records_that_vanishes_or_changes_during_the_run(tmp_path, bui
     batches = build(tmp_path / "data", num_workers=num_workers)
     file = tmp_path / "data" / "1.jsonl"
     content = file.read_text()
-    file.write_text(content[:-40])
+    rewrite(file, content[:-40])
     with pytest.raises(ValueError, match=r"1.jsonl had 198 bytes when the run began and has 158 now: data must not"):
         list(islice(batches, 100_000))
     batches.close()
-    file.write_text(content)
+    rewrite(file, content)
     batches = build(tmp_path / "data", num_workers=num_workers)
     file.unlink()
     with pytest.raises(ValueError, match=r"1.jsonl was there when the run began, with 198 bytes, and cannot be read"):

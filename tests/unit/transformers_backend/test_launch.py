@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +12,10 @@ import pytest
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from tests.distributed.workers import start_quickly
 from tests.jobs import tiny_job
 from transformers_backend import launch
 from transformers_backend.signals import STOP_SIGNALS
-
-REPOSITORY = Path(__file__).parents[3]
 
 
 def _failure(folder: Path, rank: int, exitcode: int, *, timestamp: int, message: str = "", kind: str = "") -> dict:
@@ -145,22 +142,39 @@ def test_ranks_that_an_interrupt_ended_in_set_up_have_not_failed(tmp_path: Path,
     assert launch._end_of_failure(agent) == 1
 
 
-def _launch_apart(script: str) -> tuple[int, str]:
+def _run_launcher(arguments: list[str], folder: Path) -> int:
+    """The launcher, which makes a file `watches` in the folder once it watches its ranks."""
+    os.chdir(folder)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    monitor = launch.Agent._monitor_workers
+
+    def watch(*arguments):
+        Path("watches").touch()
+        return monitor(*arguments)
+
+    launch.Agent._monitor_workers = watch
+    launch.SECONDS_BETWEEN_INTERRUPTS = 0.2
+    return launch.main(arguments)
+
+
+def _launch_apart(script: str, folder: Path) -> tuple[int, str]:
     """The launcher in a process of its own, which the rank (a shell script) signals; returns its status and words."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "transformers_backend.launch", "--standalone", "--nproc-per-node", "1",
-         "--max-restarts", "2", "--no-python", "/bin/sh", "-c", script],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
-    return ran.returncode, ran.stderr
+    waits = "wait_for() { while [ ! -e $1 ]; do sleep 0.05; done; }; "
+    arguments = ["--standalone", "--nproc-per-node", "1", "--max-restarts", "2", "--no-python", "/bin/sh", "-c"]
+    launcher = start_quickly(_run_launcher, [*arguments, waits + script], folder, printed=folder / "printed.log")
+    launcher.join(timeout=240)
+    launcher.kill()
+    return launcher.exitcode, (folder / "printed.log").read_text()
 
 
-def test_a_signal_before_the_first_step_ends_the_run_without_an_error() -> None:
+def test_a_signal_before_the_first_step_ends_the_run_without_an_error(tmp_path: Path) -> None:
     """The launcher passes it on to the rank, which has no handler for it yet."""
-    status, said = _launch_apart("sleep 1; kill -USR1 $PPID; exec sleep 60")
+    status, said = _launch_apart("wait_for watches; kill -USR1 $PPID; exec sleep 300", tmp_path)
     assert (status, said) == (0, "SIGUSR1: stopped before the first step; there is nothing to save\n")
 
 
-def test_a_second_interrupt_kills_the_ranks() -> None:
-    status, said = _launch_apart("trap '' INT; sleep 1; kill -INT $PPID; sleep 1.5; kill -INT $PPID; exec sleep 60")
+def test_a_second_interrupt_kills_the_ranks(tmp_path: Path) -> None:
+    """The second comes after the launcher has passed the first one on."""
+    script = "trap 'touch got' INT; wait_for watches; kill -INT $PPID; wait_for got; sleep 0.5; kill -INT $PPID"
+    status, said = _launch_apart(f"{script}; exec sleep 300", tmp_path)
     assert (status, said) == (130, "second Ctrl-C: stopped at once; what was saved before is whole\n")

@@ -25,7 +25,10 @@ REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_is_remembered_and_ends_nothing(number: signal.Signals, capfd: pytest.CaptureFixture) -> None:
+def test_a_signal_is_remembered_and_ends_nothing(
+    number: signal.Signals, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers_backend.signals.SECONDS_BETWEEN_INTERRUPTS", 60.0)
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert stop.agreed() is None
@@ -54,8 +57,9 @@ def test_a_group_of_its_own_ends_with_the_block(monkeypatch: pytest.MonkeyPatch)
 
 def _run(code: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", code], cwd=REPOSITORY, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
 
 
 _IMPORT = "import os, signal, sys, time\nfrom transformers_backend import signals\n"
@@ -70,9 +74,9 @@ def test_a_second_interrupt_ends_the_process_at_once() -> None:
         "    time.sleep(0.3)\n"
         "    print('still there', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(300)\n"
     )
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=240)
     assert output == "still there\n"
     assert process.returncode == -signal.SIGINT
 
@@ -84,9 +88,10 @@ def test_a_shielded_child_ends_for_its_parent_alone() -> None:
         "if child == 0:\n"
         "    signals.shield_child_process()\n"
         "    os.write(1, b'ready\\n')\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(300)\n"
         "os.write(1, f'{child}\\n'.encode())\n"
-        "time.sleep(1.5)\n"
+        "sys.stdin.readline()\n"
+        "time.sleep(0.3)\n"  # for a child that would end
         "print(os.waitpid(child, os.WNOHANG)[0], flush=True)\n"
         "os.kill(child, signal.SIGTERM)\n"
         "print(os.waitpid(child, 0)[1], flush=True)\n"
@@ -95,7 +100,7 @@ def test_a_shielded_child_ends_for_its_parent_alone() -> None:
     child = int(next(line for line in lines if line != "ready"))
     for number in STOP_SIGNALS:  # from this process, as Slurm would
         os.kill(child, number)
-    still_running, status = process.communicate(timeout=60)[0].splitlines()
+    still_running, status = process.communicate("the signals are sent\n", timeout=240)[0].splitlines()
     assert still_running == "0", "a child that has ended would be reported by its number"
     assert status == "0", "SIGTERM of the parent ended it"
 
@@ -107,18 +112,25 @@ def test_a_rank_dies_with_its_launcher() -> None:
         "if child == 0:\n"
         "    signals.die_with_parent()\n"
         "    os.write(1, f'{os.getpid()}\\n'.encode())\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(300)\n"
         "os.waitpid(child, 0)\n"
     )
     child = int(process.stdout.readline())
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 30
-    while Path(f"/proc/{child}").exists() and ") Z " not in Path(f"/proc/{child}/stat").read_text():
+    deadline = time.monotonic() + 120
+    while _is_running(child):
         assert time.monotonic() < deadline, "it lives on"
         time.sleep(0.02)
-    process.stdout.close()
-    process.stderr.close()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        stream.close()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
 
 
 def _train(config, monkeypatch: pytest.MonkeyPatch, *, signal_in_step: int = 0) -> tuple[int, list[str]]:
@@ -205,7 +217,8 @@ def test_a_signal_beside_the_steps_cuts_nothing_short(
         assert not any("SIGUSR1" in text for text in said), "there is nothing to go on with"
         return
     assert said[-1] == f"SIGUSR1: stopped after step {step} of 200; saved, the same command goes on from there"
-    assert saved == sorted({"step-2", f"step-{step}"}), "the save under way, and that of the stop"
+    by_interval = {f"step-{number}" for number in range(2, step, 2)}  # beside training, a step or two may go by
+    assert saved == sorted(by_interval | {f"step-{step}"}), "the save under way, and that of the stop"
     assert beside_training or step == 2
     config.training.steps = step + 1
     step, _ = _train(config, monkeypatch)

@@ -138,7 +138,7 @@ def test_heads_in_pairs_of_both_halves_are_a_way() -> None:
     plan = make_plan(twin, describe_decoder(twin), found.with_ways([number, 0]), 2)
     assert plan.splits["model.layers.0.self_attn.q_proj"].segments == (Segment(32, 2), Segment(32, 2))
     assert plan.split_of("model.layers.0.self_attn.lambda_q1") == Split("replicate")
-    with pytest.raises(ValueError, match="= 4: .*q_proj has 2 heads.*one of 1, 2"):
+    with pytest.raises(ValueError, match=r"= 4: .*q_proj has 2 heads.*one of 1, 2\."):
         make_plan(twin, describe_decoder(twin), found.with_ways([number, 0]), 4)
 
 

@@ -165,11 +165,12 @@ def test_reading_is_far_from_holding_a_run_up(tmp_path: Path, byt5: ByT5Tokenize
     write_token_file(tmp_path / "corpus", [(np.full(lengths.sum(), 7), lengths)], byt5, "byt5")
     collection, encode = open_token_file(tmp_path / "corpus", NAME)
     collection.read(0)
-    start = time.perf_counter()
+    start = time.process_time()  # other work may share the core
     tokens = sum(len(encode(collection.read(number)).tokens) for number in range(3999, -1, -1))
-    assert tokens / (time.perf_counter() - start) > 5e6
+    assert tokens / (time.process_time() - start) > 5e6
 
 
+@pytest.mark.alone
 def test_four_workers_make_batches_of_it_at_five_million_tokens_a_second(tmp_path: Path, byt5: ByT5Tokenizer):
     """They do three times that; the best of several short looks is asked, as other work may share the cores."""
     lengths = np.full(8000, 500)
@@ -177,7 +178,7 @@ def test_four_workers_make_batches_of_it_at_five_million_tokens_a_second(tmp_pat
     batches = build_batches(tmp_path / "corpus", seq_len=2048, batch_size=8, num_workers=4, prefetch_factor=2)
     for _ in range(64):  # a million tokens, twice what the workers are ahead at most
         next(batches)
-    best, deadline = 0.0, time.monotonic() + 20
+    best, deadline = 0.0, time.monotonic() + 60
     while best <= 5e6 and time.monotonic() < deadline:
         start, tokens = time.perf_counter(), 0
         while (elapsed := time.perf_counter() - start) < 0.5:
