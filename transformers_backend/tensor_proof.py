@@ -228,9 +228,9 @@ def vocabulary_shard(
 
 
 def why_not_random_shards(model: PreTrainedModel, plan: TensorPlan) -> str | None:
-    """Why random numbers do not allow the ranks to share the sequence, of which the twin, without dropout, knows nothing.
+    """Why dropout, of which the twin has none, does not allow the ranks to share the sequence.
 
-    Ranks that share it draw numbers of their own in all layers, so nothing that they compute alike may depend on them.
+    Ranks that share it draw numbers of their own in all layers; nothing that they compute alike may depend on those.
     """
     whole = [name for name, region in plan.regions.items() if region.is_whole]
     if whole and has_dropout(model):

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 import torch.distributed as dist
 
 
