@@ -28,11 +28,11 @@ def _refusal(model_type: str, plan: dict[str, str]) -> str | None:
     ("model_type", "plan", "reason", "module"),
     [
         # [gate | up] cut straight through: on the first rank the gate is right, on the second it is of up.
-        ("glm4", {"model.layers.*.mlp.gate_up_proj": "colwise"}, "loss ", "model.layers.0.mlp.activation_fn"),
-        ("gpt2", {"transformer.h.*.attn.c_attn": "colwise"}, "loss ", "transformer.h.0.attn.c_proj"),
-        # Without its region the attention views (batch, seq, half of the heads) as (batch, half of seq, all heads).
-        ("opt", {"model.decoder.layers.*.self_attn": "replicate"}, "loss ", "model.decoder.layers.0.self_attn.out_proj"),
-        ("llama", {"model.layers.*.mlp.up_proj": "replicate"}, "RuntimeError: ", "model.layers.0.mlp"),
+        ("glm4", {"model.layers.*.mlp.gate_up_proj": "colwise"}, "loss", "model.layers.0.mlp.activation_fn"),
+        ("gpt2", {"transformer.h.*.attn.c_attn": "colwise"}, "loss", "transformer.h.0.attn.c_proj"),
+        # Without its region the attention views (batch, seq, half the heads) as (batch, half of seq, all heads).
+        ("opt", {"model.decoder.layers.*.self_attn": "replicate"}, "loss", "model.decoder.layers.0.self_attn.out_proj"),
+        ("llama", {"model.layers.*.mlp.up_proj": "replicate"}, "RuntimeError", "model.layers.0.mlp"),
     ],
 )  # fmt: skip
 def test_a_users_plan_that_is_wrong_is_refused(two: WorkerPool, model_type: str, plan: dict, reason: str, module: str):

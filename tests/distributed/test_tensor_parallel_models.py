@@ -1,4 +1,4 @@
-"""Architectures that split in different ways, on data and tensor parallel ranks together, against plain Transformers."""
+"""Architectures that split in different ways, on data and tensor parallel ranks, against plain Transformers."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from transformers_backend.errors import is_meant_for_the_user
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.model_args import HFTransformerModelArgs
 from transformers_backend.proof import GRADIENT_TOLERANCE, LOSS_TOLERANCE, MODEL_ERRORS, gradients, relative_errors
+from transformers_backend.tensor_plan import DegreeError
 from transformers_backend.twin import VOCABULARY_SIZE, build_twin
 from transformers_backend.verify.report import PRETRAINED_LOSS_TOLERANCE, Report
 from transformers_backend.verify.share import sharded_share, share_of_real_sizes
@@ -108,10 +109,15 @@ def verify_model(name: str, parallelism: ParallelismConfig, compile: bool, folde
         key = "model_type" if is_model_type(name) else "model"
         hf_config, model_class = HFTransformerModelArgs(**{key: name}).resolve()
         report.model_class = model_class.__name__
-        model = _compare_training(report, hf_config, model_class, parallelism, compile)
+        degree = parallelism.tensor_parallel_degree
+        try:
+            model = _compare_training(report, hf_config, model_class, degree, parallelism, compile)
+        except DegreeError:  # heads in groups of a fixed number (CodeGen's fours) need more of them
+            degree *= 2
+            model = _compare_training(report, hf_config, model_class, degree, parallelism, compile)
         if parallelism.tensor_parallel_degree > 1:
             _describe_split(report, hf_config, model_class, model)
-        _compare_weights(report, hf_config, model_class, parallelism, folder)
+        _compare_weights(report, hf_config, model_class, degree, parallelism, folder)
     except ValueError as error:
         report.verdict = "refused" if is_meant_for_the_user(error) else "fail"
         report.reason = f"{type(error).__name__}: {error}" if report.verdict == "fail" else str(error)
@@ -125,15 +131,17 @@ def verify_model(name: str, parallelism: ParallelismConfig, compile: bool, folde
 
 
 def _compare_training(
-    report: Report, hf_config, model_class, parallelism: ParallelismConfig, compile: bool
+    report: Report, hf_config, model_class, twin_degree: int, parallelism: ParallelismConfig, compile: bool
 ) -> HFTransformerModel:
-    """Loss and every gradient of one global batch: plain Transformers on one device, and ours on all ranks."""
-    tp = parallelism.tensor_parallel_degree
+    """Loss and every gradient of one global batch: plain Transformers on one device, and ours on all ranks.
+
+    twin_degree: the tensor-parallel degree for which the twin is wide enough.
+    """
     input_ids, labels = global_batch(2 * _ROWS * parallelism.data_parallel_shard_degree)
-    plain = build_twin(hf_config, model_class, degree=tp)
+    plain = build_twin(hf_config, model_class, degree=twin_degree)
     plain_loss = plain(input_ids=input_ids, labels=labels, use_cache=False).loss
     plain_loss.backward()
-    model = HFTransformerModel.wrap(build_twin(hf_config, model_class, degree=tp))
+    model = HFTransformerModel.wrap(build_twin(hf_config, model_class, degree=twin_degree))
     model.parallelize(parallelism, compile=CompileConfig(enable=compile))
     mine = slice(model.data_rank * 2 * _ROWS, (model.data_rank + 1) * 2 * _ROWS)
     micro_batches = list(zip(input_ids[mine].split(_ROWS), labels[mine].split(_ROWS), strict=True))
@@ -180,10 +188,12 @@ def _describe_split(report: Report, hf_config, model_class, model: HFTransformer
             report.sharded, report.sharded_of_twin = sharded_share(model.hf_model), True
 
 
-def _compare_weights(report: Report, hf_config, model_class, parallelism: ParallelismConfig, folder: Path) -> None:
+def _compare_weights(
+    report: Report, hf_config, model_class, twin_degree: int, parallelism: ParallelismConfig, folder: Path
+) -> None:
     """Folder -> sharded parameters -> first loss; sharded parameters -> folder -> bit-equal weights."""
     pretrained, exported = folder / "pretrained", folder / "exported"
-    original = build_twin(hf_config, model_class, degree=parallelism.tensor_parallel_degree, seed=1)
+    original = build_twin(hf_config, model_class, degree=twin_degree, seed=1)
     if dist.get_rank() == 0:
         original.save_pretrained(pretrained, max_shard_size="100KB")
     dist.barrier()
