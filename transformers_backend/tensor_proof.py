@@ -65,18 +65,41 @@ def prove_tensor_plan(
     trial = _Trial(*arguments, twin_degree=mesh.size())
     names = [name for name, _ in (*trial.plain.named_modules(), *trial.plain.named_parameters(remove_duplicate=False))]
     check_users_recipe(user_recipe, names)
-    proven, unsplit = _prove(trial, sequence_parallel=sequence_parallel, user_recipe=user_recipe)
-    if unsplit:  # heads in groups of a fixed number (CodeGen's fours) may need more of them than the twin has
+    # Heads in a fixed number of groups (CodeGen's four) may need more of them than the twin has, so a second twin is
+    # tried where the first has too few, or some block of it does not split.
+    try:
+        proven, unsplit = _prove(trial, sequence_parallel=sequence_parallel, user_recipe=user_recipe)
+    except DegreeError:
         wide = _Trial(*arguments, twin_degree=2 * mesh.size())
-        other, still_unsplit = _prove(wide, sequence_parallel=sequence_parallel, user_recipe=user_recipe)
-        if len(still_unsplit) < len(unsplit):
-            proven, unsplit = other, still_unsplit
+        proven, unsplit = _prove(wide, sequence_parallel=sequence_parallel, user_recipe=user_recipe)
+    else:
+        if unsplit:
+            proven, unsplit = _with_wider_twin(
+                arguments, proven, unsplit, sequence_parallel=sequence_parallel, user_recipe=user_recipe
+            )
     if unsplit:
         logger.warning(
             "No exact way was found to split %s over %d ranks; every rank has all of it.",
             " and ".join(unsplit), mesh.size(),
         )  # fmt: skip
     return proven
+
+
+def _with_wider_twin(
+    arguments: tuple,
+    proven: ProvenRecipe,
+    unsplit: list[str],
+    *,
+    sequence_parallel: Literal["auto", "always", "never"],
+    user_recipe: Recipe,
+) -> tuple[ProvenRecipe, list[str]]:
+    """What a twin of twice the width shows, where that leaves fewer blocks whole; the given outcome elsewhere."""
+    try:
+        wide = _Trial(*arguments, twin_degree=2 * arguments[-1].size())
+        other, still_unsplit = _prove(wide, sequence_parallel=sequence_parallel, user_recipe=user_recipe)
+    except MODEL_ERRORS:  # no such twin can be built
+        return proven, unsplit
+    return (other, still_unsplit) if len(still_unsplit) < len(unsplit) else (proven, unsplit)
 
 
 def _prove(
@@ -156,12 +179,11 @@ class _Trial:
         return twin.to(self._mesh.device_type)
 
     def check_degree(self, recipe: Recipe) -> None:
-        """Raise the DegreeError of a recipe that the degree does not fit; what else is wrong with it, trials show."""
+        """Raise the DegreeError of a recipe that the degree does not fit; trials show what else is wrong with it."""
         try:
             make_plan(self.plain, self.decoder, recipe, self._mesh.size())
         except DegreeError:
-            if self._twin_degree == self._mesh.size():
-                raise
+            raise
         except MODEL_ERRORS:
             pass
 
