@@ -45,7 +45,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork the report's processes from a server; the first test above starts them as users do."""
     quick_context()
     forks = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
-    monkeypatch.setattr("transformers_backend.verify.mp.spawn", forks)
+    monkeypatch.setattr("transformers_backend.verify.compare.mp.spawn", forks)
 
 
 def test_what_cannot_be_trained_is_refused_with_the_reason(quick: None):
@@ -97,7 +97,7 @@ def test_the_degrees():
     }  # fmt: skip
 
 
-def test_tensor_parallelism_has_columns_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_tensor_parallelism_has_columns_of_its_own(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture):
     document = tmp_path / "MODELS.md"
     assert main(["opt", "codegen", "--tp", "2", "--write-docs", str(document)]) == 0
     header, opt, codegen, summary = capsys.readouterr().out.splitlines()

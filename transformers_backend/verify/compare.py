@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import logging
 import shutil
 import tempfile
@@ -89,15 +90,17 @@ def _worker(
     transformers.utils.logging.disable_progress_bar()
     # Inductor generates other code for several threads (falcon's gradient is wrong there only), so try that code.
     torch.set_num_threads(2 if compile else 1)
-    store = dist.FileStore(f"{folder}/store", world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
     for index, model in enumerate(models):
+        # A mesh has a process group a dimension, and each of those threads of its own, so every model starts anew.
+        store = dist.FileStore(f"{folder}/store_{index}", world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
         report = verify_model(model, parallelism, compile, Path(folder) / str(index))
         if rank == 0:
             queue.put(report)
         torch._dynamo.reset()
-    dist.barrier()
-    dist.destroy_process_group()
+        dist.barrier()
+        dist.destroy_process_group()
+        gc.collect()  # modules and their wrapped forwards refer to each other, and to the groups
 
 
 def verify_model(name: str, parallelism: ParallelismConfig, compile: bool, folder: Path) -> Report:
