@@ -110,8 +110,9 @@ class HFTransformerModel:
         self.tensor_recipe: Recipe | None = None
         """What the plan was made from: styles by pattern, whatever the sizes and the degree (`tensor_plan/`)."""
         self.sequence_parallel = False
-        """Whether tensor-parallel ranks share the sequence between regions; if not, `sequence_parallel_because`."""
+        """Whether tensor-parallel ranks share the sequence between regions."""
         self.sequence_parallel_because: str | None = None
+        """Why they do not, where that was to be found out."""
         self._cast_to: torch.dtype | None = None  # what FSDP2 does not cast, see parallelize/mixed_precision.py
         self.loss_is_chunked = True
         """Whether the head runs chunk by chunk and full logits never exist; known once the loss is installed."""

@@ -87,13 +87,18 @@ def summed(group: dist.ProcessGroup) -> LocalValue:
 
     What is summed is the gradient of this one backward, before it is added to those of earlier micro-batches.
     """
-    return lambda whole: enter(whole, group)
+    return lambda whole: _enter_precisely(whole, group)
+
+
+def _enter_precisely(whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """`enter` whose gradient is summed in at least fp32: low-precision terms are rounded once, after the sum."""
+    return enter(whole.to(torch.promote_types(whole.dtype, torch.float32)), group).to(whole.dtype)
 
 
 def on_first_rank(group: dist.ProcessGroup) -> LocalValue:
     """A bias, added to one term of a sum over ranks. The others add 0 times it: all take part in its backward."""
     factor = float(dist.get_rank(group) == 0)
-    return lambda whole: enter(whole, group) * factor
+    return lambda whole: _enter_precisely(whole, group) * factor
 
 
 def own_heads(segment: Segment, group: dist.ProcessGroup) -> LocalValue:
@@ -104,7 +109,7 @@ def own_heads(segment: Segment, group: dist.ProcessGroup) -> LocalValue:
     degree, rank = dist.get_world_size(group), dist.get_rank(group)
     rows = segment.size // segment.heads
     first = rank * segment.heads // degree * rows
-    return lambda whole: enter(whole, group).narrow(0, first, rows)
+    return lambda whole: _enter_precisely(whole, group).narrow(0, first, rows)
 
 
 def shared_heads(segments: tuple[Segment, ...], dim: int, group: dist.ProcessGroup) -> LocalValue:
