@@ -50,7 +50,7 @@ from transformers_backend.isolation import Isolation, find_isolation, packed_inp
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
 from transformers_backend.proof import check_recomputation, prove, why_not_compile
-from transformers_backend.tensor_plan import make_plan
+from transformers_backend.tensor_plan import Recipe, make_plan
 from transformers_backend.tensor_proof import prove_tensor_plan, vocabulary_shard, why_not_random_shards
 from transformers_backend.weights import (
     DEFAULT_FILE_SIZE,
@@ -106,7 +106,9 @@ class HFTransformerModel:
         self.device = next(hf_model.parameters()).device
         """Where the model computes; batches on another device are moved there."""
         self.tensor_plan: TensorPlan | None = None
-        """How weights are split over tensor-parallel ranks; None where there is one."""
+        """How weights are split over tensor-parallel ranks; None without tensor parallelism."""
+        self.tensor_recipe: Recipe | None = None
+        """What the plan was made from: styles by pattern, whatever the sizes and the degree (`tensor_plan/`)."""
         self.sequence_parallel = False
         """Whether tensor-parallel ranks share the sequence between regions."""
         self.sequence_parallel_because: str | None = None
@@ -114,10 +116,6 @@ class HFTransformerModel:
         self._cast_to: torch.dtype | None = None  # what FSDP2 does not cast, see parallelize/mixed_precision.py
         self.loss_is_chunked = True
         """Whether the head runs chunk by chunk and full logits never exist; known once the loss is installed."""
-        self.tensor_plan = None
-        """How modules are split over tensor-parallel ranks; None without tensor parallelism."""
-        self.sequence_parallel_because: str | None = None
-        """Why tensor-parallel ranks do not share the sequence; None where they do."""
         self._batches_compared = False
         self._ready = False
         self._isolation: Isolation | None = None  # None: batches hold no packed documents, see `isolate_documents`
@@ -205,6 +203,7 @@ class HFTransformerModel:
         )  # fmt: skip
         self.sequence_parallel = proven.sequence_parallel
         self.sequence_parallel_because = proven.no_sequence_parallel_because
+        self.tensor_recipe = proven.recipe
         self.tensor_plan = make_plan(self.hf_model, self.decoder, proven.recipe, mesh.size())
         if self.sequence_parallel and (reason := why_not_random_shards(self.hf_model, self.tensor_plan)) is not None:
             if parallelism.sequence_parallel == "always":

@@ -19,6 +19,8 @@ from parallelize.distributed import gather_objects
 from parallelize.tensor_parallel import TensorPlan, apply_tensor_parallel
 from parallelize.tensor_parallel.vocabulary import VocabularyShard
 from transformers_backend.decoder import Decoder, describe_decoder, has_dropout
+from transformers_backend.loss import install_loss
+from transformers_backend.module_outputs import first_difference, record_outputs
 from transformers_backend.proof import MODEL_ERRORS, difference, example_batch, gradients, loss_and_gradients
 from transformers_backend.tensor_plan import (
     DegreeError,
@@ -198,8 +200,24 @@ class _Trial:
         return next((reason for reason in reasons if reason is not None), None)
 
     def first_difference(self, recipe: Recipe) -> str | None:
-        """The first module, in order of execution, whose output in the split twin is no part of the plain one's."""
-        return None
+        """The first module, in order of execution, whose output in the split twin is no part of the plain one's.
+
+        None where none is, so that only gradients differ, or where the plan cannot be carried out.
+        """
+        plain, twin = self.build(), self.build()
+        input_ids, _ = self.batch
+        try:
+            plan = make_plan(twin, self.decoder, recipe, self._mesh.size())
+            vocabulary = vocabulary_shard(twin, self.decoder, plan, self._mesh)
+            install_loss(twin, self.decoder, chunked=False, vocabulary=vocabulary)
+            apply_tensor_parallel(twin, plan, self._mesh, layers=self.decoder.layers, sequence_parallel=False)
+        except MODEL_ERRORS:
+            return None
+        outputs = [
+            record_outputs(model, lambda model=model: model(input_ids=input_ids, use_cache=False))
+            for model in (plain, twin)
+        ]
+        return first_difference(*outputs, plan, self._mesh.get_group())
 
     def _split_loss_and_gradients(
         self, recipe: Recipe, sequence_parallel: bool

@@ -91,7 +91,11 @@ class SequenceShards:
         return cut(pad_to_multiple(whole, dim, dist.get_world_size(self.group)), dim, self.group)
 
     def _joined(self, shard: torch.Tensor) -> torch.Tensor:
-        return join(shard, shard.dim() + _SEQUENCE, self.group).narrow(_SEQUENCE, 0, self._length).contiguous()
+        whole = join(shard, shard.dim() + _SEQUENCE, self.group)
+        if whole.shape[_SEQUENCE] == self._length:
+            return whole
+        # A copy, because FSDP2's hook on the output of a layer does not survive what changes a view in place.
+        return whole.narrow(_SEQUENCE, 0, self._length).clone()
 
 
 def _change_arguments(module: nn.Module, names: Sequence[str], change: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from tests.distributed.workers import quick_context
-from transformers_backend.verify import DENSE_MODEL_TYPES, PRETRAINED_LOSS_TOLERANCE, main, verify
+from transformers_backend.verify import DENSE_MODEL_TYPES, PRETRAINED_LOSS_TOLERANCE, Report, main, verify
+from transformers_backend.verify.command import parse
+from transformers_backend.verify.report import with_section
 
 # The promise of the project, written out here so that a loosened tolerance in the sources shows.
 LOSS, GRADIENT, LOADED_LOSS = 1e-5, 1e-4, 1e-6
@@ -29,6 +31,8 @@ def test_every_dense_type_passes_or_is_refused_with_a_reason():
         if report.verdict == "pass":
             assert report.loss_difference <= LOSS, report
             assert report.gradient_error <= GRADIENT, report
+            assert report.norm_error <= GRADIENT, report
+            assert report.sharded is None is report.sequence_parallel, "that is of tensor parallelism"
             assert report.pretrained_loss_difference <= LOADED_LOSS, report
             assert report.export == "bit-equal", report
             assert report.worst_parameter
@@ -41,7 +45,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork the report's processes from a server; the first test above starts them as users do."""
     quick_context()
     forks = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
-    monkeypatch.setattr("transformers_backend.verify.mp.spawn", forks)
+    monkeypatch.setattr("transformers_backend.verify.compare.mp.spawn", forks)
 
 
 def test_what_cannot_be_trained_is_refused_with_the_reason(quick: None):
@@ -57,6 +61,7 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(quick: None):
     [
         ([], "name at least one model type"),
         (["llama", "--fsdp", "0"], "--fsdp 0: must be at least 1"),
+        (["llama", "--tp", "0"], "--tp 0: must be at least 1"),
         (["llama", "lama"], 'MODEL = "lama": no folder from'),
         (["lama"], 'knows no such model type; the nearest is "llama". A hub id is owner/name.'),
         (["./no/such"], 'MODEL = "./no/such": no such folder from'),
@@ -81,3 +86,42 @@ def test_the_table_has_a_header_and_names_what_cannot_be_fetched(quick: None, ca
     assert "fail (OSError: " in nothing
     assert header.index("verdict") == nothing.index("fail (") == llama.index("pass")
     assert summary == "1 pass, 0 refused, 1 fail"
+
+
+def test_the_degrees():
+    options = {" ".join(given): parse(["llama", *given]) for given in (
+        [], ["--fsdp", "4"], ["--tp", "2"], ["--fsdp", "2", "--tp", "2"]
+    )}  # fmt: skip
+    assert {given: (found.fsdp, found.tp) for given, found in options.items()} == {
+        "": (2, 1), "--fsdp 4": (4, 1), "--tp 2": (1, 2), "--fsdp 2 --tp 2": (2, 2),
+    }  # fmt: skip
+
+
+def test_tensor_parallelism_has_columns_of_its_own(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture):
+    document = tmp_path / "MODELS.md"
+    assert main(["opt", "codegen", "--tp", "2", "--write-docs", str(document)]) == 0
+    header, opt, codegen, summary = capsys.readouterr().out.splitlines()
+    assert summary == "2 pass, 0 refused, 0 fail"
+    at = header.index("sharded")
+    assert header[at:].split() == ["sharded", "sequence", "verdict"]
+    assert opt[at:].split() == ["98.7%", "yes", "pass"], "positions of a default OPT are whole"
+    assert codegen[at:].split() == ["100.0%", "yes", "pass"], "whose heads lie in groups of four"
+    assert f"by `scripts/verify.sh opt codegen --tp 2 --write-docs {document}`" in document.read_text()
+    assert "| export | sharded | sequence | verdict |" in document.read_text()
+
+
+def test_the_document_has_a_section_for_every_mesh():
+    passed = Report("llama", sharded=0.5, sharded_of_twin=True, sequence_parallel=False, notes=["because"])
+    refused = Report("bert", verdict="refused", reason="a | b")
+    document = ""
+    for fsdp, tp, reports in [(2, 1, [refused]), (1, 2, [passed]), (2, 2, [refused]), (1, 2, [passed, refused])]:
+        document = with_section(document, reports, fsdp=fsdp, tp=tp, compile=False, command=f"--tp {tp}")
+    assert document.startswith("# Models\n")
+    introduction, *sections = document.split("\n## ")
+    assert [section.splitlines()[0] for section in sections] == ["fsdp 2", "tp 2", "fsdp 2 x tp 2"]
+    assert "*sharded*" in introduction
+    assert all("Generated on " in section for section in sections)
+    assert "| llama | - | - | - | - | - | 50.0% of the twin | no | pass; because |" in sections[1]
+    assert "**1 pass, 1 refused, 0 fail.**" in sections[1]
+    assert "| bert | - | - | - | - | - | refused (a \\| b) |" in sections[0]
+    assert document == with_section(document, [passed, refused], fsdp=1, tp=2, compile=False, command="--tp 2")

@@ -29,8 +29,9 @@ import torch.distributed as dist
 from torch.distributed.run import parse_args as parse_torchrun
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from transformers_backend import JobConfig, load_job_config, train, verify
+from transformers_backend import JobConfig, load_job_config, train
 from transformers_backend.job_config.values import field_types
+from transformers_backend.verify.command import parse as parse_verify
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = (
@@ -156,7 +157,7 @@ def check_python(arguments: list[str]) -> None:
     elif module == "transformers_backend.train" and "--help" not in rest:
         load_job_config(rest)  # raises for what it does not understand
     elif module == "transformers_backend.verify":
-        assert verify._parse(rest).models
+        assert parse_verify(rest).models
     elif module == "pytest":
         assert all(Path(name).exists() for name in rest if "/" in name and not name.startswith("-"))
     else:

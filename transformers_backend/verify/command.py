@@ -1,0 +1,89 @@
+"""The command: its options, what it prints and writes, its exit status."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from pathlib import Path
+
+import transformers
+from transformers import CONFIG_MAPPING
+
+from transformers_backend.job_config.rules import model_source_problems
+from transformers_backend.verify.compare import DENSE_MODEL_TYPES, is_model_type, verify
+from transformers_backend.verify.report import print_header, print_report, summary, with_section
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parse(given)
+    models = [*options.models, *(DENSE_MODEL_TYPES if options.all_dense else ())]
+    if not options.json:
+        print_header(options.tp)
+    reports = verify(
+        models,
+        fsdp=options.fsdp,
+        tp=options.tp,
+        compile=options.compile,
+        on_report=None if options.json else lambda report: print_report(report, options.tp),
+    )
+    print(
+        json.dumps([dataclasses.asdict(report) for report in reports], indent=2) if options.json else summary(reports)
+    )
+    if options.write_docs is not None:
+        document = options.write_docs.read_text() if options.write_docs.is_file() else ""
+        command = f"scripts/verify.sh {' '.join(given)}"
+        document = with_section(
+            document, reports, fsdp=options.fsdp, tp=options.tp, compile=options.compile, command=command
+        )
+        options.write_docs.write_text(document)
+    return 1 if any(report.verdict == "fail" for report in reports) else 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options; --fsdp is 2 where no degree is given, and 1 beside --tp. Ends the process for bad ones."""
+    parser = argparse.ArgumentParser(prog="scripts/verify.sh", description="Compare with plain Transformers.")
+    parser.add_argument("models", nargs="*", help="model types, hub ids or folders (only their config is read)")
+    parser.add_argument("--all-dense", action="store_true", help="all dense causal LM types of Transformers")
+    parser.add_argument(
+        "--fsdp", type=int, metavar="N", help="data-parallel shard degree (default 2, or 1 where --tp is given)"
+    )
+    parser.add_argument(
+        "--tp", type=int, metavar="N",
+        help="tensor-parallel degree (default 1); runs fsdp x tp processes, and shows how much is split",
+    )  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="compile layers and loss")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--write-docs", type=Path, metavar="FILE", help="write the table as the section of this mesh in a Markdown file"
+    )
+    options = parser.parse_args(arguments)
+    if options.fsdp is None:
+        options.fsdp = 2 if options.tp is None else 1
+    if options.tp is None:
+        options.tp = 1
+    if not options.models and not options.all_dense:
+        parser.error("name at least one model type, hub id or folder, or give --all-dense")
+    for name, degree in (("--fsdp", options.fsdp), ("--tp", options.tp)):
+        if degree < 1:
+            parser.error(f"{name} {degree}: must be at least 1")
+    unknown = [problem for name in options.models for problem in _name_problems(name)]
+    if unknown:
+        parser.error("\n".join(unknown))
+    return options
+
+
+def _name_problems(name: str) -> list[str]:
+    """What is wrong with a name that is neither a model type nor a folder, and cannot be a hub id."""
+    if not is_model_type(name):
+        return model_source_problems("MODEL", name)
+    if name in CONFIG_MAPPING:
+        return []
+    (nearest,) = difflib.get_close_matches(name, list(CONFIG_MAPPING.keys()), n=1, cutoff=0.0)
+    return [
+        f'MODEL = "{name}": no folder from {Path.cwd()}, and Transformers {transformers.__version__} knows no such '
+        f'model type; the nearest is "{nearest}". A hub id is owner/name.'
+    ]

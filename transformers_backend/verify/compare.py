@@ -1,0 +1,247 @@
+"""Running the processes, and comparing one model after another on them with plain Transformers."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from parallelize.compile import COMPILE_ERRORS
+from parallelize.config import CompileConfig, ParallelismConfig
+from parallelize.distributed import gather_objects
+from transformers_backend.errors import is_meant_for_the_user
+from transformers_backend.model import HFTransformerModel
+from transformers_backend.model_args import HFTransformerModelArgs
+from transformers_backend.proof import GRADIENT_TOLERANCE, LOSS_TOLERANCE, MODEL_ERRORS, gradients, relative_errors
+from transformers_backend.tensor_plan import DegreeError
+from transformers_backend.twin import VOCABULARY_SIZE, build_twin
+from transformers_backend.verify.report import PRETRAINED_LOSS_TOLERANCE, Report
+from transformers_backend.verify.share import sharded_share, share_of_real_sizes
+
+# The dense causal language models of Transformers 5.23, by model type: no experts, and attention in every layer
+# (xlstm excepted). Types that the installed version does not have are reported as such.
+DENSE_MODEL_TYPES = tuple(
+    """
+    apertus arcee biogpt bitnet bloom codegen cohere cohere2 cohere_compass_text ctrl cwm diffllama doge ernie4_5
+    exaone4 falcon gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm glm4 gpt-sw3 gpt2
+    gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj granite granite_swa helium hrm_text hunyuan_v1_dense
+    hyperclovax internlm3 iquestcoder jais2 lfm2 llama minicpm3 ministral ministral3 mistral modernbert-decoder mpt
+    nanochat nemotron olmo olmo2 olmo3 openai-gpt opt persimmon phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm
+    starcoder2 vaultgemma xglm xlstm youtu
+    """.split()
+)
+_ROWS, _SEQUENCE = 2, 24  # of one rank's micro-batch; two micro-batches
+_TIMEOUT = datetime.timedelta(minutes=5)
+
+
+def is_model_type(name: str) -> bool:
+    """Whether a name of a model is a model type of Transformers, or could be none but that."""
+    return name in CONFIG_MAPPING or not ("/" in name or Path(name).exists())
+
+
+def verify(
+    models: list[str],
+    *,
+    fsdp: int = 2,
+    tp: int = 1,
+    compile: bool = False,
+    on_report: Callable[[Report], None] | None = None,
+) -> list[Report]:
+    """Verify models on `fsdp` x `tp` local processes and return their reports; `on_report` sees each as it comes."""
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    parallelism = ParallelismConfig(data_parallel_shard_degree=fsdp, tensor_parallel_degree=tp)
+    with tempfile.TemporaryDirectory() as folder:
+        workers = mp.spawn(
+            _worker, (fsdp * tp, models, parallelism, compile, folder, queue), nprocs=fsdp * tp, join=False
+        )
+        reports = []
+        while len(reports) < len(models):
+            try:
+                reports.append(queue.get(timeout=5))
+            except Empty:
+                workers.join(timeout=0)  # raises if a worker died
+            else:
+                if on_report is not None:
+                    on_report(reports[-1])
+        while not workers.join():
+            pass
+    return reports
+
+
+def _worker(
+    rank: int, world_size: int, models: list[str], parallelism: ParallelismConfig, compile: bool, folder: str, queue
+) -> None:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # Inductor generates other code for several threads (falcon's gradient is wrong there only), so try that code.
+    torch.set_num_threads(2 if compile else 1)
+    for index, model in enumerate(models):
+        # A mesh has a process group a dimension, and each of those threads of its own, so every model starts anew.
+        store = dist.FileStore(f"{folder}/store_{index}", world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+        report = verify_model(model, parallelism, compile, Path(folder) / str(index))
+        if rank == 0:
+            queue.put(report)
+        torch._dynamo.reset()
+        dist.barrier()
+        dist.destroy_process_group()
+        gc.collect()  # modules and their wrapped forwards refer to each other, and to the groups
+
+
+def verify_model(name: str, parallelism: ParallelismConfig, compile: bool, folder: Path) -> Report:
+    """One model's report; every rank of the process group calls it. folder: for files, removed afterwards."""
+    report = Report(name)
+    notes = _CollectWarnings(report.notes)
+    logging.getLogger("transformers_backend").addHandler(notes)
+    try:
+        key = "model_type" if is_model_type(name) else "model"
+        hf_config, model_class = HFTransformerModelArgs(**{key: name}).resolve()
+        report.model_class = model_class.__name__
+        degree = parallelism.tensor_parallel_degree
+        try:
+            model = _compare_training(report, hf_config, model_class, degree, parallelism, compile)
+        except DegreeError:  # heads in groups of a fixed number (CodeGen's fours) need more of them
+            degree *= 2
+            model = _compare_training(report, hf_config, model_class, degree, parallelism, compile)
+        if parallelism.tensor_parallel_degree > 1:
+            _describe_split(report, hf_config, model_class, model)
+        _compare_weights(report, hf_config, model_class, degree, parallelism, folder)
+    except ValueError as error:
+        report.verdict = "refused" if is_meant_for_the_user(error) else "fail"
+        report.reason = f"{type(error).__name__}: {error}" if report.verdict == "fail" else str(error)
+    except (*MODEL_ERRORS, *COMPILE_ERRORS, OSError) as error:  # OSError: a hub id that cannot be fetched
+        report.verdict, report.reason = "fail", f"{type(error).__name__}: {' '.join(str(error).split())}"
+    finally:
+        logging.getLogger("transformers_backend").removeHandler(notes)
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    return report
+
+
+def _compare_training(
+    report: Report, hf_config, model_class, twin_degree: int, parallelism: ParallelismConfig, compile: bool
+) -> HFTransformerModel:
+    """Loss and every gradient of one global batch: plain Transformers on one device, and ours on all ranks.
+
+    twin_degree: the tensor-parallel degree for which the twin is wide enough.
+    """
+    input_ids, labels = global_batch(2 * _ROWS * parallelism.data_parallel_shard_degree)
+    plain = build_twin(hf_config, model_class, degree=twin_degree)
+    plain_loss = plain(input_ids=input_ids, labels=labels, use_cache=False).loss
+    plain_loss.backward()
+    model = HFTransformerModel.wrap(build_twin(hf_config, model_class, degree=twin_degree))
+    model.parallelize(parallelism, compile=CompileConfig(enable=compile))
+    mine = slice(model.data_rank * 2 * _ROWS, (model.data_rank + 1) * 2 * _ROWS)
+    micro_batches = list(zip(input_ids[mine].split(_ROWS), labels[mine].split(_ROWS), strict=True))
+    targets = sum(model.count_targets(micro_labels) for _, micro_labels in micro_batches)
+    loss = sum(model.forward_backward(*batch, num_items_in_batch=targets) for batch in micro_batches)
+    report.loss_difference = max(gather_objects(abs(loss.item() - plain_loss.item())))
+    if not report.loss_difference <= LOSS_TOLERANCE:
+        report.fail(f"loss {loss.item():.6f} instead of {plain_loss.item():.6f}")
+    _compare_gradients(report, plain, model)
+    _compare_clipping(report, plain, model)
+    return model
+
+
+def _compare_gradients(report: Report, plain: nn.Module, model: HFTransformerModel, when: str = "") -> None:
+    """Keep the worst relative error, of any rank: what is replicated may be right on one and wrong on another."""
+    errors = relative_errors(gradients(plain), model.full_gradients())
+    worst = max(errors, key=errors.get)
+    error, worst = max(gather_objects((errors[worst], worst)))
+    if report.gradient_error is None or error > report.gradient_error:
+        report.gradient_error, report.worst_parameter = error, worst
+    if not error <= GRADIENT_TOLERANCE:
+        report.fail(f"gradient of {worst} is wrong{when}")
+
+
+def _compare_clipping(report: Report, plain: nn.Module, model: HFTransformerModel) -> None:
+    """Clip to half of the norm: torch's own on plain Transformers' gradients, and ours."""
+    norm = torch.nn.utils.get_total_norm(list(gradients(plain).values())).item()
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), norm / 2)
+    found = model.clip_grad_norm_(norm / 2).item()
+    report.norm_error = max(gather_objects(abs(found - norm) / norm))
+    if not report.norm_error <= GRADIENT_TOLERANCE:
+        report.fail(f"gradient norm {found:.6f} instead of {norm:.6f}")
+    _compare_gradients(report, plain, model, " after clipping")
+
+
+def _describe_split(report: Report, hf_config, model_class, model: HFTransformerModel) -> None:
+    """What tensor parallelism splits, and whether the sequence, too."""
+    report.sequence_parallel = model.sequence_parallel
+    if not model.sequence_parallel:
+        report.notes.append(f"no sequence parallelism: {model.sequence_parallel_because}")
+    if dist.get_rank() == 0:
+        report.sharded = share_of_real_sizes(hf_config, model_class, model.tensor_recipe, model.mesh["tp"])
+        if report.sharded is None:
+            report.sharded, report.sharded_of_twin = sharded_share(model.hf_model), True
+
+
+def _compare_weights(
+    report: Report, hf_config, model_class, twin_degree: int, parallelism: ParallelismConfig, folder: Path
+) -> None:
+    """Folder -> sharded parameters -> first loss; sharded parameters -> folder -> bit-equal weights."""
+    pretrained, exported = folder / "pretrained", folder / "exported"
+    original = build_twin(hf_config, model_class, degree=twin_degree, seed=1)
+    if dist.get_rank() == 0:
+        original.save_pretrained(pretrained, max_shard_size="100KB")
+    dist.barrier()
+    input_ids, labels = global_batch(parallelism.data_parallel_shard_degree)
+    with torch.no_grad():
+        plain_loss = original(input_ids=input_ids, labels=labels, use_cache=False).loss
+    model = HFTransformerModel.from_pretrained(str(pretrained))
+    model.parallelize(parallelism)
+    row = slice(model.data_rank, model.data_rank + 1)
+    loss = model.forward_backward(input_ids[row], labels[row])
+    report.pretrained_loss_difference = abs(loss.item() - plain_loss.item())
+    model.save_pretrained(exported, max_file_size=100_000)
+    differing = _differing(original, AutoModelForCausalLM.from_pretrained(exported))
+    report.export = "bit-equal" if not differing else f"differs: {', '.join(differing[:3])}"
+    # Ranks that split a sum add in another order; else the computation is the same one.
+    tolerance = PRETRAINED_LOSS_TOLERANCE if parallelism.tensor_parallel_degree == 1 else LOSS_TOLERANCE
+    if not report.pretrained_loss_difference <= tolerance:
+        report.fail(f"loss of the loaded folder {loss.item():.7f} instead of {plain_loss.item():.7f}")
+    if differing:
+        report.fail(f"export {report.export}")
+    dist.barrier()
+
+
+def _differing(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:
+    tensors, others = one.state_dict(), other.state_dict()
+    names = sorted(tensors.keys() | others.keys())
+    return [n for n in names if n not in tensors or n not in others or not torch.equal(tensors[n], others[n])]
+
+
+def global_batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels (rows, seq); every row ignores another number of labels, so that means of means differ."""
+    generator = torch.Generator().manual_seed(7)
+    input_ids = torch.randint(3, VOCABULARY_SIZE - 3, (rows, _SEQUENCE), generator=generator)
+    labels = input_ids.clone()
+    for row in range(rows):
+        labels[row, : (5 * row) % (_SEQUENCE - 4)] = -100
+    return input_ids, labels
+
+
+class _CollectWarnings(logging.Handler):
+    """What the wrapper warns of (a loss on full logits, layers left uncompiled) belongs in the report."""
+
+    def __init__(self, notes: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._notes = notes
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._notes.append(record.getMessage())

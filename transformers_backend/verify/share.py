@@ -1,0 +1,38 @@
+"""How much of a model tensor parallelism splits: the share of the numbers in matrices that a rank has a part of."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from parallelize.tensor_parallel.apply import check_complete, distribute_parameters
+from transformers_backend.decoder import describe_decoder
+from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
+from transformers_backend.proof import MODEL_ERRORS
+from transformers_backend.tensor_plan import Recipe, make_plan
+
+
+def sharded_share(model: nn.Module) -> float:
+    """Of all numbers in `model`'s parameters with two dimensions or more (each tied one once), the share that is split.
+
+    Over the last dimension of their meshes, which is the tensor-parallel one.
+    """
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    split = [matrix.numel() for matrix in matrices if isinstance(matrix, DTensor) and matrix.placements[-1].is_shard()]
+    return sum(split) / sum(matrix.numel() for matrix in matrices)
+
+
+def share_of_real_sizes(hf_config, model_class, recipe: Recipe, mesh: DeviceMesh) -> float | None:
+    """The share for the sizes in `hf_config`, or None where `recipe` does not divide them evenly over `mesh`.
+
+    On the meta device, without communication: one rank may call it alone.
+    """
+    try:
+        model = build_on_meta(hf_config, model_class, HFTransformerModelArgs())
+        plan = make_plan(model, describe_decoder(model), recipe, mesh.size())
+        check_complete(model, plan)
+        distribute_parameters(model, plan, mesh)
+    except MODEL_ERRORS:  # sizes that do not fit, or a config class whose defaults cannot be built at all
+        return None
+    return sharded_share(model)
