@@ -134,6 +134,8 @@ def _masks_and_recomputation(model_type: str, shares_sequence: bool) -> dict[str
 
 def _whole(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """One mask from those of the ranks: of their heads, of their parts of the sequence, or the same one of both."""
+    if first.dim() == 2:  # OPT's mlp sees (batch x sequence, hidden)
+        return _whole(first.unflatten(0, (4, -1)), second.unflatten(0, (4, -1))).flatten(0, 1)
     if first.shape == (4, SEQUENCE, 32):
         assert torch.equal(first, second)
         return first
