@@ -77,7 +77,7 @@ def _own_loop(model_type: str, parallelism: ParallelismConfig, frozen: tuple[str
 
 
 @pytest.mark.parametrize(
-    "model_type, parallelism, frozen",
+    ("model_type", "parallelism", "frozen"),
     [
         ("llama", _SHARDED, ("nothing",)),
         ("llama", _ALONE, ("model.",)),
@@ -107,7 +107,7 @@ def _generate(model_type: str, parallelism: ParallelismConfig) -> bool:
     return model.sequence_parallel
 
 
-@pytest.mark.parametrize("model_type, parallelism", [("llama", _ALONE), ("gpt2", _SHARDED)])
+@pytest.mark.parametrize(("model_type", "parallelism"), [("llama", _ALONE), ("gpt2", _SHARDED)])
 def test_generation_is_that_of_the_whole_model(four: WorkerPool, model_type: str, parallelism: ParallelismConfig):
     assert all(four.run(_generate, model_type, parallelism)), "with sequence parallelism"
 
