@@ -104,7 +104,7 @@ def _generate(model_type: str, parallelism: ParallelismConfig) -> bool:
         )  # fmt: skip
         assert torch.equal(found.sequences, expected.sequences)
         torch.testing.assert_close(torch.stack(found.scores), torch.stack(expected.scores), rtol=0, atol=1e-5)
-    return model.sequence_parallel
+    return model.tensor_parallelism.sequence_parallel
 
 
 @pytest.mark.parametrize(("model_type", "parallelism"), [("llama", _ALONE), ("gpt2", _SHARDED)])
