@@ -141,7 +141,11 @@ class HFTransformerModel:
         cpu_offload: keep shards and optimizer state in host memory. seed: of the initial weights, where they are not
         loaded. Raises a ValueError that lists every bad value.
         """
-        assert not self._ready, "parallelize comes once, before the first step"
+        if self._ready:
+            raise ValueError(
+                "parallelize comes once, before the first step, and this model is parallelised or has made a step "
+                "already. Make or load the model anew to change how it is parallelised."
+            )
         activation_checkpoint = activation_checkpoint or ActivationCheckpointConfig()
         compile = compile or CompileConfig()
         check([*parallelism.problems(), *activation_checkpoint.problems(), *compile.problems()])
