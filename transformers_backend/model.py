@@ -142,7 +142,11 @@ class HFTransformerModel:
         cpu_offload: keep shards and optimizer state in host memory. seed: of the initial weights, where they are not
         loaded. Raises a ValueError that lists every bad value.
         """
-        assert not self._ready, "parallelize comes once, before the first step"
+        if self._ready:
+            raise ValueError(
+                "parallelize: this model was parallelised before, or has done a step on one device. Call it once, "
+                "before the first step; for another mesh build or wrap the model anew."
+            )
         activation_checkpoint = activation_checkpoint or ActivationCheckpointConfig()
         compile = compile or CompileConfig()
         check([*parallelism.problems(), *activation_checkpoint.problems(), *compile.problems()])
