@@ -1,6 +1,7 @@
 """What `HFTransformerModel.parallelize` finds out before it changes the model: checks, and choices proven on twins.
 
-Each function either raises a ValueError for what cannot be exact, or returns what is, and logs what was given up for it.
+Each function either raises a ValueError for what cannot be exact, or returns what is, and logs what was given up for
+it.
 """
 
 from __future__ import annotations

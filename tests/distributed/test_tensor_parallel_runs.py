@@ -235,7 +235,7 @@ def _mistakes() -> dict[str, str]:
     }
     messages = {}
     for name, attempt in attempts.items():
-        with pytest.raises(ValueError, match="parallelize|degree|or sharded") as caught:
+        with pytest.raises(ValueError, match=r"parallelize|degree|or sharded") as caught:
             attempt()
         messages[name] = str(caught.value)
     return messages
