@@ -143,13 +143,8 @@ class HFTransformerModel:
         """
         if self._ready:
             raise ValueError(
-<<<<<<< HEAD
-                "parallelize: this model was parallelised before, or has done a step on one device. Call it once, "
-                "before the first step; for another mesh build or wrap the model anew."
-=======
                 "parallelize comes once, before the first step, and this model is parallelised or has made a step "
                 "already. Make or load the model anew to change how it is parallelised."
->>>>>>> core
             )
         activation_checkpoint = activation_checkpoint or ActivationCheckpointConfig()
         compile = compile or CompileConfig()

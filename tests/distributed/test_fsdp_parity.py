@@ -296,11 +296,7 @@ def test_recomputation_draws_the_same_dropout(two: WorkerPool):
 def _wrong_world() -> str:
     with pytest.raises(ValueError, match="the job runs on 2 ranks") as caught:
         HFTransformerModel.wrap(_twin("llama")).parallelize(ParallelismConfig(data_parallel_shard_degree=3))
-<<<<<<< HEAD
-    with pytest.raises(ValueError, match="Call it once, before the first step"):
-=======
     with pytest.raises(ValueError, match="parallelize comes once"):
->>>>>>> core
         HFTransformerModel.wrap(_twin("llama")).parallelize(ParallelismConfig()).parallelize(ParallelismConfig())
     return str(caught.value)
 

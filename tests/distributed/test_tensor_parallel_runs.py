@@ -247,7 +247,7 @@ def test_mistakes_are_explained_on_every_rank(four: WorkerPool):
     assert "has 3 heads, which it does not divide. Use one of 1, 3." in messages["heads"]
     assert "has 1 heads, which it does not divide. Use one of 1." in messages["fewer heads than ranks"]
     assert "the job runs on 4 ranks" in messages["ranks"]
-    assert "Call it once, before the first step" in messages["second parallelize"]
+    assert "parallelize comes once, before the first step" in messages["second parallelize"]
     assert "or sharded" in messages["second wrap"]
 
 
