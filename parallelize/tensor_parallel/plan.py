@@ -1,6 +1,6 @@
 """What a tensor-parallel plan says: for every module with weights, how they are split and what is communicated.
 
-A plan is a table from names to styles that a reader checks by eye. `transformers_backend/tensor_plan.py` makes it,
+A plan is a table from names to styles that a reader checks by eye. `transformers_backend/tensor_plan/` makes it,
 `apply.py` beside this file carries it out. For Llama, with "*" for the number of the layer:
 
     model.embed_tokens                         vocabulary
