@@ -45,7 +45,7 @@ from parallelize.mixed_precision import parameters_cast_to
 from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
 from parallelize.tensor_parallel import TensorPlan
-from transformers_backend.decoder import check_is_plain, describe_decoder, has_dropout
+from transformers_backend.decoder import check_is_plain, describe_decoder, drops_layers, has_dropout
 from transformers_backend.isolation import Isolation, find_isolation, packed_inputs, usual_way
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
@@ -153,6 +153,11 @@ class HFTransformerModel:
             )
         if not dist.is_initialized():
             raise ValueError("parallelize needs an initialised process group: torch.distributed.init_process_group().")
+        if dist.get_world_size() > 1 and drops_layers(self.hf_model):
+            raise ValueError(
+                f"{self.model_class.__name__}: config.layerdrop = {self.hf_model.config.layerdrop} skips layers at "
+                "random, on each rank others, and ranks would wait for each other forever. Set layerdrop to 0."
+            )
         self.device = pick_device()
         check(async_tensor_parallel_problems(parallelism, compile, self.device.type))
         self.dims = ParallelDims.resolve(parallelism, dist.get_world_size())
