@@ -27,6 +27,7 @@ from transformers_backend.tensor_plan.matrices import (
 )
 from transformers_backend.tensor_plan.recipe import Recipe, pattern_of, starred
 
+_MOST_RANKS = 256  # that an error proposes
 _MODIFIERS = ("region", "whole_region", "join", "gather", "direct")
 _COLWISE = ("colwise", "packed_qkv", "packed_gate_up", "packed_halves")
 
@@ -34,9 +35,29 @@ _COLWISE = ("colwise", "packed_qkv", "packed_gate_up", "packed_halves")
 class DegreeError(ValueError):
     """Heads or features of the model are not divided evenly by the degree."""
 
+    def __init__(self, message: str, candidates: list[int]) -> None:
+        super().__init__(message)
+        self.candidates = candidates  # degrees that divide what this one does not; other parts may refuse them
+
 
 def make_plan(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: int) -> TensorPlan:
-    """Work out `recipe` for the sizes of `model`; a ValueError lists the degrees that would do."""
+    """Work out `recipe` for the sizes of `model`; a DegreeError lists the degrees that all of it allows."""
+    try:
+        return _plan(model, decoder, recipe, degree)
+    except DegreeError as error:
+        fitting = [str(other) for other in error.candidates if _fits(model, decoder, recipe, other)]
+        raise DegreeError(f"{error} Use one of {', '.join(fitting)}.", error.candidates) from None
+
+
+def _fits(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: int) -> bool:
+    try:
+        _plan(model, decoder, recipe, degree)
+    except DegreeError:
+        return False
+    return True
+
+
+def _plan(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: int) -> TensorPlan:
     splits: dict[str, Split] = {}
     regions: dict[str, Region] = {}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -127,11 +148,10 @@ def _segment_of_heads(model: PreTrainedModel, decoder: Decoder, name: str) -> Se
 
 def _check_divides(name: str, segment: Segment, degree: int, *, may_share: bool) -> None:
     count, what = (segment.heads, "heads") if segment.heads is not None else (segment.size, "features")
-    valid = [d for d in range(1, count + 1) if count % d == 0]
     if may_share and segment.is_shared(degree) and degree % segment.heads == 0:
         return
     if count % degree:
         raise DegreeError(
-            f"parallelism.tensor_parallel_degree = {degree}: {name} has {count} {what}, which it does not divide. Use "
-            f"one of {', '.join(map(str, valid[:12]))}."
+            f"parallelism.tensor_parallel_degree = {degree}: {name} has {count} {what}, which it does not divide.",
+            [other for other in range(1, min(count, _MOST_RANKS) + 1) if count % other == 0],
         )
