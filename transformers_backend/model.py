@@ -50,6 +50,7 @@ from transformers_backend.decisions import (
     check_same_weights,
     choose_tensor_parallelism,
     proven_attention,
+    refuse_inner_outputs,
     without_wrong_compilation,
 )
 from transformers_backend.decoder import check_is_plain, describe_decoder, has_dropout
@@ -187,7 +188,8 @@ class HFTransformerModel:
             if not self._is_meta:
                 self.hf_model.to(self.device)
         self._fill(torch.device("cpu") if cpu_offload else self.device, seed)
-        if self.dims.tp > 1:
+        if split is not None:
+            refuse_inner_outputs(self.hf_model, sequence_parallel=split.sequence_parallel)
             share_random_state(self.mesh.get_group("tp"))
         self._ready = True
         return self
