@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ _COLWISE = ("colwise", "packed_qkv", "packed_gate_up", "packed_halves")
 class DegreeError(ValueError):
     """Heads or features of the model are not divided evenly by the degree."""
 
-    def __init__(self, message: str, candidates: list[int]) -> None:
+    def __init__(self, message: str, candidates: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.candidates = candidates  # degrees that divide what this one does not; other parts may refuse them
 
