@@ -136,6 +136,7 @@ def test_mistakes_are_told_with_a_remedy(four: WorkerPool):
             assert expected in message
 
 
+@torch.no_grad()
 def _inner_outputs(sequence_parallel: str) -> list[str]:
     """Which of the outputs of layers the split model refuses, where it returns the others as the plain one does."""
     plain, split = (_build("llama", attn_implementation="eager").eval() for _ in range(2))
