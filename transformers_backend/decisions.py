@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
 from parallelize.distributed import gather_objects
 from parallelize.tensor_parallel import TensorPlan
-from transformers_backend.decoder import Decoder, has_dropout
+from transformers_backend.decoder import Decoder, drops_layers, has_dropout
 from transformers_backend.proof import why_not_compile
 from transformers_backend.tensor_plan import Recipe, make_plan
 from transformers_backend.tensor_proof import prove_tensor_plan
@@ -42,6 +42,15 @@ def check_mixed_precision(hf_model: PreTrainedModel, param_dtype: torch.dtype | 
         raise ValueError(
             f"{type(hf_model).__name__} keeps {', '.join(sorted(kept))} in float32, which mixed precision here "
             'cannot: set training.mixed_precision_param = "float32".'
+        )
+
+
+def check_every_layer_runs(hf_model: PreTrainedModel, ranks: int) -> None:
+    """Ranks exchange something in every layer, so that one that skips a layer would wait for the others forever."""
+    if ranks > 1 and drops_layers(hf_model):
+        raise ValueError(
+            f"{type(hf_model).__name__}: config.layerdrop = {hf_model.config.layerdrop} skips layers at random, on "
+            f"each of {ranks} ranks others, and they would wait for each other forever. Set layerdrop to 0."
         )
 
 
@@ -100,6 +109,30 @@ def why_not_random_shards(hf_model: PreTrainedModel, plan: TensorPlan) -> str | 
     if whole and has_dropout(hf_model):
         return f"every rank computes all of {whole[0]}, with dropout, which must then be the same on all of them"
     return None
+
+
+def refuse_inner_outputs(hf_model: PreTrainedModel, *, sequence_parallel: bool) -> None:
+    """Let calls fail that ask for what layers compute inside: a rank has its heads, or its part of the sequence, only.
+
+    Transformers records attentions and hidden states of layers as they are, so that it would return parts of them.
+    """
+
+    def check_call(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        if "targets" in kwargs:  # our own loss, which returns nothing else
+            return
+        config = hf_model.config
+        defaults = {"output_attentions": config.output_attentions}
+        if sequence_parallel:
+            defaults["output_hidden_states"] = config.output_hidden_states
+        for name, default in defaults.items():
+            wanted = kwargs.get(name)
+            if default if wanted is None else wanted:
+                raise ValueError(
+                    f"{name} = True: tensor-parallel ranks have only parts of what layers compute inside. Set it to "
+                    "false here or in the model's config, or ask a model that is not split."
+                )
+
+    hf_model.register_forward_pre_hook(check_call, with_kwargs=True)
 
 
 def without_wrong_compilation(

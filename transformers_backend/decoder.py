@@ -174,3 +174,8 @@ def _has_dropout(fields: dict) -> bool:
         isinstance(value, float) and value > 0 and ("dropout" in name or "pdrop" in name)
         for name, value in used.items()
     )
+
+
+def drops_layers(hf_model: PreTrainedModel) -> bool:
+    """Whether training skips whole layers at random (OPT, BioGPT and XGLM with `layerdrop`)."""
+    return bool(hf_model.config.to_dict().get("layerdrop"))

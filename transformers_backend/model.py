@@ -45,10 +45,12 @@ from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
 from transformers_backend.decisions import (
     TensorParallelism,
+    check_every_layer_runs,
     check_mixed_precision,
     check_same_weights,
     choose_tensor_parallelism,
     proven_attention,
+    refuse_inner_outputs,
     without_wrong_compilation,
 )
 from transformers_backend.decoder import check_is_plain, describe_decoder, has_dropout
@@ -152,6 +154,7 @@ class HFTransformerModel:
         check_mixed_precision(self.hf_model, param_dtype)
         if not dist.is_initialized():
             raise ValueError("parallelize needs an initialised process group: torch.distributed.init_process_group().")
+        check_every_layer_runs(self.hf_model, dist.get_world_size())
         self.device = pick_device()
         check(async_tensor_parallel_problems(parallelism, compile, self.device.type))
         self.dims = ParallelDims.resolve(parallelism, dist.get_world_size())
@@ -185,7 +188,8 @@ class HFTransformerModel:
             if not self._is_meta:
                 self.hf_model.to(self.device)
         self._fill(torch.device("cpu") if cpu_offload else self.device, seed)
-        if self.dims.tp > 1:
+        if split is not None:
+            refuse_inner_outputs(self.hf_model, sequence_parallel=split.sequence_parallel)
             share_random_state(self.mesh.get_group("tp"))
         self._ready = True
         return self

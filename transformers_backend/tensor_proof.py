@@ -47,6 +47,7 @@ class ProvenRecipe:
     no_sequence_parallel_because: str | None
 
 
+@torch.enable_grad()
 def prove_tensor_plan(
     hf_config: PreTrainedConfig,
     model_class: type[PreTrainedModel],

@@ -94,14 +94,29 @@ def _stacks(layers: list[str]) -> dict[str, list[str]]:
 
 
 def check_complete(model: nn.Module, plan: TensorPlan) -> None:
-    """Every parameter has a decision, and every decision belongs to something."""
-    undecided = [name for name, _ in model.named_parameters() if plan.split_of(name) is None]
+    """Every parameter has a decision, the same one where modules share it, and every decision belongs to something."""
+    own = [
+        (f"{prefix}.{name}" if prefix else name, parameter)
+        for prefix, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]  # tied ones under each of their names
+    undecided = [name for name, _ in own if plan.split_of(name) is None]
     if undecided:
         raise ValueError(
             f"parallelism.tensor_parallel_plan: nothing is said about {', '.join(undecided[:5])}"
             f"{' ...' if len(undecided) > 5 else ''}. Every module with weights needs a style; add "
             f'"{undecided[0].rpartition(".")[0]}" = "replicate" if every rank may compute it whole.'
         )
+    first_names: dict[int, str] = {}
+    for name, parameter in own:
+        first = first_names.setdefault(id(parameter), name)
+        styles = [plan.split_of(tied).style for tied in (first, name)]
+        if styles[0] != styles[1]:
+            raise ValueError(
+                f"parallelism.tensor_parallel_plan: {first} is {styles[0]} and {name} is {styles[1]}, but they are one "
+                "parameter. Give both modules the same style."
+            )
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     modules = {name for name, _ in model.named_modules()}
     if unknown := sorted({*plan.splits, *plan.regions} - parameters - modules):

@@ -1,11 +1,11 @@
 """What a tensor-parallel plan says: for every module with weights, how they are split and what is communicated.
 
-A plan is a table from names to styles that a reader checks by eye. `transformers_backend/tensor_plan.py` makes it,
-`apply.py` beside this file carries it out. For Llama, with "*" for the number of the layer:
+A plan is a table from names to styles that a reader checks by eye. `transformers_backend/tensor_plan/` makes it,
+`apply.py` beside this file carries it out. For Llama, with "*" for the number of the layer, over two ranks:
 
     model.embed_tokens                         vocabulary
     model.layers.*.input_layernorm             replicate
-    model.layers.*.self_attn                   region      num_heads 32 -> 16
+    model.layers.*.self_attn                   region, num_attention_heads 16
     model.layers.*.self_attn.q_proj            colwise
     model.layers.*.self_attn.k_proj            colwise
     model.layers.*.self_attn.v_proj            colwise

@@ -3,7 +3,7 @@
 Each rank holds the rows of the embedding and of the head that belong to its part of the vocabulary. This is where
 tensor parallelism begins and ends in a step: `embed` turns token ids into partial hidden states that the caller
 all-reduces; after the layers, `enter` marks where hidden states enter the head, whose logits are local, and
- `sum_cross_entropy` makes of them the loss of the whole vocabulary. No rank ever holds the logits of all of it,
+`sum_cross_entropy` makes of them the loss of the whole vocabulary. No rank ever holds the logits of all of it,
 except where a user asks for logits (`gather_logits`).
 
 The method is Megatron-LM's (Shoeybi et al., arXiv 1909.08053, section 3).

@@ -18,7 +18,8 @@ def _refusal(model_type: str, plan: dict[str, str]) -> str | None:
     hf_config, model_class = HFTransformerModelArgs(model_type=model_type).resolve()
     model = HFTransformerModel.wrap(build_twin(hf_config, model_class))
     try:
-        model.parallelize(ParallelismConfig(tensor_parallel_degree=2, tensor_parallel_plan=plan))
+        with torch.no_grad():  # in which a user may be; the plan is proven by gradients all the same
+            model.parallelize(ParallelismConfig(tensor_parallel_degree=2, tensor_parallel_plan=plan))
     except ValueError as error:
         return str(error)
     return None

@@ -275,3 +275,19 @@ def test_a_module_that_stays_whole_keeps_the_sequence_whole_where_there_is_dropo
     assert "layer.attn, with dropout" in why_not_random_shards(_build("gpt2"), whole)
     assert why_not_random_shards(_build("gpt2"), split) is None
     assert why_not_random_shards(_build("gpt2", probability=0.0), whole) is None
+
+
+def _drops_layers() -> str | None:
+    hf_model = _build("opt")
+    hf_model.config.layerdrop = 0.1
+    try:
+        HFTransformerModel.wrap(hf_model).parallelize(ParallelismConfig(tensor_parallel_degree=2))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_layers_that_are_skipped_at_random_are_refused(two: WorkerPool):
+    for message in two.run(_drops_layers):
+        assert "config.layerdrop = 0.1 skips layers at random" in message
+        assert "Set layerdrop to 0." in message

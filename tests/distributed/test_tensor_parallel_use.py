@@ -136,6 +136,36 @@ def test_mistakes_are_told_with_a_remedy(four: WorkerPool):
             assert expected in message
 
 
+@torch.no_grad()
+def _inner_outputs(sequence_parallel: str) -> list[str]:
+    """Which of the outputs of layers the split model refuses, where it returns the others as the plain one does."""
+    plain, split = (_build("llama", attn_implementation="eager").eval() for _ in range(2))
+    HFTransformerModel.wrap(split).parallelize(
+        ParallelismConfig(tensor_parallel_degree=2, sequence_parallel=sequence_parallel)
+    )
+    tokens, refused = _tokens(2, 5), []
+    for name, field in (("output_attentions", "attentions"), ("output_hidden_states", "hidden_states")):
+        split(input_ids=tokens, labels=tokens, **{name: False})
+        for at_call in (True, False):
+            setattr(split.config, name, not at_call)
+            try:
+                found = split(input_ids=tokens, **({name: True} if at_call else {}))[field]
+            except ValueError as error:
+                refused.append(str(error).partition(":")[0])
+            else:
+                expected = plain(input_ids=tokens, **{name: True})[field]
+                torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+        setattr(split.config, name, False)
+    return refused
+
+
+def test_parts_of_what_layers_compute_are_not_given_out_as_the_whole(four: WorkerPool):
+    assert four.run(_inner_outputs, "never") == [["output_attentions = True"] * 2] * 4
+    assert (
+        four.run(_inner_outputs, "auto") == [["output_attentions = True"] * 2 + ["output_hidden_states = True"] * 2] * 4
+    )
+
+
 def _train(config: JobConfig) -> None:
     trainer = Trainer(config)
     trainer.train()
