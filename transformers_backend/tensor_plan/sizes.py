@@ -34,9 +34,35 @@ _COLWISE = ("colwise", "packed_qkv", "packed_gate_up", "packed_halves")
 class DegreeError(ValueError):
     """Heads or features of the model are not divided evenly by the degree."""
 
+    def __init__(self, problem: str, candidates: list[int]) -> None:
+        super().__init__(f"{problem} Use {_either(candidates)}.")
+        self.problem = problem
+        self.candidates = candidates
+        """Degrees that fit the part of the model that the problem is about."""
+
 
 def make_plan(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: int) -> TensorPlan:
-    """Work out `recipe` for the sizes of `model`; a ValueError lists the degrees that would do."""
+    """Work out `recipe` for the sizes of `model`; a ValueError lists the degrees that would do for all of it."""
+    try:
+        return _make_plan(model, decoder, recipe, degree)
+    except DegreeError as error:
+        fitting = [other for other in error.candidates if _fits(model, decoder, recipe, other)]
+        raise DegreeError(error.problem, fitting[:12]) from None
+
+
+def _fits(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: int) -> bool:
+    try:
+        _make_plan(model, decoder, recipe, degree)
+    except DegreeError:
+        return False
+    return True
+
+
+def _either(degrees: list[int]) -> str:
+    return f"one of {', '.join(map(str, degrees))}" if len(degrees) > 1 else "1"
+
+
+def _make_plan(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: int) -> TensorPlan:
     splits: dict[str, Split] = {}
     regions: dict[str, Region] = {}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -127,11 +153,13 @@ def _segment_of_heads(model: PreTrainedModel, decoder: Decoder, name: str) -> Se
 
 def _check_divides(name: str, segment: Segment, degree: int, *, may_share: bool) -> None:
     count, what = (segment.heads, "heads") if segment.heads is not None else (segment.size, "features")
-    valid = [d for d in range(1, count + 1) if count % d == 0]
-    if may_share and segment.is_shared(degree) and degree % segment.heads == 0:
+    shares = may_share and segment.heads is not None
+    if count % degree == 0 or (shares and degree % count == 0):
         return
-    if count % degree:
-        raise DegreeError(
-            f"parallelism.tensor_parallel_degree = {degree}: {name} has {count} {what}, which it does not divide. Use "
-            f"one of {', '.join(map(str, valid[:12]))}."
-        )
+    candidates = [other for other in range(1, count + 1) if count % other == 0]
+    if shares:  # several ranks with the same head
+        candidates += [other for other in range(2 * count, segment.size + 1, count) if segment.size % other == 0]
+    raise DegreeError(
+        f"parallelism.tensor_parallel_degree = {degree}: {name} has {count} {what}, which it does not divide.",
+        candidates,
+    )

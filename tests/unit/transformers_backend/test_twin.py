@@ -93,6 +93,13 @@ def test_head_relations(heads: int, key_value_heads: int, expected: int):
     assert (small.num_attention_heads, small.num_key_value_heads) == (4, expected)
 
 
+@pytest.mark.parametrize(("key_value_heads", "expected"), [(1, 1), (2, 2), (3, 4), (9, 8)])
+def test_fewer_key_value_heads_than_ranks(key_value_heads: int, expected: int):
+    config = _default("llama", num_attention_heads=9, num_key_value_heads=key_value_heads)  # SmolLM: 9 and 3
+    small = twin_config(config, degree=4)
+    assert (small.num_attention_heads, small.num_key_value_heads) == (8, expected)
+
+
 def test_qkv_biases_and_qk_norms_stay():
     names = dict(build_twin(_default("qwen2"), _class(_default("qwen2"))).named_parameters())
     assert "model.layers.0.self_attn.q_proj.bias" in names
