@@ -167,7 +167,9 @@ class _GatherLogits(torch.autograd.Function):
         ranks = vocabulary.group.size()
         gathered = _collectives.all_gather_into_tensor(padded[None], ranks, vocabulary.group.group_name)
         gathered = _collectives.wait_tensor(gathered)  # (ranks, ..., largest)
-        return gathered.movedim(0, -2).flatten(-2)[..., : vocabulary.total]
+        whole = gathered.movedim(0, -2).reshape(*logits.shape[:-1], -1)
+        # Out of a function with a backward of its own a narrowed tensor is a view, of which FSDP2 warns.
+        return whole if whole.shape[-1] == vocabulary.total else whole[..., : vocabulary.total].clone()
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
