@@ -11,7 +11,6 @@ or around a model that the user already has: `HFTransformerModel.wrap(hf_model)`
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
@@ -44,14 +43,20 @@ from parallelize.grad_norm import clip_grad_norm_
 from parallelize.mixed_precision import parameters_cast_to
 from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
-from parallelize.tensor_parallel import TensorPlan
+from transformers_backend.decisions import (
+    TensorParallelism,
+    check_mixed_precision,
+    check_same_weights,
+    choose_tensor_parallelism,
+    proven_attention,
+    without_wrong_compilation,
+)
 from transformers_backend.decoder import check_is_plain, describe_decoder, has_dropout
 from transformers_backend.isolation import Isolation, find_isolation, packed_inputs, usual_way
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
-from transformers_backend.proof import check_recomputation, prove, why_not_compile
-from transformers_backend.tensor_plan import Recipe, make_plan
-from transformers_backend.tensor_proof import prove_tensor_plan, vocabulary_shard, why_not_random_shards
+from transformers_backend.proof import check_recomputation, prove
+from transformers_backend.tensor_proof import vocabulary_shard
 from transformers_backend.weights import (
     DEFAULT_FILE_SIZE,
     allocate,
@@ -105,14 +110,8 @@ class HFTransformerModel:
         self.mesh = None
         self.device = next(hf_model.parameters()).device
         """Where the model computes; batches on another device are moved there."""
-        self.tensor_plan: TensorPlan | None = None
-        """How weights are split over tensor-parallel ranks; None without tensor parallelism."""
-        self.tensor_recipe: Recipe | None = None
-        """What the plan was made from: styles by pattern, whatever the sizes and the degree (`tensor_plan/`)."""
-        self.sequence_parallel = False
-        """Whether tensor-parallel ranks share the sequence between regions."""
-        self.sequence_parallel_because: str | None = None
-        """Why they do not, where that was to be found out."""
+        self.tensor_parallelism: TensorParallelism | None = None
+        """How the model is split over tensor-parallel ranks; None without tensor parallelism."""
         self._cast_to: torch.dtype | None = None  # what FSDP2 does not cast, see parallelize/mixed_precision.py
         self.loss_is_chunked = True
         """Whether the head runs chunk by chunk and full logits never exist; known once the loss is installed."""
@@ -142,15 +141,15 @@ class HFTransformerModel:
         cpu_offload: keep shards and optimizer state in host memory. seed: of the initial weights, where they are not
         loaded. Raises a ValueError that lists every bad value.
         """
-        assert not self._ready, "parallelize comes once, before the first step"
+        if self._ready:
+            raise ValueError(
+                "parallelize comes once, before the first step, and this model is parallelised or has made a step "
+                "already. Make or load the model anew to change how it is parallelised."
+            )
         activation_checkpoint = activation_checkpoint or ActivationCheckpointConfig()
         compile = compile or CompileConfig()
         check([*parallelism.problems(), *activation_checkpoint.problems(), *compile.problems()])
-        if param_dtype is not None and (kept := self._modules_kept_in_fp32()):
-            raise ValueError(
-                f"{self.model_class.__name__} keeps {', '.join(sorted(kept))} in float32, which mixed precision here "
-                'cannot: set training.mixed_precision_param = "float32".'
-            )
+        check_mixed_precision(self.hf_model, param_dtype)
         if not dist.is_initialized():
             raise ValueError("parallelize needs an initialised process group: torch.distributed.init_process_group().")
         self.device = pick_device()
@@ -158,19 +157,22 @@ class HFTransformerModel:
         self.dims = ParallelDims.resolve(parallelism, dist.get_world_size())
         self.mesh = self.dims.build_mesh(self.device.type)
         if not self._is_meta:
-            self._check_same_weights()
-        if self.dims.tp > 1:
-            self._plan_tensor_parallel(parallelism)
-        check_recomputation(self.hf_model.config, self.model_class, self._proven_attention, activation_checkpoint)
-        compile = self._without_wrong_compilation(compile, activation_checkpoint)
+            check_same_weights(self.hf_model)
+        attention = proven_attention(self.model_args.attn_implementation)
+        split = choose_tensor_parallelism(self.hf_model, self.decoder, attention, self.mesh["tp"], parallelism)
+        check_recomputation(self.hf_model.config, self.model_class, attention, activation_checkpoint)
+        compile = without_wrong_compilation(
+            compile, activation_checkpoint, self.hf_model, attention, self.device, split
+        )
+        self.tensor_parallelism = split
         self._install_loss(compile)
         parallelize_model(
             self.hf_model,
             layers=self.decoder.layers,
             separate_units=[] if self.decoder.embedding_is_tied else [self.decoder.embedding],
             mesh=self.mesh,
-            tensor_plan=self.tensor_plan,
-            sequence_parallel=self.sequence_parallel,
+            tensor_plan=None if split is None else split.plan,
+            sequence_parallel=split is not None and split.sequence_parallel,
             has_dropout=has_dropout(self.hf_model),
             parallelism=parallelism,
             activation_checkpoint=activation_checkpoint,
@@ -188,79 +190,19 @@ class HFTransformerModel:
         self._ready = True
         return self
 
-    @property
-    def _proven_attention(self) -> str | None:
-        """Attention that the twin runs with on the CPU: kernels that need a GPU have Transformers' default instead."""
-        wanted = self.model_args.attn_implementation
-        return wanted if wanted in ("sdpa", "eager") else None
-
-    def _plan_tensor_parallel(self, parallelism: ParallelismConfig) -> None:
-        """How weights are split over the tensor-parallel ranks, tried on the twin over these ranks."""
-        mesh = self.mesh["tp"]
-        proven = prove_tensor_plan(
-            self.hf_model.config, self.model_class, self._proven_attention, mesh,
-            sequence_parallel=parallelism.sequence_parallel, user_recipe=parallelism.tensor_parallel_plan,
-        )  # fmt: skip
-        self.sequence_parallel = proven.sequence_parallel
-        self.sequence_parallel_because = proven.no_sequence_parallel_because
-        self.tensor_recipe = proven.recipe
-        self.tensor_plan = make_plan(self.hf_model, self.decoder, proven.recipe, mesh.size())
-        if self.sequence_parallel and (reason := why_not_random_shards(self.hf_model, self.tensor_plan)) is not None:
-            if parallelism.sequence_parallel == "always":
-                raise ValueError(f'parallelism.sequence_parallel = "always": {reason}. Set it to "auto".')
-            self.sequence_parallel, self.sequence_parallel_because = False, reason
-        if parallelism.enable_async_tensor_parallel and not self.sequence_parallel:
-            logger.warning(
-                "parallelism.enable_async_tensor_parallel does nothing: only exchanges of sequence parallelism overlap."
-            )
-
-    def _check_same_weights(self) -> None:
-        """Every rank brought a model of its own; sharding would make one of parts of several if they differed."""
-        sums = [parameter.detach().double().sum().item() for parameter in self.hf_model.parameters()]
-        if any(other != sums for other in gather_objects(sums)):
-            raise ValueError(
-                "The ranks hold models with different weights, and sharding would mix them. Load the same checkpoint "
-                "on every rank, or call torch.manual_seed with the same seed before the model is built."
-            )
-
-    def _modules_kept_in_fp32(self) -> set[str]:
-        return {*(self.hf_model._keep_in_fp32_modules or ()), *(self.hf_model._keep_in_fp32_modules_strict or ())}
-
     def _install_loss(self, compile: CompileConfig) -> None:
-        proof = prove(self.hf_model.config, self.model_class, self._proven_attention)
+        attention = proven_attention(self.model_args.attn_implementation)
+        proof = prove(self.hf_model.config, self.model_class, attention)
         self.loss_is_chunked = proof.full_loss_because is None
         if not self.loss_is_chunked:
             logger.warning("The loss holds the full logits in memory: %s", proof.full_loss_because)
         backend = compile.backend if compile.enable and "loss" in compile.components else None
         vocabulary = None
-        if self.tensor_plan is not None:
-            vocabulary = vocabulary_shard(self.hf_model, self.decoder, self.tensor_plan, self.mesh["tp"])
+        if self.tensor_parallelism is not None:
+            plan = self.tensor_parallelism.plan
+            vocabulary = vocabulary_shard(self.hf_model, self.decoder, plan, self.mesh["tp"])
         install_loss(
             self.hf_model, self.decoder, chunked=self.loss_is_chunked, compile_backend=backend, vocabulary=vocabulary
-        )
-
-    def _without_wrong_compilation(
-        self, compile: CompileConfig, activation_checkpoint: ActivationCheckpointConfig
-    ) -> CompileConfig:
-        """`compile`, less "model" where the compiled layers of the twin do not compute what they should."""
-        if not (compile.enable and "model" in compile.components):
-            return compile
-        reason = self._why_not_compile_forks() or why_not_compile(
-            self.hf_model.config, self.model_class, self._proven_attention, compile.backend, self.device,
-            activation_checkpoint,
-        )  # fmt: skip
-        if reason is None:
-            return compile
-        logger.warning("Layers are not compiled: %s", reason)
-        return dataclasses.replace(compile, components=[name for name in compile.components if name != "model"])
-
-    def _why_not_compile_forks(self) -> str | None:
-        """Why dropout keeps layers from being compiled (see `parallelize/tensor_parallel/randomness.py`)."""
-        if self.tensor_plan is None or self.sequence_parallel or not has_dropout(self.hf_model):
-            return None
-        return (
-            "tensor-parallel ranks that do not share the sequence change their random state within a layer, for "
-            "dropout, which compiled code cannot. Set dropout to 0, or train without compiling."
         )
 
     def _fill(self, device: torch.device, seed: int) -> None:

@@ -203,16 +203,17 @@ def _mesh_lines(config: JobConfig, model: HFTransformerModel, computes_in: torch
 
 
 def _shares_sequence(model: HFTransformerModel) -> bool:
-    return model.tensor_plan is not None and model.sequence_parallel_because is None
+    return model.tensor_parallelism is not None and model.tensor_parallelism.sequence_parallel
 
 
 def _plan_lines(model: HFTransformerModel) -> list[str]:
     """How tensor parallelism splits the model, module by module; nothing without it."""
-    if model.tensor_plan is None:
+    split = model.tensor_parallelism
+    if split is None:
         return []
-    reason = model.sequence_parallel_because
-    sequence = "sequence parallel between regions" if reason is None else f"not sequence parallel: {reason}"
-    return [f"tensor parallel over {model.dims.tp} ranks; {sequence}", *model.tensor_plan.lines()]
+    sequence = "sequence parallel between regions" if split.sequence_parallel else "not sequence parallel"
+    reason = f": {split.sequence_parallel_because}" if split.sequence_parallel_because else ""
+    return [f"tensor parallel over {model.dims.tp} ranks; {sequence}{reason}", *split.plan.lines()]
 
 
 def _recompute(activation_checkpoint: ActivationCheckpointConfig) -> str:

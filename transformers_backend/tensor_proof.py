@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from parallelize.distributed import gather_objects
 from parallelize.tensor_parallel import TensorPlan, apply_tensor_parallel
 from parallelize.tensor_parallel.vocabulary import VocabularyShard
-from transformers_backend.decoder import Decoder, describe_decoder, has_dropout
+from transformers_backend.decoder import Decoder, describe_decoder
 from transformers_backend.loss import install_loss
 from transformers_backend.module_outputs import first_difference, record_outputs
 from transformers_backend.proof import MODEL_ERRORS, difference, example_batch, gradients, loss_and_gradients
@@ -243,14 +243,3 @@ def vocabulary_shard(
     if plan.splits[decoder.head].style != "vocabulary":
         return None
     return VocabularyShard.of(model.get_submodule(decoder.head).weight.shape[0], mesh.get_group())
-
-
-def why_not_random_shards(model: PreTrainedModel, plan: TensorPlan) -> str | None:
-    """Why dropout, of which the twin has none, does not allow the ranks to share the sequence.
-
-    Ranks that share it draw numbers of their own in all layers; nothing that they compute alike may depend on those.
-    """
-    whole = [name for name, region in plan.regions.items() if region.is_whole]
-    if whole and has_dropout(model):
-        return f"every rank computes all of {whole[0]}, with dropout, which must then be the same on all of them"
-    return None

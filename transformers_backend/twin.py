@@ -100,8 +100,7 @@ def _widen(fields: dict, small: dict, degree: int) -> None:
     factor = degree // 2 if degree % 2 == 0 else degree
     for key, value in small.items():
         if key in _KEY_VALUE_HEADS and value is not None:
-            # Fewer than ranks are shared, where the ranks come in groups of one size; else the degree does not fit.
-            is_shared = _is_positive_integer(fields[key]) and fields[key] < degree and degree % fields[key] == 0
+            is_shared = isinstance(fields[key], int) and fields[key] < degree and degree % fields[key] == 0
             small[key] = fields[key] if is_shared else value * factor
         elif key in _DIVIDED_FIELDS and _is_positive_integer(value):
             small[key] = value * factor

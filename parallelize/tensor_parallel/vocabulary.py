@@ -162,14 +162,14 @@ class _GatherLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: torch.Tensor, vocabulary: VocabularyShard) -> torch.Tensor:
         ctx.vocabulary = vocabulary
-        # Only the last parts can be short, so that all of the padding comes to lie behind the vocabulary's end.
         padded = F.pad(logits, (0, vocabulary.largest - vocabulary.size)).contiguous()
         ranks = vocabulary.group.size()
         gathered = _collectives.all_gather_into_tensor(padded[None], ranks, vocabulary.group.group_name)
         gathered = _collectives.wait_tensor(gathered)  # (ranks, ..., largest)
-        whole = gathered.movedim(0, -2).reshape(*logits.shape[:-1], -1)
-        # Out of a function with a backward of its own a narrowed tensor is a view, of which FSDP2 warns.
-        return whole if whole.shape[-1] == vocabulary.total else whole[..., : vocabulary.total].clone()
+        starts = range(0, vocabulary.largest * ranks, vocabulary.largest)
+        sizes = [min(max(vocabulary.total - start, 0), vocabulary.largest) for start in starts]
+        # Joined without the padding, and not cut afterwards: FSDP2 warns of a model whose output is a view.
+        return torch.cat([part[..., :size] for part, size in zip(gathered, sizes, strict=True)], dim=-1)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):

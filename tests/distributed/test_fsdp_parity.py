@@ -296,7 +296,7 @@ def test_recomputation_draws_the_same_dropout(two: WorkerPool):
 def _wrong_world() -> str:
     with pytest.raises(ValueError, match="the job runs on 2 ranks") as caught:
         HFTransformerModel.wrap(_twin("llama")).parallelize(ParallelismConfig(data_parallel_shard_degree=3))
-    with pytest.raises(AssertionError, match="parallelize comes once"):
+    with pytest.raises(ValueError, match="parallelize comes once"):
         HFTransformerModel.wrap(_twin("llama")).parallelize(ParallelismConfig()).parallelize(ParallelismConfig())
     return str(caught.value)
 

@@ -21,11 +21,12 @@ from parallelize.tensor_parallel import Region, TensorPlan
 from parallelize.tensor_parallel.randomness import ForkedRandomness
 from tests.distributed.workers import Messages, WorkerPool
 from transformers_backend import HFTransformerModel, ParallelismConfig
+from transformers_backend.decisions import why_not_random_shards
 from transformers_backend.decoder import describe_decoder, has_dropout
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.proof import gradients, relative_errors
 from transformers_backend.tensor_plan import derive, make_plan
-from transformers_backend.tensor_proof import vocabulary_shard, why_not_random_shards
+from transformers_backend.tensor_proof import vocabulary_shard
 from transformers_backend.weights import full_tensor
 
 PROBABILITY = 0.1
@@ -133,6 +134,8 @@ def _masks_and_recomputation(model_type: str, shares_sequence: bool) -> dict[str
 
 def _whole(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """One mask from those of the ranks: of their heads, of their parts of the sequence, or the same one of both."""
+    if first.dim() == 2:  # OPT's mlp sees (batch x sequence, hidden)
+        return _whole(first.unflatten(0, (4, -1)), second.unflatten(0, (4, -1))).flatten(0, 1)
     if first.shape == (4, SEQUENCE, 32):
         assert torch.equal(first, second)
         return first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ from transformers_backend.tensor_plan.matrices import (
 )
 from transformers_backend.tensor_plan.recipe import Recipe, pattern_of, starred
 
+_MOST_RANKS = 256  # that an error proposes
 _MODIFIERS = ("region", "whole_region", "join", "gather", "direct")
 _COLWISE = ("colwise", "packed_qkv", "packed_gate_up", "packed_halves")
 
@@ -34,35 +36,29 @@ _COLWISE = ("colwise", "packed_qkv", "packed_gate_up", "packed_halves")
 class DegreeError(ValueError):
     """Heads or features of the model are not divided evenly by the degree."""
 
-    def __init__(self, problem: str, candidates: list[int]) -> None:
-        super().__init__(f"{problem} Use {_either(candidates)}.")
-        self.problem = problem
-        self.candidates = candidates
-        """Degrees that fit the part of the model that the problem is about."""
+    def __init__(self, message: str, candidates: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.candidates = candidates  # degrees that divide what this one does not; other parts may refuse them
 
 
 def make_plan(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: int) -> TensorPlan:
-    """Work out `recipe` for the sizes of `model`; a ValueError lists the degrees that would do for all of it."""
+    """Work out `recipe` for the sizes of `model`; a DegreeError lists the degrees that all of it allows."""
     try:
-        return _make_plan(model, decoder, recipe, degree)
+        return _plan(model, decoder, recipe, degree)
     except DegreeError as error:
-        fitting = [other for other in error.candidates if _fits(model, decoder, recipe, other)]
-        raise DegreeError(error.problem, fitting[:12]) from None
+        fitting = [str(other) for other in error.candidates if _fits(model, decoder, recipe, other)]
+        raise DegreeError(f"{error} Use one of {', '.join(fitting)}.", error.candidates) from None
 
 
 def _fits(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: int) -> bool:
     try:
-        _make_plan(model, decoder, recipe, degree)
+        _plan(model, decoder, recipe, degree)
     except DegreeError:
         return False
     return True
 
 
-def _either(degrees: list[int]) -> str:
-    return f"one of {', '.join(map(str, degrees))}" if len(degrees) > 1 else "1"
-
-
-def _make_plan(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: int) -> TensorPlan:
+def _plan(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, degree: int) -> TensorPlan:
     splits: dict[str, Split] = {}
     regions: dict[str, Region] = {}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -156,10 +152,8 @@ def _check_divides(name: str, segment: Segment, degree: int, *, may_share: bool)
     shares = may_share and segment.heads is not None
     if count % degree == 0 or (shares and degree % count == 0):
         return
-    candidates = [other for other in range(1, count + 1) if count % other == 0]
+    candidates = [other for other in range(1, min(count, _MOST_RANKS) + 1) if count % other == 0]
     if shares:  # several ranks with the same head
-        candidates += [other for other in range(2 * count, segment.size + 1, count) if segment.size % other == 0]
-    raise DegreeError(
-        f"parallelism.tensor_parallel_degree = {degree}: {name} has {count} {what}, which it does not divide.",
-        candidates,
-    )
+        candidates += [other for other in range(2 * count, _MOST_RANKS + 1, count) if segment.size % other == 0]
+    problem = f"parallelism.tensor_parallel_degree = {degree}: {name} has {count} {what}, which it does not divide."
+    raise DegreeError(problem, candidates)

@@ -182,11 +182,12 @@ def _compare_clipping(report: Report, plain: nn.Module, model: HFTransformerMode
 
 def _describe_split(report: Report, hf_config, model_class, model: HFTransformerModel) -> None:
     """What tensor parallelism splits, and whether the sequence, too."""
-    report.sequence_parallel = model.sequence_parallel
-    if not model.sequence_parallel:
-        report.notes.append(f"no sequence parallelism: {model.sequence_parallel_because}")
+    split = model.tensor_parallelism
+    report.sequence_parallel = split.sequence_parallel
+    if not split.sequence_parallel:
+        report.notes.append(f"no sequence parallelism: {split.sequence_parallel_because}")
     if dist.get_rank() == 0:
-        report.sharded = share_of_real_sizes(hf_config, model_class, model.tensor_recipe, model.mesh["tp"])
+        report.sharded = share_of_real_sizes(hf_config, model_class, split.recipe, model.mesh["tp"])
         if report.sharded is None:
             report.sharded, report.sharded_of_twin = sharded_share(model.hf_model), True
 

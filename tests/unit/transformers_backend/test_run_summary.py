@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from parallelize.parallel_dims import ParallelDims
 from tests.jobs import tiny_job
 from transformers_backend import JobConfig
+from transformers_backend.decisions import TensorParallelism
 from transformers_backend.model import HFTransformerModel, HFTransformerModelArgs
 from transformers_backend.run_summary import WIDTH, describe_run, estimate_run_memory, parameter_table
 
@@ -152,7 +153,7 @@ def four_ranks() -> Iterator[None]:
 def _split(model: HFTransformerModel, *, is_sharded: bool) -> None:
     model.dims = ParallelDims(pp=1, dp_replicate=1, dp_shard=2, cp=1, tp=2)
     model.mesh = model.dims.build_mesh("cpu")
-    model.tensor_plan = _Plan()
+    model.tensor_parallelism = TensorParallelism(_Plan(), {}, True, None)
     for module in model.hf_model.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             placement = Shard(0) if parameter.ndim == 2 else Replicate()
@@ -181,8 +182,12 @@ def test_the_plan_is_told_and_whether_the_sequence_is_shared(config):
     model = _model(config)
     _split(model, is_sharded=False)
     activations = {}
-    for reason, told in ((None, "sequence parallel between regions"), ("norms differ", "not sequence parallel: norms")):
-        model.sequence_parallel_because = reason
+    for shares, reason, told in (
+        (True, None, "sequence parallel between regions"),
+        (False, "norms differ", "not sequence parallel: norms"),
+        (False, None, "not sequence parallel"),
+    ):
+        model.tensor_parallelism = TensorParallelism(_Plan(), {}, shares, reason)
         text = describe_run(
             config, model, optimizers=[torch.optim.AdamW(model.hf_model.parameters())], computes_in=torch.float32,
             accumulation_steps=1, tokens_per_step=64, flops_per_token=1e9, data_name="text",
@@ -192,7 +197,7 @@ def test_the_plan_is_told_and_whether_the_sequence_is_shared(config):
         assert "mesh dp_shard 2 x tp 2" in text
         assert "on each of 2 data ranks" in _section(text, "data")
         assert next(line for line in text.splitlines() if line.startswith("parameters")).split()[1:3] == ["kind", "tp"]
-        activations[reason] = estimate_run_memory(
+        activations[shares] = estimate_run_memory(
             config, model, optimizers=[], computes_in=torch.float32, accumulates=False
         ).activations
-    assert activations[None] < activations["norms differ"]
+    assert activations[True] < activations[False]

@@ -116,7 +116,7 @@ def test_the_degrees_of_a_refusal_fit_the_whole_model():
     # 3 key and value heads are shared by 6 and 12 ranks; 49 and 7 divide the features, but not the heads
     sizes = {"num_attention_heads": 12, "intermediate_size": 96}
     assert refusal(2, num_key_value_heads=3, **sizes).endswith("Use one of 1, 3, 6, 12.")
-    assert refusal(4, num_attention_heads=12, intermediate_size=49).endswith("Use 1.")
+    assert refusal(4, num_attention_heads=12, intermediate_size=49).endswith("Use one of 1.")
 
 
 class _Interleaved(torch.nn.Module):

@@ -95,7 +95,8 @@ def test_head_relations(heads: int, key_value_heads: int, expected: int):
 
 @pytest.mark.parametrize(("key_value_heads", "expected"), [(1, 1), (2, 2), (3, 4), (9, 8)])
 def test_fewer_key_value_heads_than_ranks(key_value_heads: int, expected: int):
-    config = _default("llama", num_attention_heads=9, num_key_value_heads=key_value_heads)  # SmolLM: 9 and 3
+    sizes = {"hidden_size": 576, "num_attention_heads": 9}  # of SmolLM, which has 3 for keys and values
+    config = _default("llama", num_key_value_heads=key_value_heads, **sizes)
     small = twin_config(config, degree=4)
     assert (small.num_attention_heads, small.num_key_value_heads) == (8, expected)
 

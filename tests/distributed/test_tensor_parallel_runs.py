@@ -1,0 +1,264 @@
+"""Whole runs with tensor parallelism as users make them, jobs and loops of their own, beside the same on one device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from parallelize.config import ActivationCheckpointConfig
+from tests.distributed.workers import WorkerPool
+from tests.jobs import restored_process, tiny_job
+from transformers_backend import HFTransformerModel, JobConfig, ParallelismConfig, Trainer
+
+_WIDTHS = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODELS = {
+    "llama": _WIDTHS | {"intermediate_size": 48, "num_key_value_heads": 2},
+    "phi3": _WIDTHS | {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0},
+    "falcon": _WIDTHS,
+    "gpt2": {"vocab_size": 384, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0,
+             "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}  # fmt: skip
+_DEGREES = ("data_parallel_replicate_degree", "data_parallel_shard_degree", "tensor_parallel_degree")
+_ROWS, _STEPS = 4, 3
+_DOCUMENTS = ((9, 1, 21), (31,), (14, 17), (2, 29))  # lengths in each row of a batch; 31 is no multiple of a degree
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[WorkerPool]:
+    with WorkerPool(4) as pool:
+        yield pool
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    (tmp_path / "text").mkdir()
+    for number in range(8):
+        text = "".join(f"{number}: line {line} of some text\n" for line in range(12))
+        (tmp_path / "text" / f"{number}.txt").write_text(text)
+    (tmp_path / "held_out.txt").write_text("something else, of a length that no block divides" * 5)
+    return str(tmp_path)
+
+
+# -- jobs -----------------------------------------------------------------------------------------------------------
+
+
+def _job(folder: str, model_type: str, mesh: tuple[int, int, int], changes: dict) -> JobConfig:
+    """Two micro-batches a step on one or on two data ranks, the same four rows together."""
+    config = tiny_job(
+        folder, "-".join(map(str, mesh)), training__steps=_STEPS, training__global_batch_size=_ROWS,
+        training__local_batch_size=_ROWS // 2 // (mesh[0] * mesh[1]), hf_transformers__model_type=model_type,
+        hf_transformers__config_overrides=MODELS[model_type], **changes,
+    )  # fmt: skip
+    config.parallelism = ParallelismConfig(**dict(zip(_DEGREES, mesh, strict=True)))
+    return config
+
+
+def _batch(step: int, *, seq: int, packed: bool) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(3, 300, (_ROWS, seq), generator=torch.Generator().manual_seed(step))
+    if not packed:
+        return {"input_ids": tokens, "labels": tokens.clone()}
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in _DOCUMENTS])
+    return {"input_ids": tokens, "labels": tokens.masked_fill(positions == 0, -100), "position_ids": positions}
+
+
+def _train(config: JobConfig) -> list[float]:
+    """Train on batches that depend on the step only, however many data ranks there are; losses and norms."""
+    with contextlib.closing(Trainer(config)) as trainer:
+        model, taken = trainer.model, iter(range(2 * _STEPS))
+
+        def next_batch(data) -> dict[str, torch.Tensor]:
+            step, part = divmod(next(taken), 2)
+            packed = config.training.packing == "documents"
+            rows = _batch(step, seq=config.training.seq_len, packed=packed)
+            own = 2 * part + torch.arange(2).chunk(model.dims.data_parallel_size)[model.data_rank]
+            return {name: tensor[own] for name, tensor in rows.items()}
+
+        trainer._next_batch = next_batch
+        results = [trainer.train_step() for _ in range(_STEPS)]
+        found = [number.item() for result in results for number in (result.loss, result.grad_norm)]
+        return [*found, trainer.evaluate()] if config.validation.enable else found
+
+
+_PACKED = {"training__packing": "documents", "training__seq_len": 31}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "mesh", "changes", "tolerance"),
+    [
+        pytest.param("llama", (1, 1, 4), {**_PACKED, "validation__enable": True, "validation__steps": -1}, 1e-5,
+                     id="llama: documents by positions, no multiple of the degree, validation, heads shared"),
+        pytest.param("falcon", (1, 1, 4), _PACKED, 1e-5, id="falcon: documents by masks"),
+        pytest.param("phi3", (1, 2, 2), {"activation_checkpoint": ActivationCheckpointConfig(mode="full")}, 1e-5,
+                     id="phi3: fused, recomputed"),
+        pytest.param("gpt2", (2, 1, 2), {"activation_checkpoint": ActivationCheckpointConfig("selective", "op")}, 1e-5,
+                     id="gpt2: replicas, recomputed by operation"),
+        pytest.param("gpt2", (1, 2, 2), {"training__enable_cpu_offload": True}, 1e-5, id="gpt2: offloaded"),
+        pytest.param("phi3", (1, 1, 4), {"optimizer__name": "Muon"}, 1e-3, id="phi3: Muon"),  # orthogonalises in bf16
+        pytest.param("llama", (1, 2, 2), {"training__mixed_precision_param": "bfloat16"}, 3e-2, id="llama: bfloat16"),
+    ],
+)  # fmt: skip
+def test_a_job_is_that_of_one_rank(
+    four: WorkerPool, folder: str, model_type: str, mesh: tuple[int, int, int], changes: dict, tolerance: float
+):
+    keys = {key: value for key, value in changes.items() if "__" in key}
+    if "validation__enable" in keys:
+        keys["validation__dataset_path"] = f"{folder}/held_out.txt"
+    alone, together = (_job(folder, model_type, degrees, keys) for degrees in ((1, 1, 1), mesh))
+    for section, value in changes.items():
+        if "__" not in section:
+            setattr(together, section, value)
+    with restored_process():
+        expected = _train(alone)
+    for found in four.run(_train, together):
+        assert found == pytest.approx(expected, rel=tolerance)
+
+
+def test_a_job_ends_with_a_sample_and_counts_tokens_once(four: WorkerPool, folder: str):
+    config = _job(folder, "llama", (1, 2, 2), {"job__sample_prompt": "1: line", "job__sample_tokens": 5})
+    four.run(_run, config)
+    lines = [json.loads(line) for line in (Path(config.job.dump_folder) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3], "one rank writes"
+    for line in lines:
+        assert line["tokens_per_second"] == pytest.approx(4 * line["tokens_per_second_per_device"])
+
+
+def _run(config: JobConfig) -> None:
+    with contextlib.closing(Trainer(config)) as trainer:
+        trainer.train()
+        assert trainer.tokens_per_step == _ROWS * config.training.seq_len
+
+
+# -- loops of a user's own ------------------------------------------------------------------------------------------
+
+_IDS = torch.randint(3, 300, (2, 13), generator=torch.Generator().manual_seed(1))
+
+
+def _build(model_type: str, **changes) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**MODELS[model_type] | changes))
+
+
+def _freeze(model: PreTrainedModel, trained: str) -> None:
+    for name, parameter in model.named_parameters():
+        is_embedding = parameter is model.get_input_embeddings().weight
+        parameter.requires_grad_({"all": True, "body": not is_embedding, "head": name == "lm_head.weight"}[trained])
+
+
+def _train_beside_plain(model_type: str, changes: dict, trained: str, degree: int, folder: str) -> None:
+    plain, split = _build(model_type, **changes), _build(model_type, **changes)
+    _freeze(plain, trained)
+    _freeze(split, trained)
+    model = HFTransformerModel.wrap(split).parallelize(ParallelismConfig(tensor_parallel_degree=degree))
+    ours, theirs = (torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-4) for m in (split, plain))
+    for _ in range(_STEPS):
+        ours.zero_grad()
+        theirs.zero_grad()
+        expected = plain(input_ids=_IDS, labels=_IDS).loss
+        expected.backward()
+        rows = slice(None) if model.dims.data_parallel_size == 1 else slice(model.data_rank, model.data_rank + 1)
+        loss = model.forward_backward(_IDS[rows], labels=_IDS[rows])
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+        gradients = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+        assert model.full_gradients().keys() == gradients.keys()
+        for name, gradient in model.full_gradients().items():
+            torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-5)
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        torch.testing.assert_close(model.clip_grad_norm_(0.5), norm, rtol=1e-5, atol=0)
+        ours.step()
+        theirs.step()
+    weights = model.full_state_dict()
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-4)
+    _compare_inference(model, plain)
+    model.save_pretrained(folder)
+    exported = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in exported.items())
+
+
+@torch.no_grad()
+def _compare_inference(model: HFTransformerModel, plain: PreTrainedModel) -> None:
+    """Plain calls give all logits, also token by token with a cache; `generate` gives the same tokens."""
+    split = model.hf_model.eval()
+    plain.eval()
+    close = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
+    close(split(input_ids=_IDS).logits, plain(input_ids=_IDS).logits)
+    ours, theirs = (m(input_ids=_IDS[:, :7], use_cache=True) for m in (split, plain))
+    for token in _IDS[:, 7:10].split(1, dim=1):
+        ours, theirs = (
+            m(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            for m, output in ((split, ours), (plain, theirs))
+        )
+        close(ours.logits, theirs.logits)
+    options = {"attention_mask": torch.ones(2, 5, dtype=torch.int64), "max_new_tokens": 6, "do_sample": False,
+               "pad_token_id": 0, "eos_token_id": None}  # fmt: skip
+    expected = plain.generate(input_ids=_IDS[:, :5], **options)
+    for use_cache in (True, False):
+        assert torch.equal(split.generate(input_ids=_IDS[:, :5], use_cache=use_cache, **options), expected)
+    loss, targets = model.evaluate(_IDS, _IDS)
+    torch.testing.assert_close(loss / targets, plain(input_ids=_IDS, labels=_IDS).loss, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "trained", "degree"),
+    [
+        pytest.param("llama", {"tie_word_embeddings": True}, "all", 4, id="llama: tied, heads shared"),
+        pytest.param("gpt2", {}, "all", 2, id="gpt2: fused and transposed, beside FSDP2"),
+        pytest.param("llama", {}, "body", 4, id="frozen embedding"),
+        pytest.param("phi3", {}, "head", 2, id="head alone, beside FSDP2"),
+    ],
+)
+def test_a_loop_of_ones_own_is_that_of_plain_transformers(
+    four: WorkerPool, tmp_path: Path, model_type: str, changes: dict, trained: str, degree: int
+):
+    four.run(_train_beside_plain, model_type, changes, trained, degree, str(tmp_path / "out"))
+
+
+def _mistakes() -> dict[str, str]:
+    def parallelize(degree: int = 2, **changes) -> HFTransformerModel:
+        model = HFTransformerModel.wrap(_build("llama", **changes))
+        return model.parallelize(ParallelismConfig(tensor_parallel_degree=degree))
+
+    done = parallelize()
+    attempts = {
+        "heads": lambda: parallelize(num_attention_heads=3, num_key_value_heads=3, hidden_size=36),
+        "fewer heads than ranks": lambda: parallelize(num_attention_heads=1, num_key_value_heads=1),
+        "ranks": lambda: parallelize(degree=3),
+        "second parallelize": lambda: done.parallelize(ParallelismConfig(tensor_parallel_degree=2)),
+        "second wrap": lambda: HFTransformerModel.wrap(done.hf_model),
+    }
+    messages = {}
+    for name, attempt in attempts.items():
+        with pytest.raises(ValueError, match=r"parallelize|degree|or sharded") as caught:
+            attempt()
+        messages[name] = str(caught.value)
+    return messages
+
+
+def test_mistakes_are_explained_on_every_rank(four: WorkerPool):
+    messages, *others = four.run(_mistakes)
+    assert all(other == messages for other in others)
+    assert "has 3 heads, which it does not divide. Use one of 1, 3." in messages["heads"]
+    assert "has 1 heads, which it does not divide. Use one of 1." in messages["fewer heads than ranks"]
+    assert "the job runs on 4 ranks" in messages["ranks"]
+    assert "parallelize comes once, before the first step" in messages["second parallelize"]
+    assert "or sharded" in messages["second wrap"]
+
+
+def _bfloat16_loss() -> tuple[float, float]:
+    plain, split = (_build("llama").bfloat16() for _ in range(2))
+    model = HFTransformerModel.wrap(split).parallelize(ParallelismConfig(tensor_parallel_degree=4))
+    loss = model.forward_backward(_IDS, labels=_IDS)
+    assert {gradient.dtype for gradient in model.full_gradients().values()} == {torch.bfloat16}
+    return loss.item(), plain(input_ids=_IDS, labels=_IDS).loss.item()
+
+
+def test_a_model_in_bfloat16_stays_in_it(four: WorkerPool):
+    for loss, expected in four.run(_bfloat16_loss):
+        assert loss == pytest.approx(expected, rel=1e-2)

@@ -1,0 +1,132 @@
+"""What `HFTransformerModel.parallelize` finds out before it changes the model: checks, and choices proven on twins.
+
+Each function either raises a ValueError for what cannot be exact, or returns what is, and logs what was given up for
+it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
+
+from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
+from parallelize.distributed import gather_objects
+from parallelize.tensor_parallel import TensorPlan
+from transformers_backend.decoder import Decoder, has_dropout
+from transformers_backend.proof import why_not_compile
+from transformers_backend.tensor_plan import Recipe, make_plan
+from transformers_backend.tensor_proof import prove_tensor_plan
+
+logger = logging.getLogger(__name__)
+
+
+def check_same_weights(hf_model: PreTrainedModel) -> None:
+    """Every rank brought a model of its own; sharding would make one of parts of several if they differed."""
+    sums = [parameter.detach().double().sum().item() for parameter in hf_model.parameters()]
+    if any(other != sums for other in gather_objects(sums)):
+        raise ValueError(
+            "The ranks hold models with different weights, and sharding would mix them. Load the same checkpoint "
+            "on every rank, or call torch.manual_seed with the same seed before the model is built."
+        )
+
+
+def check_mixed_precision(hf_model: PreTrainedModel, param_dtype: torch.dtype | None) -> None:
+    """Modules that a model keeps in fp32 are not told apart when parameters are cast."""
+    kept = {*(hf_model._keep_in_fp32_modules or ()), *(hf_model._keep_in_fp32_modules_strict or ())}
+    if param_dtype is not None and kept:
+        raise ValueError(
+            f"{type(hf_model).__name__} keeps {', '.join(sorted(kept))} in float32, which mixed precision here "
+            'cannot: set training.mixed_precision_param = "float32".'
+        )
+
+
+def proven_attention(attn_implementation: str | None) -> str | None:
+    """Attention that the twin runs with on the CPU: kernels that need a GPU have Transformers' default instead."""
+    return attn_implementation if attn_implementation in ("sdpa", "eager") else None
+
+
+@dataclass(frozen=True)
+class TensorParallelism:
+    """How a model is split over its tensor-parallel ranks."""
+
+    plan: TensorPlan
+    recipe: Recipe
+    """What the plan was made from: styles by pattern, whatever the sizes and the degree (`tensor_plan/`)."""
+    sequence_parallel: bool
+    """Whether the ranks share the sequence between regions."""
+    sequence_parallel_because: str | None
+    """Why they do not, where that was to be found out."""
+
+
+def choose_tensor_parallelism(
+    hf_model: PreTrainedModel,
+    decoder: Decoder,
+    attn_implementation: str | None,
+    mesh: DeviceMesh,
+    parallelism: ParallelismConfig,
+) -> TensorParallelism | None:
+    """The plan for the ranks of `mesh`, the tensor-parallel one, tried on a twin over them; None for a single rank."""
+    if mesh.size() == 1:
+        return None
+    proven = prove_tensor_plan(
+        hf_model.config, type(hf_model), attn_implementation, mesh,
+        sequence_parallel=parallelism.sequence_parallel, user_recipe=parallelism.tensor_parallel_plan,
+    )  # fmt: skip
+    plan = make_plan(hf_model, decoder, proven.recipe, mesh.size())
+    reason = proven.no_sequence_parallel_because
+    if proven.sequence_parallel:
+        reason = why_not_random_shards(hf_model, plan)
+    shares_sequence = proven.sequence_parallel and reason is None
+    if parallelism.sequence_parallel == "always" and not shares_sequence:
+        raise ValueError(f'parallelism.sequence_parallel = "always": {reason}. Set it to "auto".')
+    if parallelism.enable_async_tensor_parallel and not shares_sequence:
+        logger.warning(
+            "parallelism.enable_async_tensor_parallel does nothing: only exchanges of sequence parallelism overlap."
+        )
+    return TensorParallelism(plan, proven.recipe, shares_sequence, reason)
+
+
+def why_not_random_shards(hf_model: PreTrainedModel, plan: TensorPlan) -> str | None:
+    """Why dropout, of which the twin has none, does not allow the ranks to share the sequence.
+
+    Ranks that share it draw numbers of their own in all layers; nothing that they compute alike may depend on those.
+    """
+    whole = [name for name, region in plan.regions.items() if region.is_whole]
+    if whole and has_dropout(hf_model):
+        return f"every rank computes all of {whole[0]}, with dropout, which must then be the same on all of them"
+    return None
+
+
+def without_wrong_compilation(
+    compile: CompileConfig,
+    activation_checkpoint: ActivationCheckpointConfig,
+    hf_model: PreTrainedModel,
+    attn_implementation: str | None,
+    device: torch.device,
+    tensor_parallelism: TensorParallelism | None,
+) -> CompileConfig:
+    """`compile`, less "model" where the compiled layers of the twin do not compute what they should."""
+    if not (compile.enable and "model" in compile.components):
+        return compile
+    reason = _why_not_compile_forks(hf_model, tensor_parallelism) or why_not_compile(
+        hf_model.config, type(hf_model), attn_implementation, compile.backend, device, activation_checkpoint
+    )
+    if reason is None:
+        return compile
+    logger.warning("Layers are not compiled: %s", reason)
+    return dataclasses.replace(compile, components=[name for name in compile.components if name != "model"])
+
+
+def _why_not_compile_forks(hf_model: PreTrainedModel, tensor_parallelism: TensorParallelism | None) -> str | None:
+    """Why dropout keeps layers from being compiled (see `parallelize/tensor_parallel/randomness.py`)."""
+    if tensor_parallelism is None or tensor_parallelism.sequence_parallel or not has_dropout(hf_model):
+        return None
+    return (
+        "tensor-parallel ranks that do not share the sequence change their random state within a layer, for "
+        "dropout, which compiled code cannot. Set dropout to 0, or train without compiling."
+    )
