@@ -121,6 +121,18 @@ def check_complete(model: nn.Module, plan: TensorPlan) -> None:
     modules = {name for name, _ in model.named_modules()}
     if unknown := sorted({*plan.splits, *plan.regions} - parameters - modules):
         raise ValueError(f"parallelism.tensor_parallel_plan: the model has no {', '.join(unknown[:5])}.")
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if _placement_of(other, plan) != _placement_of(name, plan):
+            raise ValueError(
+                f"parallelism.tensor_parallel_plan: {other} and {name} are one tensor (tied), which cannot be split in "
+                "two ways. Give both the same style."
+            )
+
+
+def _placement_of(name: str, plan: TensorPlan) -> Placement:
+    return _placement(plan.split_of(name), name.rpartition(".")[2], plan.degree)
 
 
 # -- where parameters are -------------------------------------------------------------------------------------------
@@ -377,4 +389,11 @@ def look_up_vocabulary(module: nn.Embedding, values: dict[str, LocalValue], grou
     module.forward = lambda input_ids: embed(plain_forward, input_ids, first=vocabulary.first, weight=module.weight)
     compute_locally(module, values)
     local_forward = module.forward
-    module.forward = lambda input_ids: leave(local_forward(input_ids), group)
+
+    def forward(input_ids: torch.Tensor) -> torch.Tensor:
+        # Every rank would take such an id for another's and add zeros. Raises at once on a CPU, later on CUDA.
+        is_known = (input_ids >= 0) & (input_ids < vocabulary.total)
+        torch._assert_async(is_known.all(), f"a token id is outside of the vocabulary of {vocabulary.total}")
+        return leave(local_forward(input_ids), group)
+
+    module.forward = forward

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.distributed.workers import WorkerPool
 from tests.jobs import SEQUENCE, restored_process, tiny_job
@@ -98,6 +99,9 @@ def test_a_resumed_run_is_the_same_bit_by_bit(two: WorkerPool, folder: str):
     assert [line["step"] for line in _lines(third)] == list(range(1, 9))
 
 
+_TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+
+
 def _wrapped(seed: int) -> HFTransformerModel:
     torch.manual_seed(0)
     model = HFTransformerModel(HFTransformerModelArgs().update_from_config(tiny_job("", "")))
@@ -131,3 +135,46 @@ def test_different_batches_in_one_tensor_parallel_group_are_refused(two: WorkerP
         for message in two.run(_train_on_batches, [batch, other]):
             assert "differ between ranks of one tensor-parallel group of 2" in message
             assert "Give each rank the batch of its data_rank" in message
+
+
+def _refusals_of_batches(batch: torch.Tensor) -> list[str]:
+    model, rank = _wrapped(seed=0), torch.distributed.get_rank()
+    unknown = batch.clone()
+    unknown[1, 2] = model.vocabulary_size
+    messages = []
+    model.forward_backward(batch, labels=batch)
+    for step, tokens in (
+        (model.evaluate, batch + rank),  # another phase than training, of which the first batch is compared, too
+        (model.forward_backward, unknown),
+        (model.forward_backward, torch.where(unknown == model.vocabulary_size, -1, unknown)),
+    ):
+        try:
+            step(tokens, labels=batch)
+            messages.append("")
+        except (ValueError, RuntimeError) as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_batches_of_an_evaluation_and_unknown_tokens_are_refused(two: WorkerPool):
+    for different, *unknown in two.run(_refusals_of_batches, torch.arange(12).view(2, 6)):
+        assert "differ between ranks of one tensor-parallel group of 2" in different
+        for message in unknown:
+            assert "a token id is outside of the vocabulary of" in message
+
+
+def _message_of_a_tied_plan() -> str:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**_TINY, tie_word_embeddings=True))
+    try:
+        HFTransformerModel.wrap(model).parallelize(
+            ParallelismConfig(tensor_parallel_degree=2, tensor_parallel_plan={"lm_head": "replicate"})
+        )
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_plan_that_splits_tied_embeddings_in_two_ways_is_refused(two: WorkerPool):
+    for message in two.run(_message_of_a_tied_plan):
+        assert "model.embed_tokens.weight and lm_head.weight are one tensor (tied)" in message

@@ -149,10 +149,11 @@ def _segment_of_heads(model: PreTrainedModel, decoder: Decoder, name: str) -> Se
 
 def _check_divides(name: str, segment: Segment, degree: int, *, may_share: bool) -> None:
     count, what = (segment.heads, "heads") if segment.heads is not None else (segment.size, "features")
-    if may_share and segment.is_shared(degree) and degree % segment.heads == 0:
+    shares = may_share and segment.heads is not None
+    if count % degree == 0 or (shares and degree % count == 0):
         return
-    if count % degree:
-        raise DegreeError(
-            f"parallelism.tensor_parallel_degree = {degree}: {name} has {count} {what}, which it does not divide.",
-            [other for other in range(1, min(count, _MOST_RANKS) + 1) if count % other == 0],
-        )
+    candidates = [other for other in range(1, min(count, _MOST_RANKS) + 1) if count % other == 0]
+    if shares:  # several ranks with the same head
+        candidates += [other for other in range(2 * count, _MOST_RANKS + 1, count) if segment.size % other == 0]
+    problem = f"parallelism.tensor_parallel_degree = {degree}: {name} has {count} {what}, which it does not divide."
+    raise DegreeError(problem, candidates)

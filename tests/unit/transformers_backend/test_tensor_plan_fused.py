@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from parallelize.tensor_parallel.plan import Segment
 from transformers_backend.decoder import describe_decoder
@@ -31,8 +32,8 @@ def best_recipe(twin) -> dict[str, str]:
     return derive(twin, describe_decoder(twin), example_batch()[0]).first()
 
 
-def plan_of(twin, degree: int):
-    return make_plan(twin, describe_decoder(twin), best_recipe(twin), degree)
+def plan_of(twin, degree: int, recipe: dict[str, str] | None = None):
+    return make_plan(twin, describe_decoder(twin), recipe or best_recipe(twin), degree)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,21 @@ def test_groups_of_heads_are_not_cut():
     twin = twin_of("falcon", new_decoder_architecture=True, num_kv_heads=8)  # 2 groups of 2 queries in the twin
     with pytest.raises(DegreeError, match=r"degree = 4: transformer.h.0.*has 2 heads.*Use one of 1, 2\."):
         plan_of(twin, 4)
+
+
+def test_the_degrees_of_a_refusal_fit_the_whole_model():
+    def refusal(degree: int, **sizes) -> str:
+        config = LlamaConfig(hidden_size=96, vocab_size=64, num_hidden_layers=1, **sizes)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        with pytest.raises(DegreeError) as caught:
+            plan_of(model, degree, recipe=best_recipe(twin_of("llama")))
+        return str(caught.value)
+
+    # 3 key and value heads are shared by 6 and 12 ranks; 49 and 7 divide the features, but not the heads
+    sizes = {"num_attention_heads": 12, "intermediate_size": 96}
+    assert refusal(2, num_key_value_heads=3, **sizes).endswith("Use one of 1, 3, 6, 12.")
+    assert refusal(4, num_attention_heads=12, intermediate_size=49).endswith("Use one of 1.")
 
 
 class _Interleaved(torch.nn.Module):

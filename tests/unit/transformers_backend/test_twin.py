@@ -93,6 +93,14 @@ def test_head_relations(heads: int, key_value_heads: int, expected: int):
     assert (small.num_attention_heads, small.num_key_value_heads) == (4, expected)
 
 
+@pytest.mark.parametrize(("key_value_heads", "expected"), [(1, 1), (2, 2), (3, 4), (9, 8)])
+def test_fewer_key_value_heads_than_ranks(key_value_heads: int, expected: int):
+    sizes = {"hidden_size": 576, "num_attention_heads": 9}  # of SmolLM, which has 3 for keys and values
+    config = _default("llama", num_key_value_heads=key_value_heads, **sizes)
+    small = twin_config(config, degree=4)
+    assert (small.num_attention_heads, small.num_key_value_heads) == (8, expected)
+
+
 def test_qkv_biases_and_qk_norms_stay():
     names = dict(build_twin(_default("qwen2"), _class(_default("qwen2"))).named_parameters())
     assert "model.layers.0.self_attn.q_proj.bias" in names
