@@ -72,6 +72,16 @@ class ParallelDims:
         """The device mesh of the whole job, with all five dimensions (most of size 1)."""
         return init_device_mesh(device_type, self.sizes, mesh_dim_names=MESH_DIMENSIONS)
 
+    def check_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
+        """`mesh` itself if it is one that `build_mesh` of these sizes returned, else a ValueError."""
+        if mesh.mesh_dim_names != MESH_DIMENSIONS or tuple(mesh.shape) != self.sizes:
+            raise ValueError(
+                f"mesh: it has {dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))}, and the degrees of "
+                f"`parallelism` make {dict(zip(MESH_DIMENSIONS, self.sizes, strict=True))}. Pass the `mesh` of a model "
+                "that was parallelised with the same degrees, or none."
+            )
+        return mesh
+
     def __str__(self) -> str:
         used = [f"{name} {size}" for name, size in zip(MESH_DIMENSIONS, self.sizes, strict=True) if size > 1]
         return " x ".join(used) or "of one rank"

@@ -135,13 +135,15 @@ class HFTransformerModel:
         param_dtype: torch.dtype | None = None,
         cpu_offload: bool = False,
         seed: int = 0,
+        mesh: DeviceMesh | None = None,
     ) -> HFTransformerModel:
         """Shard the model over the initialised process group, in place, then allocate and fill what is still meta.
 
         param_dtype: dtype of the computation (bfloat16 for mixed precision); None is the parameters' own dtype, in
         which they are kept and updated either way. Gradients are summed over ranks in fp32.
         cpu_offload: keep shards and optimizer state in host memory. seed: of the initial weights, where they are not
-        loaded. Raises a ValueError that lists every bad value.
+        loaded. mesh: that of another model of this process, to share its process groups; None makes a new one. Raises a
+        ValueError that lists every bad value.
         """
         if self._ready:
             raise ValueError(
@@ -158,7 +160,7 @@ class HFTransformerModel:
         self.device = pick_device()
         check(async_tensor_parallel_problems(parallelism, compile, self.device.type))
         self.dims = ParallelDims.resolve(parallelism, dist.get_world_size())
-        self.mesh = self.dims.build_mesh(self.device.type)
+        self.mesh = self.dims.build_mesh(self.device.type) if mesh is None else self.dims.check_mesh(mesh)
         if not self._is_meta:
             check_same_weights(self.hf_model)
         attention = proven_attention(self.model_args.attn_implementation)

@@ -121,18 +121,6 @@ def check_complete(model: nn.Module, plan: TensorPlan) -> None:
     modules = {name for name, _ in model.named_modules()}
     if unknown := sorted({*plan.splits, *plan.regions} - parameters - modules):
         raise ValueError(f"parallelism.tensor_parallel_plan: the model has no {', '.join(unknown[:5])}.")
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = first.setdefault(id(parameter), name)
-        if _placement_of(other, plan) != _placement_of(name, plan):
-            raise ValueError(
-                f"parallelism.tensor_parallel_plan: {other} and {name} are one tensor (tied), which cannot be split in "
-                "two ways. Give both the same style."
-            )
-
-
-def _placement_of(name: str, plan: TensorPlan) -> Placement:
-    return _placement(plan.split_of(name), name.rpartition(".")[2], plan.degree)
 
 
 # -- where parameters are -------------------------------------------------------------------------------------------

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from parallelize.config import ActivationCheckpointConfig
 from tests.distributed.workers import WorkerPool
 from tests.jobs import restored_process, tiny_job
-from transformers_backend import HFTransformerModel, JobConfig, ParallelismConfig, Trainer
+from transformers_backend import JobConfig, ParallelismConfig, Trainer
 
 _WIDTHS = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {
@@ -133,132 +131,3 @@ def _run(config: JobConfig) -> None:
     with contextlib.closing(Trainer(config)) as trainer:
         trainer.train()
         assert trainer.tokens_per_step == _ROWS * config.training.seq_len
-
-
-# -- loops of a user's own ------------------------------------------------------------------------------------------
-
-_IDS = torch.randint(3, 300, (2, 13), generator=torch.Generator().manual_seed(1))
-
-
-def _build(model_type: str, **changes) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**MODELS[model_type] | changes))
-
-
-def _freeze(model: PreTrainedModel, trained: str) -> None:
-    for name, parameter in model.named_parameters():
-        is_embedding = parameter is model.get_input_embeddings().weight
-        parameter.requires_grad_({"all": True, "body": not is_embedding, "head": name == "lm_head.weight"}[trained])
-
-
-def _train_beside_plain(model_type: str, changes: dict, trained: str, degree: int, folder: str) -> None:
-    plain, split = _build(model_type, **changes), _build(model_type, **changes)
-    _freeze(plain, trained)
-    _freeze(split, trained)
-    model = HFTransformerModel.wrap(split).parallelize(ParallelismConfig(tensor_parallel_degree=degree))
-    ours, theirs = (torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-4) for m in (split, plain))
-    for _ in range(_STEPS):
-        ours.zero_grad()
-        theirs.zero_grad()
-        expected = plain(input_ids=_IDS, labels=_IDS).loss
-        expected.backward()
-        rows = slice(None) if model.dims.data_parallel_size == 1 else slice(model.data_rank, model.data_rank + 1)
-        loss = model.forward_backward(_IDS[rows], labels=_IDS[rows])
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
-        gradients = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
-        assert model.full_gradients().keys() == gradients.keys()
-        for name, gradient in model.full_gradients().items():
-            torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-5)
-        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
-        torch.testing.assert_close(model.clip_grad_norm_(0.5), norm, rtol=1e-5, atol=0)
-        ours.step()
-        theirs.step()
-    weights = model.full_state_dict()
-    for name, weight in plain.state_dict().items():
-        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-4)
-    _compare_inference(model, plain)
-    model.save_pretrained(folder)
-    exported = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in exported.items())
-
-
-@torch.no_grad()
-def _compare_inference(model: HFTransformerModel, plain: PreTrainedModel) -> None:
-    """Plain calls give all logits, also token by token with a cache; `generate` gives the same tokens."""
-    split = model.hf_model.eval()
-    plain.eval()
-    close = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
-    close(split(input_ids=_IDS).logits, plain(input_ids=_IDS).logits)
-    ours, theirs = (m(input_ids=_IDS[:, :7], use_cache=True) for m in (split, plain))
-    for token in _IDS[:, 7:10].split(1, dim=1):
-        ours, theirs = (
-            m(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-            for m, output in ((split, ours), (plain, theirs))
-        )
-        close(ours.logits, theirs.logits)
-    options = {"attention_mask": torch.ones(2, 5, dtype=torch.int64), "max_new_tokens": 6, "do_sample": False,
-               "pad_token_id": 0, "eos_token_id": None}  # fmt: skip
-    expected = plain.generate(input_ids=_IDS[:, :5], **options)
-    for use_cache in (True, False):
-        assert torch.equal(split.generate(input_ids=_IDS[:, :5], use_cache=use_cache, **options), expected)
-    loss, targets = model.evaluate(_IDS, _IDS)
-    torch.testing.assert_close(loss / targets, plain(input_ids=_IDS, labels=_IDS).loss, rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "changes", "trained", "degree"),
-    [
-        pytest.param("llama", {"tie_word_embeddings": True}, "all", 4, id="llama: tied, heads shared"),
-        pytest.param("gpt2", {}, "all", 2, id="gpt2: fused and transposed, beside FSDP2"),
-        pytest.param("llama", {}, "body", 4, id="frozen embedding"),
-        pytest.param("phi3", {}, "head", 2, id="head alone, beside FSDP2"),
-    ],
-)
-def test_a_loop_of_ones_own_is_that_of_plain_transformers(
-    four: WorkerPool, tmp_path: Path, model_type: str, changes: dict, trained: str, degree: int
-):
-    four.run(_train_beside_plain, model_type, changes, trained, degree, str(tmp_path / "out"))
-
-
-def _mistakes() -> dict[str, str]:
-    def parallelize(degree: int = 2, **changes) -> HFTransformerModel:
-        model = HFTransformerModel.wrap(_build("llama", **changes))
-        return model.parallelize(ParallelismConfig(tensor_parallel_degree=degree))
-
-    done = parallelize()
-    attempts = {
-        "heads": lambda: parallelize(num_attention_heads=3, num_key_value_heads=3, hidden_size=36),
-        "fewer heads than ranks": lambda: parallelize(num_attention_heads=1, num_key_value_heads=1),
-        "ranks": lambda: parallelize(degree=3),
-        "second parallelize": lambda: done.parallelize(ParallelismConfig(tensor_parallel_degree=2)),
-        "second wrap": lambda: HFTransformerModel.wrap(done.hf_model),
-    }
-    messages = {}
-    for name, attempt in attempts.items():
-        with pytest.raises(ValueError, match=r"parallelize|degree|or sharded") as caught:
-            attempt()
-        messages[name] = str(caught.value)
-    return messages
-
-
-def test_mistakes_are_explained_on_every_rank(four: WorkerPool):
-    messages, *others = four.run(_mistakes)
-    assert all(other == messages for other in others)
-    assert "has 3 heads, which it does not divide. Use one of 1, 3." in messages["heads"]
-    assert "has 1 heads, which it does not divide. Use one of 1." in messages["fewer heads than ranks"]
-    assert "the job runs on 4 ranks" in messages["ranks"]
-    assert "parallelize comes once, before the first step" in messages["second parallelize"]
-    assert "or sharded" in messages["second wrap"]
-
-
-def _bfloat16_loss() -> tuple[float, float]:
-    plain, split = (_build("llama").bfloat16() for _ in range(2))
-    model = HFTransformerModel.wrap(split).parallelize(ParallelismConfig(tensor_parallel_degree=4))
-    loss = model.forward_backward(_IDS, labels=_IDS)
-    assert {gradient.dtype for gradient in model.full_gradients().values()} == {torch.bfloat16}
-    return loss.item(), plain(input_ids=_IDS, labels=_IDS).loss.item()
-
-
-def test_a_model_in_bfloat16_stays_in_it(four: WorkerPool):
-    for loss, expected in four.run(_bfloat16_loss):
-        assert loss == pytest.approx(expected, rel=1e-2)

@@ -177,4 +177,4 @@ def _message_of_a_tied_plan() -> str:
 
 def test_a_plan_that_splits_tied_embeddings_in_two_ways_is_refused(two: WorkerPool):
     for message in two.run(_message_of_a_tied_plan):
-        assert "model.embed_tokens.weight and lm_head.weight are one tensor (tied)" in message
+        assert "lm_head.weight is replicate, but they are one parameter" in message

@@ -20,6 +20,11 @@ _OWN_LOGGERS = ("transformers_backend", "parallelize", "__main__")
 _GIVES_ADVICE = "torch.distributed.tensor._redistribute"
 
 
+def silence_advice() -> None:
+    """Keep torch from advising on every rank what nobody here can follow."""
+    logging.getLogger(_GIVES_ADVICE).setLevel(logging.ERROR)
+
+
 def setup_logging(rank: int) -> None:
     """Log in one format, `[rank0] 12:00:01 message`, to stderr: rank 0 from INFO on, other ranks from ERROR on.
 
@@ -35,7 +40,7 @@ def setup_logging(rank: int) -> None:
     handler.setLevel(logging.NOTSET if rank == 0 else logging.ERROR)
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
-    logging.getLogger(_GIVES_ADVICE).setLevel(logging.ERROR)
+    silence_advice()
     for name in _OWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import gc
 import logging
 import shutil
 import tempfile
@@ -17,12 +16,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from parallelize.compile import COMPILE_ERRORS
 from parallelize.config import CompileConfig, ParallelismConfig
 from parallelize.distributed import gather_objects
+from parallelize.parallel_dims import ParallelDims
 from transformers_backend.errors import is_meant_for_the_user
+from transformers_backend.metrics.terminal import silence_advice
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.model_args import HFTransformerModelArgs
 from transformers_backend.proof import GRADIENT_TOLERANCE, LOSS_TOLERANCE, MODEL_ERRORS, gradients, relative_errors
@@ -88,22 +90,23 @@ def _worker(
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    silence_advice()
     # Inductor generates other code for several threads (falcon's gradient is wrong there only), so try that code.
     torch.set_num_threads(2 if compile else 1)
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+    # One for all models: a mesh has a process group a dimension, and each of those has threads of its own.
+    mesh = ParallelDims.resolve(parallelism, world_size).build_mesh("cpu")
     for index, model in enumerate(models):
-        # A mesh has a process group a dimension, and each of those threads of its own, so every model starts anew.
-        store = dist.FileStore(f"{folder}/store_{index}", world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-        report = verify_model(model, parallelism, compile, Path(folder) / str(index))
+        report = verify_model(model, parallelism, mesh, compile, Path(folder) / str(index))
         if rank == 0:
             queue.put(report)
         torch._dynamo.reset()
-        dist.barrier()
-        dist.destroy_process_group()
-        gc.collect()  # modules and their wrapped forwards refer to each other, and to the groups
+    dist.barrier()
+    dist.destroy_process_group()
 
 
-def verify_model(name: str, parallelism: ParallelismConfig, compile: bool, folder: Path) -> Report:
+def verify_model(name: str, parallelism: ParallelismConfig, mesh: DeviceMesh, compile: bool, folder: Path) -> Report:
     """One model's report; every rank of the process group calls it. folder: for files, removed afterwards."""
     report = Report(name)
     notes = _CollectWarnings(report.notes)
@@ -114,13 +117,13 @@ def verify_model(name: str, parallelism: ParallelismConfig, compile: bool, folde
         report.model_class = model_class.__name__
         degree = parallelism.tensor_parallel_degree
         try:
-            model = _compare_training(report, hf_config, model_class, degree, parallelism, compile)
+            model = _compare_training(report, hf_config, model_class, degree, parallelism, mesh, compile)
         except DegreeError:  # heads in groups of a fixed number (CodeGen's fours) need more of them
             degree *= 2
-            model = _compare_training(report, hf_config, model_class, degree, parallelism, compile)
+            model = _compare_training(report, hf_config, model_class, degree, parallelism, mesh, compile)
         if parallelism.tensor_parallel_degree > 1:
             _describe_split(report, hf_config, model_class, model)
-        _compare_weights(report, hf_config, model_class, degree, parallelism, folder)
+        _compare_weights(report, hf_config, model_class, degree, parallelism, mesh, folder)
     except ValueError as error:
         report.verdict = "refused" if is_meant_for_the_user(error) else "fail"
         report.reason = f"{type(error).__name__}: {error}" if report.verdict == "fail" else str(error)
@@ -134,7 +137,13 @@ def verify_model(name: str, parallelism: ParallelismConfig, compile: bool, folde
 
 
 def _compare_training(
-    report: Report, hf_config, model_class, twin_degree: int, parallelism: ParallelismConfig, compile: bool
+    report: Report,
+    hf_config,
+    model_class,
+    twin_degree: int,
+    parallelism: ParallelismConfig,
+    mesh: DeviceMesh,
+    compile: bool,
 ) -> HFTransformerModel:
     """Loss and every gradient of one global batch: plain Transformers on one device, and ours on all ranks.
 
@@ -145,7 +154,7 @@ def _compare_training(
     plain_loss = plain(input_ids=input_ids, labels=labels, use_cache=False).loss
     plain_loss.backward()
     model = HFTransformerModel.wrap(build_twin(hf_config, model_class, degree=twin_degree))
-    model.parallelize(parallelism, compile=CompileConfig(enable=compile))
+    model.parallelize(parallelism, compile=CompileConfig(enable=compile), mesh=mesh)
     mine = slice(model.data_rank * 2 * _ROWS, (model.data_rank + 1) * 2 * _ROWS)
     micro_batches = list(zip(input_ids[mine].split(_ROWS), labels[mine].split(_ROWS), strict=True))
     targets = sum(model.count_targets(micro_labels) for _, micro_labels in micro_batches)
@@ -193,7 +202,13 @@ def _describe_split(report: Report, hf_config, model_class, model: HFTransformer
 
 
 def _compare_weights(
-    report: Report, hf_config, model_class, twin_degree: int, parallelism: ParallelismConfig, folder: Path
+    report: Report,
+    hf_config,
+    model_class,
+    twin_degree: int,
+    parallelism: ParallelismConfig,
+    mesh: DeviceMesh,
+    folder: Path,
 ) -> None:
     """Folder -> sharded parameters -> first loss; sharded parameters -> folder -> bit-equal weights."""
     pretrained, exported = folder / "pretrained", folder / "exported"
@@ -205,7 +220,7 @@ def _compare_weights(
     with torch.no_grad():
         plain_loss = original(input_ids=input_ids, labels=labels, use_cache=False).loss
     model = HFTransformerModel.from_pretrained(str(pretrained))
-    model.parallelize(parallelism)
+    model.parallelize(parallelism, mesh=mesh)
     row = slice(model.data_rank, model.data_rank + 1)
     loss = model.forward_backward(input_ids[row], labels[row])
     report.pretrained_loss_difference = abs(loss.item() - plain_loss.item())

@@ -80,6 +80,10 @@ def test_mesh_order_is_outermost_first():
     assert mesh.mesh.flatten().tolist() == list(range(8))
     # Rank 5 = 1 * 4 + 0 * 2 + 1: the second pipeline stage, the first data rank, the second tensor rank.
     assert [mesh.get_local_rank(name) for name in ("pp", "dp_shard", "tp")] == [1, 0, 1]
+    assert dims.check_mesh(mesh) is mesh
+    other = ParallelDims(pp=1, dp_replicate=1, dp_shard=4, cp=1, tp=2)
+    with pytest.raises(ValueError, match=r"mesh: it has .*'pp': 2, .* make .*'dp_shard': 4, .*same degrees"):
+        other.check_mesh(mesh)
 
 
 @pytest.mark.usefixtures("_eight_ranks")
