@@ -93,11 +93,22 @@ def choose_tensor_parallelism(
     shares_sequence = proven.sequence_parallel and reason is None
     if parallelism.sequence_parallel == "always" and not shares_sequence:
         raise ValueError(f'parallelism.sequence_parallel = "always": {reason}. Set it to "auto".')
+    _check_joined_dropout(hf_model, plan)
     if parallelism.enable_async_tensor_parallel and not shares_sequence:
         logger.warning(
             "parallelism.enable_async_tensor_parallel does nothing: only exchanges of sequence parallelism overlap."
         )
     return TensorParallelism(plan, proven.recipe, shares_sequence, reason)
+
+
+def _check_joined_dropout(hf_model: PreTrainedModel, plan: TensorPlan) -> None:
+    """Between features that are joined and cut again ranks compute alike, but draw random numbers of their own."""
+    joined = [name for name, split in plan.splits.items() if split.is_joined]
+    if joined and has_dropout(hf_model):
+        raise ValueError(
+            f"{type(hf_model).__name__}: every tensor-parallel rank computes with all features of {joined[0]}, and "
+            "with dropout they would not drop the same. Set the dropout of the model's config to 0."
+        )
 
 
 def why_not_random_shards(hf_model: PreTrainedModel, plan: TensorPlan) -> str | None:

@@ -117,7 +117,6 @@ class HFTransformerModel:
         self._cast_to: torch.dtype | None = None  # what FSDP2 does not cast, see parallelize/mixed_precision.py
         self.loss_is_chunked = True
         """Whether the head runs chunk by chunk and full logits never exist; known once the loss is installed."""
-        self._compared: set[str] = set()  # in which of training and evaluation the ranks' batches were, see below
         self._ready = False
         self._isolation: Isolation | None = None  # None: batches hold no packed documents, see `isolate_documents`
         self._local_losses_are_finite = torch.tensor(True)  # of the micro-batches since the last clipping
@@ -268,7 +267,7 @@ class HFTransformerModel:
         """
         self._make_ready()
         self._check_shapes(input_ids, labels, position_ids)
-        self._check_same_batch("training", input_ids, labels)
+        self._check_same_batch(input_ids, labels, position_ids)
         if not self.hf_model.training:  # from_pretrained gives a model in evaluation mode
             self.hf_model.train()
         if num_items_in_batch is None:
@@ -288,7 +287,7 @@ class HFTransformerModel:
         """Summed loss (fp32) and number of target tokens of one batch over all data ranks, without dropout."""
         self._make_ready()
         self._check_shapes(input_ids, labels, position_ids)
-        self._check_same_batch("evaluation", input_ids, labels)
+        self._check_same_batch(input_ids, labels, position_ids)
         with evaluation_mode(self.hf_model), self.computing():
             loss = self._sum_loss(input_ids, labels, position_ids)
         reshard(self.hf_model)
@@ -311,16 +310,21 @@ class HFTransformerModel:
                     f"(batch, seq); input_ids is {tuple(input_ids.shape)}."
                 )
 
-    def _check_same_batch(self, phase: str, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
-        """At the first batch of each phase: ranks that split a model's matrices must work on the same tokens."""
-        if phase in self._compared or self.dims.tp == 1:
+    def _check_same_batch(self, *batch: torch.Tensor | None) -> None:
+        """Ranks that split a model's matrices must work on the same tokens; raises at once on a CPU, later on CUDA."""
+        if self.dims.tp == 1:
             return
-        self._compared.add(phase)
-        if not are_equal(torch.stack([input_ids.cpu(), labels.cpu()]), self.mesh.get_group("tp")):
-            raise ValueError(
-                f"input_ids or labels differ between ranks of one tensor-parallel group of {self.dims.tp}, which "
-                "compute on the same tokens. Give each rank the batch of its data_rank, of dims.data_parallel_size."
-            )
+        tensors = [tensor.to(self.device) for tensor in batch if tensor is not None]
+        shape = torch.tensor(tensors[0].shape, device=self.device)
+        contents = torch.cat([shape, *(tensor.flatten() for tensor in tensors)])
+        same = are_equal(contents, self.mesh.get_group("tp"))
+        message = (
+            f"input_ids, labels or position_ids differ between ranks of one tensor-parallel group of {self.dims.tp}, "
+            "which compute on the same tokens. Give each rank the batch of its data_rank, of dims.data_parallel_size."
+        )
+        if same.device.type == "cpu" and not same:
+            raise ValueError(message)
+        torch._assert_async(same, message)
 
     def _sum_loss(
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None

@@ -224,6 +224,7 @@ def _recompute(layers: list[nn.Module], activation_checkpoint: ActivationCheckpo
     )
 
 
+@torch.enable_grad()
 def _difference_after(
     change: Callable[[list[nn.Module]], None],
     hf_config: PreTrainedConfig,

@@ -117,7 +117,15 @@ def _prove(
             derived = preferred
         else:
             logger.info("Transformers' own tensor-parallel plan is not exact (%s); the derived one is used.", reason)
-    proven = _search(trial, derived, sequence_parallel=sequence_parallel, user_recipe=user_recipe)
+    # Where the model without it splits at once, the user's part is to blame; elsewhere a way is searched for both.
+    first, of_users = of_structure.first(), derived.first()
+    if (
+        user_recipe
+        and not trial.is_exact(of_users, sequence_parallel=False)
+        and trial.is_exact(first, sequence_parallel=False)
+    ):
+        _refuse_users_plan(trial, of_users, user_recipe)
+    proven = _search(trial, derived, sequence_parallel=sequence_parallel)
     return proven, derived.unsplit(proven.recipe)
 
 
@@ -126,13 +134,10 @@ def _search(
     derived: Derived,
     *,
     sequence_parallel: Literal["auto", "always", "never"],
-    user_recipe: Recipe,
 ) -> ProvenRecipe:
     wants_sequence = sequence_parallel != "never"
     if trial.is_exact(derived.first(), sequence_parallel=wants_sequence):
         return ProvenRecipe(derived.first(), wants_sequence, None)
-    if user_recipe and not trial.is_exact(derived.first(), sequence_parallel=False):
-        _refuse_users_plan(trial, derived.first(), user_recipe)
     recipe = search(lambda recipe: trial.is_exact(recipe, sequence_parallel=False), derived)
     if not wants_sequence:
         return ProvenRecipe(recipe, False, None)

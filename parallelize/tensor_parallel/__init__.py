@@ -1,8 +1,8 @@
 """Tensor parallelism: weights split over ranks that compute one model together.
 
-Read `plan.py` (what a plan says), `collectives.py` (the six communications), `apply.py` (the styles), `sequence.py`
-(activations between regions), `vocabulary.py` (embedding and loss), `packing.py` (fused parameters), `randomness.py`
-(dropout), `overlap.py` (asynchronous exchanges) in this order.
+Read in this order: `plan.py` (what a plan says), `collectives.py` (the six communications), `styles.py` (what modules
+do), `sequence.py` (activations between regions), `vocabulary.py` (embedding and loss), `packing.py` (fused
+parameters), `apply.py` (all of it put together).
 """
 
 from parallelize.tensor_parallel.apply import apply_tensor_parallel

@@ -14,9 +14,11 @@ from transformers_backend.module_outputs import first_difference, record_outputs
 from transformers_backend.twin import build_twin
 
 
-def _refusal(model_type: str, plan: dict[str, str]) -> str | None:
+def _refusal(model_type: str, plan: dict[str, str], dropout: float = 0.0) -> str | None:
     hf_config, model_class = HFTransformerModelArgs(model_type=model_type).resolve()
-    model = HFTransformerModel.wrap(build_twin(hf_config, model_class))
+    twin = build_twin(hf_config, model_class)
+    twin.config.attention_dropout = dropout
+    model = HFTransformerModel.wrap(twin)
     try:
         with torch.no_grad():  # in which a user may be; the plan is proven by gradients all the same
             model.parallelize(ParallelismConfig(tensor_parallel_degree=2, tensor_parallel_plan=plan))
@@ -31,8 +33,9 @@ def _refusal(model_type: str, plan: dict[str, str]) -> str | None:
         # [gate | up] cut straight through: on the first rank the gate is right, on the second it is of up.
         ("glm4", {"model.layers.*.mlp.gate_up_proj": "colwise"}, "loss", "model.layers.0.mlp.activation_fn"),
         ("gpt2", {"transformer.h.*.attn.c_attn": "colwise"}, "loss", "transformer.h.0.attn.c_proj"),
-        # Without its region the attention views (batch, seq, half the heads) as (batch, half of seq, all heads).
-        ("opt", {"model.decoder.layers.*.self_attn": "replicate"}, "loss", "model.decoder.layers.0.self_attn.out_proj"),
+        # Without its region the attention views (batch, seq, half the heads) as (batch, half of seq, all heads), which
+        # an odd length does not let pass.
+        ("opt", {"model.decoder.layers.*.self_attn": "replicate"}, "RuntimeError", "model.decoder.layers.0.self_attn"),
         ("llama", {"model.layers.*.mlp.up_proj": "replicate"}, "RuntimeError", "model.layers.0.mlp"),
     ],
 )  # fmt: skip
@@ -46,6 +49,14 @@ def test_a_users_plan_that_is_wrong_is_refused(two: WorkerPool, model_type: str,
 
 def test_a_users_plan_that_is_right_is_taken(two: WorkerPool):
     assert two.run(_refusal, "glm4", {"model.layers.*.mlp.gate_up_proj": "packed_gate_up"}) == [None, None]
+    # The first way to split this one is not exact, whatever the user says of its norm: a way is searched for.
+    assert two.run(_refusal, "diffllama", {"model.norm": "replicate"}) == [None, None]
+
+
+def test_dropout_among_joined_features_is_refused(two: WorkerPool):
+    for message in two.run(_refusal, "gemma3n_text", {}, 0.1):
+        assert "computes with all features of model.layers.0.mlp" in message
+        assert "Set the dropout of the model's config to 0" in message
 
 
 class _Returns(nn.Module):

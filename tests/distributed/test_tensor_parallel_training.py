@@ -144,7 +144,8 @@ def _refusals_of_batches(batch: torch.Tensor) -> list[str]:
     messages = []
     model.forward_backward(batch, labels=batch)
     for step, tokens in (
-        (model.evaluate, batch + rank),  # another phase than training, of which the first batch is compared, too
+        (model.evaluate, batch + rank),
+        (model.forward_backward, batch + rank),  # every batch is compared, not only the first
         (model.forward_backward, unknown),
         (model.forward_backward, torch.where(unknown == model.vocabulary_size, -1, unknown)),
     ):
@@ -156,10 +157,11 @@ def _refusals_of_batches(batch: torch.Tensor) -> list[str]:
     return messages
 
 
-def test_batches_of_an_evaluation_and_unknown_tokens_are_refused(two: WorkerPool):
-    for different, *unknown in two.run(_refusals_of_batches, torch.arange(12).view(2, 6)):
-        assert "differ between ranks of one tensor-parallel group of 2" in different
-        for message in unknown:
+def test_later_batches_and_unknown_tokens_are_refused(two: WorkerPool):
+    for *different, one, other in two.run(_refusals_of_batches, torch.arange(12).view(2, 6)):
+        for message in different:
+            assert "differ between ranks of one tensor-parallel group of 2" in message
+        for message in (one, other):
             assert "a token id is outside of the vocabulary of" in message
 
 

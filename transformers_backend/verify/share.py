@@ -6,7 +6,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from parallelize.tensor_parallel.apply import check_complete, distribute_parameters
+from parallelize.tensor_parallel.apply import check_complete
+from parallelize.tensor_parallel.distribute import distribute_parameters
 from transformers_backend.decoder import describe_decoder
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
 from transformers_backend.proof import MODEL_ERRORS
