@@ -245,7 +245,7 @@ def describe(failures: dict[int, ProcessFailure]) -> str:
     """What happened, as the last thing that a user reads: a traceback where one is needed, then which rank and why."""
     rank, failure = root_cause(failures)
     extra, who = _extra(failure), f"rank {rank} ({socket.gethostname()}, pid {failure.pid})"
-    if failure.exitcode < 0:
+    if failure.exitcode < 0 and not extra:  # with one it said why; gloo may abort while the process ends
         return f"error: {who} died by signal {-failure.exitcode} ({failure.signal_name()}{_hint(-failure.exitcode)})"
     if not extra:
         return f"error: {who} ended with status {failure.exitcode} and left no message"

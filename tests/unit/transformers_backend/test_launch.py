@@ -39,6 +39,8 @@ def test_the_rank_that_failed_by_itself_is_named(tmp_path: Path) -> None:
     assert "pid 103) died by signal 9 (SIGKILL; was the memory full? see dmesg)" in launch.describe(lost | died)
     assert "no rank of this node failed by itself: see the message of the other nodes" in launch.describe(lost)
     assert launch.exit_status(lost | died) == 1
+    aborted = _failure(tmp_path, 4, -signal.SIGABRT, timestamp=9, message="another rank did not answer", kind="peer")
+    assert "pid 104): another rank did not answer; " in launch.describe(aborted), "it said why before it was aborted"
 
 
 def test_a_rank_that_the_agent_had_to_kill_hung(tmp_path: Path) -> None:
