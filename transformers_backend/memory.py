@@ -20,6 +20,7 @@ from parallelize.costs import LayerWidths, MemoryEstimate, activation_bytes_per_
 from transformers_backend.decoder import Decoder, is_norm
 from transformers_backend.flops import attention_costs
 from transformers_backend.loss import count_chunks
+from transformers_backend.weights import local_part
 
 
 def estimate_memory(
@@ -71,7 +72,7 @@ def estimate_memory(
 
 def local_bytes(tensor: torch.Tensor) -> int:
     """Bytes of the part of a tensor that this rank keeps."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+    return local_part(tensor).nbytes
 
 
 def layer_widths(hf_model: PreTrainedModel, decoder: Decoder, sequence_parallel: bool = False) -> list[LayerWidths]:

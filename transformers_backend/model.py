@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelize.config import (
@@ -66,6 +65,7 @@ from transformers_backend.weights import (
     init_buffers,
     init_weights,
     load_hf_weights,
+    local_part,
     named_tensors,
     resolve_folder,
     save_hf_weights,
@@ -382,11 +382,7 @@ class HFTransformerModel:
     def find_nonfinite(self) -> str:
         """A sentence on the latest step: ranks with a non-finite loss, and parameters with such gradients."""
         gradients = {name: p.grad for name, p in self.hf_model.named_parameters() if p.grad is not None}
-        bad = [
-            name
-            for name, gradient in gradients.items()
-            if not (gradient.to_local() if isinstance(gradient, DTensor) else gradient).isfinite().all()
-        ]
+        bad = [name for name, gradient in gradients.items() if not local_part(gradient).isfinite().all()]
         finite = bool(self._step_was_finite) and bool(self._local_losses_are_finite)
         reports = gather_objects((finite, bad))
         ranks = [rank for rank, (is_finite, _) in enumerate(reports) if not is_finite]

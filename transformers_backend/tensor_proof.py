@@ -180,6 +180,7 @@ class _Trial:
         self.plain = self.build()
         self.decoder = describe_decoder(self.plain)
         self._expected = loss_and_gradients(self.plain, *self.batch, chunked=False)
+        self._tried: dict[tuple, str | None] = {}
 
     def build(self) -> PreTrainedModel:
         twin = build_twin(*self._arguments, attn_implementation=self._attention, degree=self._twin_degree)
@@ -199,6 +200,12 @@ class _Trial:
 
     def difference(self, recipe: Recipe, *, sequence_parallel: bool) -> str | None:
         """How loss or gradients of the split twin differ from the plain one's; the same answer on every rank."""
+        key = (frozenset(recipe.items()), sequence_parallel)
+        if key not in self._tried:
+            self._tried[key] = self._try(recipe, sequence_parallel)
+        return self._tried[key]
+
+    def _try(self, recipe: Recipe, sequence_parallel: bool) -> str | None:
         try:
             reason = difference(self._expected, self._split_loss_and_gradients(recipe, sequence_parallel))
         except MODEL_ERRORS as error:

@@ -95,13 +95,8 @@ def _stacks(layers: list[str]) -> dict[str, list[str]]:
 
 def check_complete(model: nn.Module, plan: TensorPlan) -> None:
     """Every parameter has a decision, the same one where modules share it, and every decision belongs to something."""
-    own = [
-        (f"{prefix}.{name}" if prefix else name, parameter)
-        for prefix, module in model.named_modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]  # tied ones under each of their names
-    undecided = [name for name, _ in own if plan.split_of(name) is None]
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # tied ones under each of their names
+    undecided = [name for name in parameters if plan.split_of(name) is None]
     if undecided:
         raise ValueError(
             f"parallelism.tensor_parallel_plan: nothing is said about {', '.join(undecided[:5])}"
@@ -109,7 +104,7 @@ def check_complete(model: nn.Module, plan: TensorPlan) -> None:
             f'"{undecided[0].rpartition(".")[0]}" = "replicate" if every rank may compute it whole.'
         )
     first_names: dict[int, str] = {}
-    for name, parameter in own:
+    for name, parameter in parameters.items():
         first = first_names.setdefault(id(parameter), name)
         styles = [plan.split_of(tied).style for tied in (first, name)]
         if styles[0] != styles[1]:
@@ -117,9 +112,8 @@ def check_complete(model: nn.Module, plan: TensorPlan) -> None:
                 f"parallelism.tensor_parallel_plan: {first} is {styles[0]} and {name} is {styles[1]}, but they are one "
                 "parameter. Give both modules the same style."
             )
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     modules = {name for name, _ in model.named_modules()}
-    if unknown := sorted({*plan.splits, *plan.regions} - parameters - modules):
+    if unknown := sorted({*plan.splits, *plan.regions} - parameters.keys() - modules):
         raise ValueError(f"parallelism.tensor_parallel_plan: the model has no {', '.join(unknown[:5])}.")
 
 
@@ -134,8 +128,7 @@ def _local_value(
         return own_heads(split.segments[0], group) if split.segments[0].is_shared(degree) else own_part
     if split.style == "colwise":
         if any(segment.is_shared(degree) for segment in split.segments):
-            dim = 1 if split.is_transposed and name.endswith(".weight") else 0
-            return shared_heads(split.segments, dim, group)
+            return shared_heads(split.segments, split.output_dim(name.rpartition(".")[2]), group)
         return own_part
     if split.style == "rowwise":
         return own_part if name.endswith(".weight") else on_first_rank(group)

@@ -66,11 +66,13 @@ def pad_to_multiple(tensor: torch.Tensor, dim: int, multiple: int) -> torch.Tens
     return F.pad(tensor, (0, 0) * after + (0, missing))
 
 
-def _all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    return _collectives.wait_tensor(_collectives.all_reduce(tensor.contiguous(), "sum", group.group_name))
+def all_reduce(tensor: torch.Tensor, operation: str, group: dist.ProcessGroup) -> torch.Tensor:
+    """Every rank's tensor, combined by "sum" or "max"; without a backward."""
+    return _collectives.wait_tensor(_collectives.all_reduce(tensor.contiguous(), operation, group.group_name))
 
 
-def _all_gather(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+def all_gather(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Every rank's tensor, all of one shape, side by side along `dim`; without a backward."""
     size = dist.get_world_size(group)
     gathered = _collectives.all_gather_into_tensor(tensor.contiguous(), size, group.group_name)
     gathered = _collectives.wait_tensor(gathered)  # (size x first dimension, ...)
@@ -95,13 +97,13 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return _all_reduce(gradient, ctx.group), None
+        return all_reduce(gradient, "sum", ctx.group), None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, group):
-        return _all_reduce(tensor, group)
+        return all_reduce(tensor, "sum", group)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -112,7 +114,7 @@ class _GatherAndEnter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, dim, group):
         ctx.dim, ctx.group = dim, group
-        return _all_gather(tensor, dim, group)
+        return all_gather(tensor, dim, group)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -127,7 +129,7 @@ class _LeaveAndScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return _all_gather(gradient, ctx.dim, ctx.group), None, None
+        return all_gather(gradient, ctx.dim, ctx.group), None, None
 
 
 class _Cut(torch.autograd.Function):
@@ -138,14 +140,14 @@ class _Cut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return _all_gather(gradient, ctx.dim, ctx.group), None, None
+        return all_gather(gradient, ctx.dim, ctx.group), None, None
 
 
 class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, dim, group):
         ctx.dim, ctx.group = dim, group
-        return _all_gather(tensor, dim, group)
+        return all_gather(tensor, dim, group)
 
     @staticmethod
     def backward(ctx, gradient):

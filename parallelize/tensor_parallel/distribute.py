@@ -54,15 +54,14 @@ def _chunk_ends(size: int, ranks: int) -> list[int]:
 
 def _placement(split: Split, name: str, degree: int) -> Placement:
     """Where the parameter `name` of a module with this split is cut."""
-    output_dim = 1 if split.is_transposed and name == "weight" else 0
     if split.style == "vocabulary":
         return Shard(0)
     if split.style == "split":
         return Replicate() if split.segments[0].is_shared(degree) else Shard(0)
     if split.style == "colwise":
-        return Shard(output_dim)
+        return Shard(split.output_dim(name))
     if split.style == "rowwise" and name == "weight":
-        return Shard(1 - output_dim)
+        return Shard(1 - split.output_dim(name))
     return Replicate()
 
 

@@ -44,7 +44,7 @@ def with_local_parameters(layer: nn.Module, forward: Callable) -> Callable:
 
     For a compiled forward: its graph then has plain tensors as inputs, and no parameters that change places in it.
     """
-    modules = [module for module in layer.modules() if hasattr(module, "_local_values")]
+    modules = [module for module in layer.modules() if "_local_values" in vars(module)]
     if not modules:
         return forward
 

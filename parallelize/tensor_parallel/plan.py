@@ -25,6 +25,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+NUMBER = re.compile(r"\.\d+(?=\.|$)")
+"""A number in the name of a module: of a layer, or within a list of modules."""
+
 Style = Literal["colwise", "rowwise", "vocabulary", "replicate", "outside", "whole", "split", "norm_over_heads"]
 """How a module's weights are split, or one parameter.
 
@@ -71,6 +74,10 @@ class Split:
     """Whether code of the layer around the module reads the parameters, rather than the module's own forward."""
     attributes: dict[str, Any] = field(default_factory=dict)
     """Attributes that the module's forward reads, such as its number of outputs, and their values on one rank."""
+
+    def output_dim(self, parameter: str) -> int:
+        """The dimension of outputs of a linear's own `parameter`, "weight" or "bias"."""
+        return 1 if self.is_transposed and parameter == "weight" else 0
 
     def __str__(self) -> str:
         words = self.style + "+join" * self.is_joined + "+gather" * self.is_gathered + "+direct" * self.is_direct
@@ -123,9 +130,14 @@ class TensorPlan:
         entries: dict[str, list[str]] = {}
         for name in sorted({*self.splits, *self.regions}, key=_natural):
             parts = [str(part[name]) for part in (self.regions, self.splits) if name in part]
-            entries.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1), []).append("; ".join(parts))
+            entries.setdefault(pattern_of(name), []).append("; ".join(parts))
         width = max(map(len, entries), default=0)
         return [f"{name:<{width}}  {' or '.join(dict.fromkeys(texts))}" for name, texts in entries.items()]
+
+
+def pattern_of(name: str) -> str:
+    """The name with "*" for the number of the layer."""
+    return NUMBER.sub(".*", name, count=1)  # a later one tells modules of a Sequential apart
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:

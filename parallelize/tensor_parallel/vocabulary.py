@@ -16,10 +16,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives  # registers torch.ops._c10d_functional: traceable collectives
 import torch.nn.functional as F
 
-_collectives = torch.ops._c10d_functional
+from parallelize.tensor_parallel.collectives import all_gather, all_reduce
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,6 @@ class VocabularyShard:
     def largest(self) -> int:
         """Entries of the largest part, that of the first rank: what ranks must use that decide something together."""
         return -(-self.total // self.group.size())
-
-
-def _all_reduce(tensor: torch.Tensor, operation: str, group_name: str) -> torch.Tensor:
-    return _collectives.wait_tensor(_collectives.all_reduce(tensor, operation, group_name))
 
 
 # -- embedding ----------------------------------------------------------------------------------------------------
@@ -101,21 +96,23 @@ def sum_cross_entropy(
     softmax - one_hot. Beside the logits one fp32 buffer of their size is kept, which the backward overwrites, so a
     second backward raises.
     """
-    return _SumCrossEntropy.apply(logits.flatten(0, -2), targets.flatten(), first, group.group_name, ignore_index)
+    return _SumCrossEntropy.apply(logits.flatten(0, -2), targets.flatten(), first, group, ignore_index)
 
 
 class _SumCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, first: int, group_name: str, ignore_index: int):
+    def forward(
+        ctx, logits: torch.Tensor, targets: torch.Tensor, first: int, group: dist.ProcessGroup, ignore_index: int
+    ):
         positions = targets - first  # of the targets among the columns of `logits`
         is_here = (positions >= 0) & (positions < logits.shape[-1])
         # Both through one maximum, and not the target's logit through a sum: a target that no rank holds stays at -inf.
-        largest_logits, target_logits = _all_reduce(
-            torch.stack([_largest(logits), _look_up(logits, positions, is_here)]), "max", group_name
+        largest_logits, target_logits = all_reduce(
+            torch.stack([_largest(logits), _look_up(logits, positions, is_here)]), "max", group
         )
         # (tokens, vocabulary): of bf16 logits and fp32 maxima the difference is fp32, without a copy of the logits.
         exponentials = torch.sub(logits, largest_logits[:, None]).float().exp_()
-        sums = _all_reduce(exponentials.sum(-1), "sum", group_name)
+        sums = all_reduce(exponentials.sum(-1), "sum", group)
         is_target = targets != ignore_index
         ctx.save_for_backward(exponentials, sums, positions, is_here, is_target)
         ctx.logits_dtype = logits.dtype
@@ -162,11 +159,9 @@ class _GatherLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: torch.Tensor, vocabulary: VocabularyShard) -> torch.Tensor:
         ctx.vocabulary = vocabulary
-        padded = F.pad(logits, (0, vocabulary.largest - vocabulary.size)).contiguous()
-        ranks = vocabulary.group.size()
-        gathered = _collectives.all_gather_into_tensor(padded[None], ranks, vocabulary.group.group_name)
-        gathered = _collectives.wait_tensor(gathered)  # (ranks, ..., largest)
-        starts = range(0, vocabulary.largest * ranks, vocabulary.largest)
+        padded = F.pad(logits, (0, vocabulary.largest - vocabulary.size))
+        gathered = all_gather(padded[None], 0, vocabulary.group)  # (ranks, ..., largest)
+        starts = range(0, vocabulary.largest * len(gathered), vocabulary.largest)
         sizes = [min(max(vocabulary.total - start, 0), vocabulary.largest) for start in starts]
         # Joined without the padding, and not cut afterwards: FSDP2 warns of a model whose output is a view.
         return torch.cat([part[..., :size] for part, size in zip(gathered, sizes, strict=True)], dim=-1)

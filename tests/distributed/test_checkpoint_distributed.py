@@ -27,15 +27,6 @@ def one() -> Iterator[WorkerPool]:
         yield pool
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> str:
-    (tmp_path / "text").mkdir()
-    for number in range(8):
-        text = "".join(f"{number}: line {line} of some text\n" for line in range(12))
-        (tmp_path / "text" / f"{number}.txt").write_text(text)
-    return str(tmp_path)
-
-
 def _job(folder: str, name: str, **changes) -> JobConfig:
     """Four sequences a step, on any number of ranks up to four; the schedule of six steps."""
     defaults = {"training__local_batch_size": 1, "training__global_batch_size": 4, "checkpoint__enable": True,

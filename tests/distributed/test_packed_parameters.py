@@ -7,7 +7,6 @@ on meshes of four processes with and without FSDP2. No forward runs here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -62,12 +61,6 @@ MESHES = {  # dp_replicate, dp_shard, tp
     "fsdp 4": (1, 4, 1),
     "plain": (1, 1, 1),
 }
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[WorkerPool]:
-    with WorkerPool(4) as pool:
-        yield pool
 
 
 def _build(model_type: str, seed: int = 0) -> PreTrainedModel:

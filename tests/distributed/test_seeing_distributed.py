@@ -16,15 +16,6 @@ from transformers_backend import JobConfig, Trainer
 from transformers_backend.run_summary import estimate_run_memory, parameter_table
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> str:
-    (tmp_path / "text").mkdir()
-    for number in range(8):
-        text = "".join(f"{number}: line {line} of some text\n" for line in range(12))
-        (tmp_path / "text" / f"{number}.txt").write_text(text)
-    return str(tmp_path)
-
-
 def _train(config: JobConfig) -> tuple[list[str], str]:
     """Run a job; returns what this rank's loggers said, and what came to its stderr."""
     printed = io.StringIO()

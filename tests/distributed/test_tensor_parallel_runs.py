@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,22 +25,6 @@ MODELS = {
 _DEGREES = ("data_parallel_replicate_degree", "data_parallel_shard_degree", "tensor_parallel_degree")
 _ROWS, _STEPS = 4, 3
 _DOCUMENTS = ((9, 1, 21), (31,), (14, 17), (2, 29))  # lengths in each row of a batch; 31 is no multiple of a degree
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[WorkerPool]:
-    with WorkerPool(4) as pool:
-        yield pool
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> str:
-    (tmp_path / "text").mkdir()
-    for number in range(8):
-        text = "".join(f"{number}: line {line} of some text\n" for line in range(12))
-        (tmp_path / "text" / f"{number}.txt").write_text(text)
-    (tmp_path / "held_out.txt").write_text("something else, of a length that no block divides" * 5)
-    return str(tmp_path)
 
 
 # -- jobs -----------------------------------------------------------------------------------------------------------

@@ -44,12 +44,6 @@ BATCH, SEQUENCE = 4, 9  # which neither degree divides
 
 
 @pytest.fixture(scope="module")
-def four() -> Iterator[WorkerPool]:
-    with WorkerPool(4) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
 def one() -> Iterator[WorkerPool]:
     with WorkerPool(1) as pool:
         yield pool

@@ -16,16 +16,6 @@ from transformers_backend import HFTransformerModel, JobConfig, ParallelismConfi
 from transformers_backend.model_args import HFTransformerModelArgs
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> str:
-    (tmp_path / "text").mkdir()
-    for number in range(8):
-        text = "".join(f"{number}: line {line} of some text\n" for line in range(12))
-        (tmp_path / "text" / f"{number}.txt").write_text(text)
-    (tmp_path / "held_out.txt").write_text("something else, of a length that no block divides" * 5)
-    return str(tmp_path)
-
-
 def _job(folder: str, name: str, *, tensor: int, **changes) -> JobConfig:
     """Two micro-batches of two sequences a step, on one data rank."""
     validation = {"validation__enable": True, "validation__freq": 2, "validation__steps": -1,

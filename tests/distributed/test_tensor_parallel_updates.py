@@ -8,7 +8,6 @@ which makes `_StridedShard` of what tp splits there too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,12 +36,6 @@ LAYOUTS = {
 }
 # (dp_replicate, dp_shard, tp): tp alone over two and over four ranks, FSDP2, HSDP, and replicas of unsharded groups.
 MESHES = [(1, 1, 4), (1, 2, 2), (2, 1, 2), (2, 2, 1), (1, 4, 1), None]
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[WorkerPool]:
-    with WorkerPool(4) as pool:
-        yield pool
 
 
 class _Parameters(nn.Module):

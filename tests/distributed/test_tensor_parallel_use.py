@@ -6,7 +6,6 @@ The reference is the same model of Transformers, in one process and not split.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,12 +23,6 @@ _SIZES = {
 }  # fmt: skip
 _VOCABULARY = 98  # which 4 ranks do not share evenly
 _ALONE, _SHARDED = ParallelismConfig(tensor_parallel_degree=4), ParallelismConfig(tensor_parallel_degree=2)
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[WorkerPool]:
-    with WorkerPool(4) as pool:
-        yield pool
 
 
 def _build(model_type: str, **changes) -> PreTrainedModel:

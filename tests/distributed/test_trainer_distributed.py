@@ -16,16 +16,6 @@ from tests.jobs import SEQUENCE, tiny_job
 from transformers_backend import JobConfig, Trainer
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> str:
-    (tmp_path / "text").mkdir()
-    for number in range(8):
-        text = "".join(f"{number}: line {line} of some text\n" for line in range(12))
-        (tmp_path / "text" / f"{number}.txt").write_text(text)
-    (tmp_path / "held_out.txt").write_text("something else, of a length that no block divides" * 5)
-    return str(tmp_path)
-
-
 def _job(folder: str, name: str, **changes) -> JobConfig:
     """Two micro-batches of one sequence on each of two ranks."""
     return tiny_job(folder, name, **{"training__local_batch_size": 1, "training__global_batch_size": 4, **changes})

@@ -8,23 +8,18 @@ list of ways to split a block, and `search` finds the first that are exact.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from parallelize.config import TENSOR_PARALLEL_STYLES
+from parallelize.tensor_parallel.plan import NUMBER, pattern_of
 
 Recipe = dict[str, str]
 
 
-def pattern_of(name: str) -> str:
-    """The name with "*" for the number of the layer."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name, count=1)  # a later one tells modules of a Sequential apart
-
-
 def starred(name: str) -> str:
     """The name with "*" for every number."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    return NUMBER.sub(".*", name)
 
 
 @dataclass(frozen=True)
