@@ -60,6 +60,10 @@ class ParallelismConfig:
     pipeline_parallel_degree: int = 1
     """Number of ranks that the layers are split over. 1 means disabled; more is not available yet."""
 
+    pipeline_parallel_schedule: str = "1F1B"
+    pipeline_parallel_schedule_csv: str = ""
+    pipeline_parallel_microbatch_size: int = 1
+    pipeline_parallel_layers_per_stage: int = 0
     context_parallel_degree: int = 1
     """Number of ranks that each sequence is split over. 1 means disabled; more is not available yet."""
 
@@ -90,7 +94,7 @@ class ParallelismConfig:
                 f"parallelism.data_parallel_shard_degree = {self.data_parallel_shard_degree}: must be at least 1, or "
                 "-1 for the rest of the world."
             )
-        for name in ("pipeline_parallel_degree", "context_parallel_degree"):
+        for name in ("context_parallel_degree",):
             if getattr(self, name) > 1:
                 found.append(
                     f"parallelism.{name} = {getattr(self, name)}: this version splits neither the layers nor the "

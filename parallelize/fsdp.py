@@ -9,7 +9,8 @@ HSDP adds a replicate dimension: shards are reduced with reduce-scatter inside a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -55,3 +56,33 @@ def reshard(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextlib.contextmanager
+def reduced_once(root: nn.Module) -> Iterator[None]:
+    """Within the block any number of backwards accumulate unsharded gradients; they are reduced over ranks at its end.
+
+    Forwards and backwards of several micro-batches may alternate in any order, as the schedules of pipelines have it,
+    whichever units each of them runs; gathered parameters are kept until the end. Without FSDP2 it does nothing.
+    """
+    if not isinstance(root, FSDPModule):
+        yield
+        return
+    _accumulate(root, True)
+    try:
+        yield
+        # What the last backward of a usual step does by itself, as torch.distributed.pipelining does it.
+        _accumulate(root, False)
+        state = fully_shard.state(root)
+        for unit in state._state_ctx.all_states:
+            for group in unit._fsdp_param_groups:
+                group.post_backward()
+        state._root_post_backward_final_callback()
+    finally:
+        _accumulate(root, False)
+
+
+def _accumulate(root: FSDPModule, accumulates: bool) -> None:
+    root.set_is_last_backward(not accumulates)
+    root.set_reshard_after_backward(not accumulates)
+    root.set_requires_gradient_sync(not accumulates)

@@ -8,7 +8,7 @@ by mesh, each is reduced to a plain number that is the same on every rank, and t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Iterable[Tensor], max_norm: float, *, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    parameters: Iterable[Tensor],
+    max_norm: float,
+    *,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    pipeline_group: dist.ProcessGroup | None = None,
+    counted_elsewhere: Collection[Tensor] = (),
 ) -> Tensor:
     """Scale all gradients in place so that their one norm is at most `max_norm`, and return the norm before that.
 
@@ -30,17 +36,24 @@ def clip_grad_norm_(
     Every rank of every mesh has to call this, with its parameters in the same order. The result is a plain scalar
     tensor on the gradients' device, the same on every rank; without any gradient it is 0. A non-finite norm raises a
     RuntimeError where `error_if_nonfinite`; otherwise it is returned, and the gradients stay as they are.
+
+    pipeline_group: ranks with other parameters of the same model, whose gradients count, too. counted_elsewhere: those
+    of `parameters` of which another rank of that group has a copy that counts.
     """
     parameters = list(parameters)
     groups: dict[DeviceMesh | None, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
             groups.setdefault(_mesh_of(parameter.grad), []).append(parameter)
-    if not groups:
-        return torch.zeros((), device=parameters[0].device if parameters else None)
 
-    norms = [_norm_of_one_mesh([parameter.grad for parameter in group], norm_type) for group in groups.values()]
-    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
+    elsewhere = {id(parameter) for parameter in counted_elsewhere}
+    norms = [torch.zeros((), device=parameters[0].device if parameters else None)]
+    for group in groups.values():
+        if gradients := [parameter.grad for parameter in group if id(parameter) not in elsewhere]:
+            norms.append(_norm_of_one_mesh(gradients, norm_type).to(norms[0].device))
+    total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    if pipeline_group is not None:
+        total = _combined_over(total, pipeline_group, norm_type)
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
             f"The gradient norm is {total.item()}: gradients cannot be clipped to {max_norm}. Look for an overflow in "
@@ -51,6 +64,13 @@ def clip_grad_norm_(
     for group in groups.values():
         clip_grads_with_norm_(group, max_norm, norm_to_clip)
     return total
+
+
+def _combined_over(norm: Tensor, group: dist.ProcessGroup, norm_type: float) -> Tensor:
+    """The norm of all gradients whose norms the ranks of the group have."""
+    norms = [torch.empty_like(norm) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(norms, norm.contiguous(), group=group)
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
 
 
 def _mesh_of(tensor: Tensor) -> DeviceMesh | None:

@@ -17,7 +17,7 @@ from parallelize.compile import apply_compile
 from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
 from parallelize.fsdp import apply_fsdp
 from parallelize.parallel_dims import data_parallel_mesh
-from parallelize.tensor_parallel import TensorPlan, apply_tensor_parallel
+from parallelize.tensor_parallel import Stack, TensorPlan, apply_tensor_parallel
 from parallelize.tensor_parallel.overlap import overlap_in_compiled_code
 
 
@@ -25,6 +25,7 @@ def parallelize_model(
     model: nn.Module,
     *,
     layers: Sequence[str],
+    stacks: Sequence[Stack],
     separate_units: Sequence[str],
     mesh: DeviceMesh,
     tensor_plan: TensorPlan | None,
@@ -38,7 +39,8 @@ def parallelize_model(
 ) -> None:
     """Apply, in this order: kernels -> TP -> CP -> activation checkpointing -> compile -> FSDP2.
 
-    layers: names of the decoder layers. separate_units: of further modules that are sharded on their own (an untied
+    layers: names of the decoder layers on this rank. stacks: which of them run one after another, () where a list of
+    layers runs from its first to its last. separate_units: of further modules that are sharded on their own (an untied
     embedding). tensor_plan: how weights are split over mesh["tp"], or None; sequence_parallel: whether the sequence is
     split over it, too. has_dropout: whether the model draws random numbers in training.
     param_dtype: dtype of the computation, None for the parameters' own. Gradients are summed over ranks in fp32. Where
@@ -47,8 +49,9 @@ def parallelize_model(
     # Kernels, tensor and context parallelism change what a layer computes with, so they come first.
     if tensor_plan is not None:
         apply_tensor_parallel(
-            model, tensor_plan, mesh["tp"], layers=layers, sequence_parallel=sequence_parallel, has_dropout=has_dropout
-        )
+            model, tensor_plan, mesh["tp"],
+            layers=layers, stacks=stacks, sequence_parallel=sequence_parallel, has_dropout=has_dropout,
+        )  # fmt: skip
     layer_modules = [model.get_submodule(name) for name in layers]
 
     # Recomputation wraps the layer as it is now, and the compiler then sees (and may fuse into) the recomputation.
@@ -73,9 +76,17 @@ def parallelize_model(
             data_parallel_mesh(mesh),
             param_dtype=param_dtype,
             reduce_dtype=torch.float32,
-            reshard_after_forward=parallelism.fsdp_reshard_after_forward != "never",
+            reshard_after_forward=reshards_after_forward(parallelism),
             cpu_offload=cpu_offload,
         )
+
+
+def reshards_after_forward(parallelism: ParallelismConfig) -> bool:
+    """Whether gathered parameters are freed after a forward; by default not in a pipeline, where each of many
+    micro-batches would gather them again."""
+    if parallelism.fsdp_reshard_after_forward == "default":
+        return parallelism.pipeline_parallel_degree == 1
+    return parallelism.fsdp_reshard_after_forward == "always"
 
 
 def needs_fsdp(mesh: DeviceMesh, cpu_offload: bool) -> bool:

@@ -13,12 +13,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelize.config import (
@@ -37,16 +39,21 @@ from parallelize.distributed import (
     share_random_state,
     sum_over,
 )
-from parallelize.fsdp import reshard
+from parallelize.fsdp import reduced_once, reshard
 from parallelize.grad_norm import clip_grad_norm_
 from parallelize.mixed_precision import parameters_cast_to
 from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
+from parallelize.pipeline_parallel.runtime import Pipeline
+from parallelize.pipeline_parallel.shared import summed_gradients
+from parallelize.pipeline_parallel.temporary import build_schedule
 from transformers_backend.decisions import (
+    PipelineParallelism,
     TensorParallelism,
     check_every_layer_runs,
     check_mixed_precision,
     check_same_weights,
+    choose_pipeline_parallelism,
     choose_tensor_parallelism,
     proven_attention,
     refuse_inner_outputs,
@@ -57,6 +64,7 @@ from transformers_backend.isolation import Isolation, find_isolation, packed_inp
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
 from transformers_backend.proof import check_recomputation, prove
+from transformers_backend.stages import LocalStages
 from transformers_backend.tensor_proof import vocabulary_shard
 from transformers_backend.weights import (
     DEFAULT_FILE_SIZE,
@@ -118,6 +126,13 @@ class HFTransformerModel:
         self.loss_is_chunked = True
         """Whether the head runs chunk by chunk and full logits never exist; known once the loss is installed."""
         self._ready = False
+        self.pipeline_parallelism: PipelineParallelism | None = None
+        """Which layers are on which rank; None without pipeline parallelism."""
+        self._stages: LocalStages | None = None
+        self._pipeline: Pipeline | None = None
+        self._shared_parameters: dict[str, tuple[int, ...]] = {}
+        self._microbatch_size = 1
+        self._like: tuple[tuple, torch.Tensor] | None = None
         self._isolation: Isolation | None = None  # None: batches hold no packed documents, see `isolate_documents`
         self._local_losses_are_finite = torch.tensor(True)  # of the micro-batches since the last clipping
         self._step_was_finite = torch.tensor(True)  # and of those before it
@@ -163,21 +178,28 @@ class HFTransformerModel:
         if not self._is_meta:
             check_same_weights(self.hf_model)
         attention = proven_attention(self.model_args.attn_implementation)
+        pipeline = choose_pipeline_parallelism(self.hf_model, self.decoder, attention, parallelism)
         split = choose_tensor_parallelism(self.hf_model, self.decoder, attention, self.mesh["tp"], parallelism)
         check_recomputation(self.hf_model.config, self.model_class, attention, activation_checkpoint)
         compile = without_wrong_compilation(
             compile, activation_checkpoint, self.hf_model, attention, self.device, split
         )
-        self.tensor_parallelism = split
-        self._install_loss(compile)
+        self.tensor_parallelism, self.pipeline_parallelism = split, pipeline
+        self._microbatch_size = parallelism.pipeline_parallel_microbatch_size
+        random = has_dropout(self.hf_model)
+        if pipeline is not None:
+            self._cut_into_stages(pipeline)
+        if self._stages is None or self._stages.has_last:
+            self._install_loss(compile)
         parallelize_model(
             self.hf_model,
-            layers=self.decoder.layers,
-            separate_units=[] if self.decoder.embedding_is_tied else [self.decoder.embedding],
+            layers=self.decoder.layers if self._stages is None else self._stages.layers,
+            stacks=() if self._stages is None else self._stages.stacks,
+            separate_units=self._separate_units(),
             mesh=self.mesh,
-            tensor_plan=None if split is None else split.plan,
+            tensor_plan=None if split is None else split.plan.of_part(self.hf_model),
             sequence_parallel=split is not None and split.sequence_parallel,
-            has_dropout=has_dropout(self.hf_model),
+            has_dropout=random,
             parallelism=parallelism,
             activation_checkpoint=activation_checkpoint,
             compile=compile,
@@ -189,11 +211,53 @@ class HFTransformerModel:
             if not self._is_meta:
                 self.hf_model.to(self.device)
         self._fill(torch.device("cpu") if cpu_offload else self.device, seed)
+        if self._stages is not None:
+            self._stages.place_stand_ins(self.device, param_dtype or self.hf_model.dtype)
+            self._stages.install()
+            self._pipeline = self._make_pipeline(parallelism)
         if split is not None:
             refuse_inner_outputs(self.hf_model, sequence_parallel=split.sequence_parallel)
             share_random_state(self.mesh.get_group("tp"))
         self._ready = True
         return self
+
+    def _cut_into_stages(self, pipeline: PipelineParallelism) -> None:
+        rank = self.mesh.get_local_rank("pp")
+        local = [stage for stage, owner in enumerate(pipeline.rank_of_stage) if owner == rank]
+        self._stages = LocalStages(self.hf_model, self.decoder, pipeline.split, local)
+        self._stages.drop_the_rest()
+        self._shared_parameters = {}
+        for name, parameter in self.hf_model.named_parameters():
+            if parameter.requires_grad and len(ranks := pipeline.ranks_of(name)) > 1:
+                self._shared_parameters[name] = ranks
+
+    def _separate_units(self) -> list[str]:
+        """An embedding that is not the head, too, is an FSDP2 unit of its own; in a pipeline, where it is."""
+        embedding = self.hf_model.get_submodule(self.decoder.embedding)
+        return [] if self.decoder.embedding_is_tied or not list(embedding.parameters()) else [self.decoder.embedding]
+
+    def _make_pipeline(self, parallelism: ParallelismConfig) -> Pipeline:
+        def run_stage(stage: int, hidden_states: torch.Tensor | None, **batch) -> torch.Tensor:
+            targets = batch.pop("targets")
+            inputs = self._inputs(**batch)
+            return self.hf_model(stage=stage, hidden_states=hidden_states, targets=targets.view_as(inputs["input_ids"]), **inputs)
+
+        def make_schedule(stages, micro_batches, loss_fn):
+            return build_schedule(
+                parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_schedule_csv,
+                stages, micro_batches, loss_fn,
+            )  # fmt: skip
+
+        own = list(self.hf_model.parameters())
+        is_sharded = isinstance(self.hf_model, FSDPModule)  # then modules hold gathered parameters as they compute
+        return Pipeline(
+            run_stage,
+            group=self.mesh.get_group("pp"),
+            device=self.device,
+            rank_of_stage=self.pipeline_parallelism.rank_of_stage,
+            make_schedule=make_schedule,
+            parameters=lambda: [p for p in (self.hf_model.parameters() if is_sharded else own) if p.requires_grad],
+        )
 
     def _install_loss(self, compile: CompileConfig) -> None:
         attention = proven_attention(self.model_args.attn_implementation)
@@ -274,11 +338,54 @@ class HFTransformerModel:
             num_items_in_batch = self.count_targets(labels)
         # A batch without a single target has loss 0 and no gradient, rather than 0 / 0.
         targets = torch.as_tensor(num_items_in_batch, device=self.device).clamp(min=1)
-        with self.computing():
-            loss = self._sum_loss(input_ids, labels, position_ids) / targets
-            loss.backward()
+        if self._pipeline is not None:
+            loss = self._run_pipeline(input_ids, labels, position_ids, targets)
+        else:
+            with self.computing():
+                loss = self._sum_loss(input_ids, labels, position_ids) / targets
+                loss.backward()
         self._local_losses_are_finite = self._local_losses_are_finite.to(self.device) & loss.detach().isfinite()
-        return sum_over(loss.detach(), self._data_meshes)
+        return sum_over(loss.detach(), [*self._data_meshes, *self._pipeline_meshes])
+
+    def _run_pipeline(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        targets: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run this rank's stages on all micro-batches of a batch; without `targets` forward only.
+
+        The loss of the batch divided by `targets`, or the summed one; 0 on ranks without the last stage.
+        """
+        batch = {"input_ids": input_ids.to(self.device), "targets": shift_labels(labels.to(self.device))}
+        if position_ids is not None:
+            batch["position_ids"] = position_ids.to(self.device)
+        rows = input_ids.shape[0]
+        micro_batches = rows // self._microbatch_size if targets is not None else rows // math.gcd(rows, self._microbatch_size)
+        with self.computing():
+            like = self._hidden_states_like(batch, rows // micro_batches)
+            if targets is None:
+                return sum(self._pipeline.forward(batch, micro_batches, like), torch.zeros((), device=self.device))
+            parameters = dict(self.hf_model.named_parameters())
+            shared = {parameters[name]: ranks for name, ranks in self._shared_parameters.items()}
+            with summed_gradients(shared, self.mesh.get_group("pp")), reduced_once(self.hf_model):
+                return self._pipeline.forward_backward(batch, micro_batches, like, targets)
+
+    def _hidden_states_like(self, batch: dict[str, torch.Tensor], rows: int) -> torch.Tensor:
+        """Hidden states of a micro-batch as they travel between stages, for their shape and dtype."""
+        key = (rows, *batch["input_ids"].shape[1:], len(batch), self._isolation)
+        if self._like is None or self._like[0] != key:
+            piece = {name: tensor[:rows] for name, tensor in batch.items() if name != "targets"}
+            with evaluation_mode(self.hf_model):
+                like = self._stages.hidden_states_like(**self._inputs(**piece))
+            reshard(self.hf_model)
+            if self.tensor_parallelism is not None and self.tensor_parallelism.sequence_parallel:
+                shape = list(like.shape)
+                shape[-2] = -(-shape[-2] // self.dims.tp)
+                like = like.new_empty(shape)
+            self._like = (key, torch.empty_like(like))
+        return self._like[1]
 
     @torch.no_grad()
     def evaluate(
@@ -288,10 +395,14 @@ class HFTransformerModel:
         self._make_ready()
         self._check_shapes(input_ids, labels, position_ids)
         self._check_same_batch(input_ids, labels, position_ids)
-        with evaluation_mode(self.hf_model), self.computing():
-            loss = self._sum_loss(input_ids, labels, position_ids)
+        with evaluation_mode(self.hf_model):
+            if self._pipeline is not None:
+                loss = self._run_pipeline(input_ids, labels, position_ids, None)
+            else:
+                with self.computing():
+                    loss = self._sum_loss(input_ids, labels, position_ids)
         reshard(self.hf_model)
-        return sum_over(loss, self._data_meshes), self.count_targets(labels)
+        return sum_over(loss, [*self._data_meshes, *self._pipeline_meshes]), self.count_targets(labels)
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """The context in which `hf_model` computes in the `param_dtype` of `.parallelize`, forward and backward."""
@@ -329,20 +440,24 @@ class HFTransformerModel:
     def _sum_loss(
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None
     ) -> torch.Tensor:
-        input_ids, targets = input_ids.to(self.device), shift_labels(labels.to(self.device))
+        targets = shift_labels(labels.to(self.device))
+        inputs = self._inputs(input_ids.to(self.device), None if position_ids is None else position_ids.to(self.device))
+        return self.hf_model(**inputs, targets=targets.view_as(inputs["input_ids"]))
+
+    def _inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> dict:
+        """What the model is called with for tokens, and positions where there are some, both (batch, seq)."""
         if position_ids is None:
-            return self.hf_model(input_ids=input_ids, targets=targets)
+            return {"input_ids": input_ids}
         if self._isolation is None and not self.decoder.accepts_position_ids:
             raise ValueError(
                 f"position_ids: {self.model_class.__name__} has no notion of them (it derives positions from the "
                 "order of the tokens). Leave them out, or call isolate_documents() first for packed documents."
             )
-        inputs = packed_inputs(
+        return packed_inputs(
             usual_way(self._attention) if self._isolation is None else self._isolation.way,
-            input_ids, position_ids.to(self.device), dtype=self._cast_to or self.hf_model.dtype,
+            input_ids, position_ids, dtype=self._cast_to or self.hf_model.dtype,
             accepts_position_ids=self.decoder.accepts_position_ids,
         )  # fmt: skip
-        return self.hf_model(**inputs, targets=targets.view_as(inputs["input_ids"]))
 
     def isolate_documents(self) -> Isolation:
         """Say that `position_ids` which restart mark packed documents, and find how attention stays within each.
@@ -373,11 +488,22 @@ class HFTransformerModel:
     def _data_meshes(self) -> list[DeviceMesh]:
         return [] if self.mesh is None else [self.mesh["dp_replicate"], self.mesh["dp_shard"]]
 
+    @property
+    def _pipeline_meshes(self) -> list[DeviceMesh]:
+        return [] if self._pipeline is None else [self.mesh["pp"]]
+
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their global 2-norm is at most `max_norm`; returns the norm before (fp32)."""
         self._step_was_finite = self._local_losses_are_finite
         self._local_losses_are_finite = torch.ones_like(self._step_was_finite)
-        return clip_grad_norm_(list(self.hf_model.parameters()), max_norm)
+        parameters = dict(self.hf_model.named_parameters())
+        if self._pipeline is None:
+            return clip_grad_norm_(parameters.values(), max_norm)
+        rank = self.mesh.get_local_rank("pp")
+        elsewhere = [parameters[name] for name, ranks in self._shared_parameters.items() if ranks[0] != rank]
+        return clip_grad_norm_(
+            parameters.values(), max_norm, pipeline_group=self.mesh.get_group("pp"), counted_elsewhere=elsewhere
+        )
 
     def find_nonfinite(self) -> str:
         """A sentence on the latest step: ranks with a non-finite loss, and parameters with such gradients."""
@@ -395,16 +521,26 @@ class HFTransformerModel:
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """{Transformers parameter name: full gradient on the CPU} of parameters that have one, on every rank."""
-        return {
-            name: self._full(name, parameter.grad)
-            for name, parameter in self.hf_model.named_parameters()
-            if parameter.grad is not None
-        }
+        return self._of_all_stages(
+            {
+                name: self._full(name, parameter.grad)
+                for name, parameter in self.hf_model.named_parameters()
+                if parameter.grad is not None
+            }
+        )
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """{Transformers name: full CPU tensor} of parameters and persistent buffers, on every rank."""
         self._fill_if_meta()
-        return {name: self._full(name, tensor) for name, tensor in named_tensors(self.hf_model).items()}
+        return self._of_all_stages(
+            {name: self._full(name, tensor) for name, tensor in named_tensors(self.hf_model).items()}
+        )
+
+    def _of_all_stages(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self._pipeline is None:
+            return tensors
+        parts = gather_objects(tensors, self.mesh.get_group("pp"))
+        return {name: tensor for part in parts for name, tensor in part.items()}
 
     def _full(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         return full_tensor(self.hf_model, name, tensor).to("cpu", copy=True)

@@ -48,7 +48,7 @@ class TallTwin:
         self, hf_config: PreTrainedConfig, model_class: type[PreTrainedModel], attn_implementation: str | None
     ) -> None:
         def build() -> PreTrainedModel:
-            return build_twin(hf_config, model_class, attn_implementation=attn_implementation, layers="all")
+            return build_twin(hf_config, model_class, attn_implementation=attn_implementation, all_layers=True)
 
         self._build = build
         self._plain = build()

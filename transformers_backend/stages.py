@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from parallelize.tensor_parallel import Stack
 from transformers_backend.decoder import Decoder
 
 Container = tuple[type, int]
@@ -66,6 +67,15 @@ class LocalStages:
         self._received: torch.Tensor | None = None
         self._captured: torch.Tensor | None = None
         self._passed: torch.Tensor | None = None  # what the latest stand-in got
+        self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+    @property
+    def has_last(self) -> bool:
+        return self.split.last in self.local
+
+    @property
+    def stacks(self) -> list[Stack]:
+        return [Stack(self.split.stages[stage], is_handed_on=stage < self.split.last) for stage in sorted(self.local)]
 
     @property
     def layers(self) -> list[str]:
@@ -82,7 +92,14 @@ class LocalStages:
                 self._put(name, self._stand_ins[name])
                 self._layers[name] = self._stand_ins[name]
         held = frozenset().union(*(self.split.held[stage] for stage in self.local))
-        replace_parameters(self._model, [name for name in outer_parameters(self._model, self._decoder) if name not in held])
+        outer = outer_parameters(self._model, self._decoder)
+        self._replaced = replace_parameters(self._model, [name for name in outer if name not in held])
+
+    def place_stand_ins(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Where weights of other ranks stood, put zeros on the device and of the dtype that the model computes with."""
+        for module, name, parameter in self._replaced:
+            vars(module)[name] = torch.zeros((), dtype=dtype, device=device).expand(parameter.shape)
+        self._replaced = []
 
     def _stand_in(self, name: str) -> nn.Module:
         stand_in = _without_weights(self._layers[name])

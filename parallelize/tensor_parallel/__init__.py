@@ -7,5 +7,6 @@ parameters), `apply.py` (all of it put together).
 
 from parallelize.tensor_parallel.apply import apply_tensor_parallel
 from parallelize.tensor_parallel.plan import Region, Segment, Split, TensorPlan
+from parallelize.tensor_parallel.sequence import Stack
 
-__all__ = ["Region", "Segment", "Split", "TensorPlan", "apply_tensor_parallel"]
+__all__ = ["Region", "Segment", "Split", "Stack", "TensorPlan", "apply_tensor_parallel"]

@@ -6,7 +6,7 @@ modules communicate. Here stands which module gets what.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch.distributed as dist
 from torch import nn
@@ -24,7 +24,7 @@ from parallelize.tensor_parallel.local import (
 )
 from parallelize.tensor_parallel.plan import Split, TensorPlan
 from parallelize.tensor_parallel.randomness import ForkedRandomness
-from parallelize.tensor_parallel.sequence import SequenceShards
+from parallelize.tensor_parallel.sequence import Stack, SequenceShards
 from parallelize.tensor_parallel.styles import (
     enter_region,
     join_features,
@@ -42,10 +42,12 @@ def apply_tensor_parallel(
     layers: Iterable[str],
     sequence_parallel: bool,
     has_dropout: bool = False,
+    stacks: Sequence[Stack] = (),
 ) -> None:
     """Split `model` over the 1-D `mesh` as `plan` says, in place.
 
-    layers: names of the decoder layers. Real parameters are cut where they are (every rank holds the same model); those
+    layers: names of the decoder layers. stacks: which of them run one after another;
+    none given means each list from its first to its last. Real parameters are cut where they are (every rank holds the same model); those
     on the meta device stay there. Tied parameters stay tied. has_dropout: whether random numbers are drawn in training,
     which then differ between ranks where their parts do. Raises a ValueError that names every parameter about which the
     plan says nothing.
@@ -79,18 +81,20 @@ def apply_tensor_parallel(
         for layer in layers:
             of_regions.leave_after(model.get_submodule(layer))
     if sequence is not None:
-        for layer_list, names in _stacks(layers).items():
-            sequence.install([model.get_submodule(name) for name in names], plan.sequence_arguments)
+        for stack in stacks or _whole_lists(layers):
+            modules = [model.get_submodule(name) for name in stack.layers]
+            sequence.install(modules, plan.sequence_arguments, is_handed_on=stack.is_handed_on)
             if randomness is not None:
+                layer_list = stack.layers[0].rpartition(".")[0]
                 randomness.leave_after(model.get_submodule(layer_list.rpartition(".")[0]))
 
 
-def _stacks(layers: list[str]) -> dict[str, list[str]]:
-    """{list of layers: its layers}; each list is run from its first to its last layer."""
-    stacks: dict[str, list[str]] = {}
+def _whole_lists(layers: list[str]) -> list[Stack]:
+    """Each list of layers is run from its first to its last layer."""
+    lists: dict[str, list[str]] = {}
     for name in layers:
-        stacks.setdefault(name.rpartition(".")[0], []).append(name)
-    return stacks
+        lists.setdefault(name.rpartition(".")[0], []).append(name)
+    return [Stack(tuple(names), is_handed_on=False) for names in lists.values()]
 
 
 def check_complete(model: nn.Module, plan: TensorPlan) -> None:

@@ -21,9 +21,12 @@ A plan is a table from names to styles that a reader checks by eye. `transformer
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from torch import nn
 
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 """A number in the name of a module: of a layer, or within a list of modules."""
@@ -124,6 +127,16 @@ class TensorPlan:
     def region_of(self, name: str) -> str | None:
         """The region that the module or parameter `name` is in (or is), if any."""
         return next((region for region in self.regions if name == region or name.startswith(f"{region}.")), None)
+
+    def of_part(self, model: nn.Module) -> TensorPlan:
+        """The plan of a model of which some modules have lost their parameters, to other ranks of a pipeline."""
+        here = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        owners = {*here, *(name.rpartition(".")[0] for name in here)}
+        splits = {name: split for name, split in self.splits.items() if name in owners}
+        regions = {
+            name: region for name, region in self.regions.items() if any(own.startswith(f"{name}.") for own in here)
+        }
+        return dataclasses.replace(self, splits=splits, regions=regions)
 
     def lines(self) -> list[str]:
         """The plan as a table, with layers that are alike on one line."""

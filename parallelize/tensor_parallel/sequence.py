@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,16 @@ from parallelize.tensor_parallel.randomness import ForkedRandomness
 _SEQUENCE = -2  # of (batch, seq, hidden), of (tokens, hidden), and of (streams, batch, seq, hidden)
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Layers that run one after another."""
+
+    layers: tuple[str, ...]
+    """Their names."""
+    is_handed_on: bool = False
+    """Whether the next stage of a pipeline goes on with what the last of them yields."""
+
+
 class SequenceShards:
     """Cuts the sequence before the first layer and joins it after the last; any length, padded inside."""
 
@@ -35,10 +46,15 @@ class SequenceShards:
         self._randomness = randomness
         self._length = 0  # of the sequence that is in the layers now
 
-    def install(self, layers: Sequence[nn.Module], arguments: Sequence[str] = ()) -> None:
-        """`layers` run one after another; `arguments` of theirs travel with the hidden states and are cut as they."""
+    def install(
+        self, layers: Sequence[nn.Module], arguments: Sequence[str] = (), *, is_handed_on: bool = False
+    ) -> None:
+        """`layers` run one after another; `arguments` of theirs travel with the hidden states and are cut as they.
+
+        is_handed_on: the next stage of a pipeline goes on with this rank's part, so nothing is joined after the last.
+        """
         layers[0].register_forward_pre_hook(self._before_first, with_kwargs=True)
-        layers[-1].register_forward_hook(self._after_last)
+        layers[-1].register_forward_hook(self._leave if is_handed_on else self._after_last)
         for layer in layers:
             if names := [name for name in inspect.signature(layer.forward).parameters if name in arguments]:
                 _change_arguments(layer, names, self._cut)
@@ -79,9 +95,12 @@ class SequenceShards:
             self._randomness.enter()
         return ((shard, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": shard})
 
-    def _after_last(self, layer: nn.Module, args: tuple, output):
+    def _leave(self, layer: nn.Module, args: tuple, output) -> None:
         if self._randomness is not None:
             self._randomness.leave()
+
+    def _after_last(self, layer: nn.Module, args: tuple, output):
+        self._leave(layer, args, output)
         if isinstance(output, torch.Tensor):
             return self._joined(output)
         return type(output)([self._joined(output[0]), *output[1:]])  # a tuple or a list, by the model's convention
