@@ -31,6 +31,8 @@ from transformers_backend.decoder import Decoder
 Container = tuple[type, int]
 """A layer that returns a tuple or list: which of them, of how many values. The hidden states come first."""
 
+_NO_STAGE = -1  # a run of the model with none of its layers
+
 
 @dataclass(frozen=True)
 class StageSplit:
@@ -149,15 +151,16 @@ class LocalStages:
                     return plain_forward(*args, **inputs)
                 inputs.pop("targets", None)
                 body(*args, **inputs, use_cache=False)
-            sent, self._captured = self._captured, None
+            sent = self._passed if stage == _NO_STAGE else self._captured
+            self._passed = self._captured = None
             return sent
 
         self._model.forward = forward
 
     @contextlib.contextmanager
-    def _in_place(self, stage: int | None) -> Iterator[None]:
-        """Within the block the layers of all other stages (None: of all stages) are stand-ins."""
-        here = set(self.split.stages[stage]) if stage is not None else set()
+    def _in_place(self, stage: int) -> Iterator[None]:
+        """Within the block the layers of all other stages are stand-ins."""
+        here = set(self.split.stages[stage]) if stage != _NO_STAGE else set()
         others = [name for name in self.layers if name not in here]
         for name in others:
             self._put(name, self._stand_ins[name])
@@ -181,10 +184,8 @@ class LocalStages:
 
     def hidden_states_like(self, **inputs) -> torch.Tensor:
         """Hidden states as they enter the layers, for their shape and dtype; runs the model without its layers."""
-        with torch.no_grad(), self._in_place(None):
-            self._model.get_submodule(self._decoder.base)(**inputs, use_cache=False)
-        passed, self._passed = self._passed, None
-        return passed
+        with torch.no_grad():
+            return self._model(stage=_NO_STAGE, **inputs)
 
 
 def outer_parameters(hf_model: PreTrainedModel, decoder: Decoder) -> list[str]:
