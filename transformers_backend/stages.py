@@ -68,6 +68,7 @@ class LocalStages:
         self._stand_ins = {name: self._stand_in(name) for name in decoder.layers}
         self._received: torch.Tensor | None = None
         self._captured: torch.Tensor | None = None
+        self._entered: torch.Tensor | None = None  # what came to the first layer from the model itself
         self._passed: torch.Tensor | None = None  # what the latest stand-in got
         self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
 
@@ -134,6 +135,7 @@ class LocalStages:
             if stage > 0:
                 self._layers[layers[0]].register_forward_pre_hook(self._hand_in, with_kwargs=True)
             if stage < self.split.last:
+                self._layers[layers[0]].register_forward_pre_hook(self._remember, with_kwargs=True, prepend=True)
                 self._layers[layers[-1]].register_forward_hook(self._hand_out)
         plain_forward = self._model.forward
         body = self._model.get_submodule(self._decoder.base)
@@ -179,8 +181,20 @@ class LocalStages:
             return (received, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": received}
 
-    def _hand_out(self, layer: nn.Module, args: tuple, output) -> None:
-        self._captured = output if isinstance(output, torch.Tensor) else output[0]
+    def _remember(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._entered = args[0] if args else kwargs["hidden_states"]
+
+    def _hand_out(self, layer: nn.Module, args: tuple, output):
+        """Keep what is sent on; the rest of the model, whose result nobody uses, goes on with what entered the layers.
+
+        That has the shape that the model expects, where the output may be this rank's part of the sequence.
+        """
+        entered, self._entered = self._entered.detach(), None
+        if isinstance(output, torch.Tensor):
+            self._captured = output
+            return entered
+        self._captured = output[0]
+        return type(output)([entered, *output[1:]])
 
     def hidden_states_like(self, **inputs) -> torch.Tensor:
         """Hidden states as they enter the layers, for their shape and dtype; runs the model without its layers."""
