@@ -60,7 +60,7 @@ def _problems(order: list[list[Action]], pp: int) -> list[str]:
         for action in actions:
             ranks.setdefault(action.stage, set()).add(rank)
     found = [
-        f"stage {stage} is on the ranks {', '.join(map(str, sorted(on)))}: a stage has one rank; move its actions there."
+        f"stage {stage} is on the ranks {', '.join(map(str, sorted(on)))}: a stage has one rank; write it on one."
         for stage, on in sorted(ranks.items())
         if len(on) > 1
     ]

@@ -2,7 +2,8 @@
 
 A leaf below the sections. The types that keys have: bool, int, float, str, a Literal of strings, list[str],
 list[list[str]], list[float], dict[str, Any], dict[str, str], each of them perhaps `| None`, and list[D] of a dataclass
-D of such fields, which is written as tables, [[section.key]]. The names of a dict[str, str] are those of modules: their dots do not nest.
+D of such fields, which is written as tables, [[section.key]]. The names of a dict[str, str] are those of modules: their
+dots do not nest.
 """
 
 from __future__ import annotations
