@@ -5,6 +5,9 @@ it splits) is tried on the twin against plain Transformers before it is trusted 
 list of supported models. `scripts/verify.sh` is the same thing as a command.
 
 Flow: HF config -> `twin_config` (pure arithmetic on the config's fields) -> `build_twin` (a seeded model).
+
+The usual twin has one layer of every kind. A *tall* twin (`all_layers`) has tiny widths but all layers, each under its
+own number, so that what is found out layer by layer (where a pipeline may be cut) holds for the model itself.
 """
 
 from __future__ import annotations
@@ -59,7 +62,14 @@ _LAYER_INDICES = ("full_attn_idxs",)  # lists of layer numbers rather than of on
 _MINIMUM_LAYERS = 2
 
 
-def twin_config(hf_config: PreTrainedConfig, *, degree: int = 1) -> PreTrainedConfig:
+def twin_config(
+    hf_config: PreTrainedConfig,
+    *,
+    degree: int = 1,
+    all_layers: bool = False,
+    repeat: int = 1,
+    minimum_layers: int | None = None,
+) -> PreTrainedConfig:
     """Return a config of the same class with tiny sizes and every kind of layer kept.
 
     Head structure is preserved: a model whose key/value heads equal its query heads keeps that, one with fewer
@@ -67,8 +77,14 @@ def twin_config(hf_config: PreTrainedConfig, *, degree: int = 1) -> PreTrainedCo
 
     degree: of tensor parallelism, for which widths are multiples of it and a model with fewer key/value heads than
     ranks has fewer in the twin, too.
+
+    all_layers: keep every layer under its own number (the tall twin); the next two have no effect then.
+    repeat: how many layers of a kind are kept, where there are as many.
+    minimum_layers: how many layers are kept at least: `repeat` is raised, for all kinds alike, until they are. A model
+    of fewer layers keeps those that it has, and grows only where its config says nothing of single layers. None: two,
+    or one for a model of one layer.
     """
-    small = _shrunken_fields(hf_config)
+    small = _shrunken_fields(hf_config, all_layers, repeat, minimum_layers)
     if degree > 1:
         _widen(hf_config.to_dict(), small, degree)
     for key in ("architectures", "transformers_version", "dtype", "model_type", "_name_or_path"):
@@ -76,9 +92,11 @@ def twin_config(hf_config: PreTrainedConfig, *, degree: int = 1) -> PreTrainedCo
     return type(hf_config)(**small)
 
 
-def _shrunken_fields(hf_config: PreTrainedConfig) -> dict[str, Any]:
+def _shrunken_fields(
+    hf_config: PreTrainedConfig, all_layers: bool, repeat: int, minimum_layers: int | None
+) -> dict[str, Any]:
     fields = hf_config.to_dict()
-    kept_layers = _choose_layers(fields)
+    kept_layers = list(range(_layer_count(fields))) if all_layers else _choose_layers(fields, repeat, minimum_layers)
     small = {key: _shrink(key, value) for key, value in fields.items() if key not in _DERIVED_FIELDS}
     if "max_position_embeddings" in fields and not fields.get("rope_parameters"):
         small["max_position_embeddings"] = POSITIONS  # a table of learned positions; rotary ones cost nothing
@@ -113,16 +131,21 @@ def build_twin(
     model_class: type[PreTrainedModel],
     *,
     degree: int = 1,
+    all_layers: bool = False,
+    repeat: int = 1,
+    minimum_layers: int | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Build the seeded twin of a model on the CPU, in evaluation mode's randomness-free form (dropout set to 0).
 
+    `degree`, `all_layers`, `repeat` and `minimum_layers` are those of `twin_config`.
+
     Weights that the architecture initialises to exactly 0 or 1 (biases, norm weights) are perturbed: a bias that is
     dropped or a norm that is applied twice would otherwise go unnoticed.
     """
-    config = twin_config(hf_config, degree=degree)
+    config = twin_config(hf_config, degree=degree, all_layers=all_layers, repeat=repeat, minimum_layers=minimum_layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         twin = model_class._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
@@ -167,35 +190,45 @@ def _shrink_key_value_heads(fields: dict, small: dict) -> None:
             small[key] = HEADS if fields[key] == heads else 1 if fields[key] == 1 else HEADS // 2
 
 
-def _choose_layers(fields: dict) -> list[int]:
-    """Indices of the layers that the twin keeps: the first of every kind, in order, and at least two.
+def _choose_layers(fields: dict, repeat: int, minimum_layers: int | None) -> list[int]:
+    """Indices of the layers that the twin keeps: the first `repeat` of every kind, in order, and more for a minimum.
 
     A layer's kind is its entry in `layer_types`, whether it has settings of its own (gemma4's `per_layer_config`),
     its other per-layer entries (smollm3's `no_rope_layers`), and whether it reuses an earlier layer's keys and
     values (the last `num_kv_shared_layers`).
     """
     count = _layer_count(fields)
-    per_layer_lists = [
-        value
-        for key, value in fields.items()
-        if isinstance(value, list) and len(value) == count and key not in _LAYER_INDICES
-    ]
+    if minimum_layers is not None and count < minimum_layers and _layers_are_alike(fields):
+        return list(range(minimum_layers))
+    per_layer_lists = [fields[key] for key in _per_layer_lists(fields) if key not in _LAYER_INDICES]
     first_shared = count - (fields.get("num_kv_shared_layers") or 0)
-    kinds: dict[tuple, int] = {}
+    kinds: dict[tuple, list[int]] = {}
     for index in range(count):
         kind = (index >= first_shared, *(str(values[index]) for values in per_layer_lists))
-        kinds.setdefault(kind, index)
-    kept = sorted(kinds.values())
-    for index in range(count):
-        if len(kept) >= min(_MINIMUM_LAYERS, count):
-            break
-        if index not in kept:
-            kept = sorted([*kept, index])
-    return kept
+        kinds.setdefault(kind, []).append(index)
+    wanted = min(_MINIMUM_LAYERS if minimum_layers is None else max(minimum_layers, _MINIMUM_LAYERS), count)
+    while sum(len(indices[:repeat]) for indices in kinds.values()) < wanted:
+        repeat += 1
+    return sorted(index for indices in kinds.values() for index in indices[:repeat])
+
+
+def _layers_are_alike(fields: dict) -> bool:
+    """Whether a config says nothing of single layers, so that there can be more of them."""
+    per_layer = ("num_kv_shared_layers", "per_layer_config", "attention_types", *_LAYER_INDICES)
+    return not _per_layer_lists(fields) and not any(fields.get(key) for key in per_layer)
+
+
+def _per_layer_lists(fields: dict) -> list[str]:
+    """The fields that have one entry a layer: lists of that length, but for those of several special tokens."""
+    count = _layer_count(fields)
+    lists = [key for key, value in fields.items() if isinstance(value, list) and len(value) == count]
+    return [key for key in lists if not key.endswith("token_id") and key != "architectures"]
 
 
 def _layer_count(fields: dict) -> int:
-    return next(fields[key] for key in _LAYER_COUNTS if isinstance(fields.get(key), int))
+    """Layers of a model, or of each of its stacks (hrm_text, whose `num_hidden_layers` counts every run of a layer)."""
+    names = ("num_layers_per_stack", *_LAYER_COUNTS)
+    return next(fields[key] for key in names if isinstance(fields.get(key), int))
 
 
 def _select_layers(fields: dict, small: dict, kept: list[int]) -> None:
@@ -203,22 +236,22 @@ def _select_layers(fields: dict, small: dict, kept: list[int]) -> None:
     for key in _LAYER_COUNTS:
         if fields.get(key) == count:
             small[key] = len(kept)
-    for key, value in fields.items():
-        if isinstance(value, list) and len(value) == count and key in small:
+    for key in _per_layer_lists(fields):
+        if key in small:
             small[key] = [small[key][index] for index in kept]
     if fields.get("num_kv_shared_layers"):
         small["num_kv_shared_layers"] = sum(i >= count - fields["num_kv_shared_layers"] for i in kept)
     if fields.get("per_layer_config"):
         small["per_layer_config"] = {
-            f"{new:02d}": {k: 2 * HEAD_DIM if k == "head_dim" else v for k, v in settings.items()}
+            f"{new:02d}": {k: 2 * small["head_dim"] if k == "head_dim" else v for k, v in settings.items()}
             for new, old in enumerate(kept)
             if (settings := _settings_of_layer(fields["per_layer_config"], old))
         }
-    if fields.get("attention_types"):  # gpt_neo: [[["global", "local"], repeats]]
-        small["attention_types"] = [[pattern, 1] for pattern, _ in fields["attention_types"]]
-        small["num_layers"] = sum(len(pattern) for pattern, _ in fields["attention_types"])
-    if "num_layers_per_stack" in fields:  # hrm_text: two stacks, each run several times
-        small["num_layers_per_stack"] = _MINIMUM_LAYERS
+    if fields.get("attention_types"):  # gpt_neo: [[["global", "local"], how often this pattern is repeated]]
+        small["attention_types"] = [[[fields["attention_layers"][index] for index in kept], 1]]
+    if fields.get("num_layers_per_stack"):  # hrm_text: two stacks, each run several times
+        small["num_layers_per_stack"] = len(kept)
+        small["num_hidden_layers"] = fields["num_hidden_layers"] // count * len(kept)
     for key in _LAYER_INDICES:
         if fields.get(key):
             small[key] = [new for new, old in enumerate(kept) if old in fields[key]]

@@ -14,7 +14,8 @@ from transformers_backend.verify import DENSE_MODEL_TYPES
 
 REAL_CONFIGS = sorted((Path(__file__).parents[2] / "assets" / "configs").iterdir())
 HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
+LAYER_COUNTS = ("num_layers_per_stack", "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
+TWIN_OPTIONS = [{}, {"all_layers": True}, {"repeat": 2}, {"minimum_layers": 4}, {"repeat": 2, "minimum_layers": 5}]
 
 
 def _default(model_type: str, **fields) -> PreTrainedConfig:
@@ -80,10 +81,78 @@ def _relation(key_value_heads: int, heads: int) -> str:
     return "all" if key_value_heads == heads else "one" if key_value_heads == 1 else "grouped"
 
 
+@pytest.mark.parametrize("options", TWIN_OPTIONS, ids=str)
 @pytest.mark.parametrize("model_type", DENSE_MODEL_TYPES)
-def test_twin_of_a_twin_is_the_twin(model_type: str):
-    once = twin_config(_default(model_type))
-    assert twin_config(once).to_dict() == once.to_dict()
+def test_twin_of_a_twin_is_the_twin(model_type: str, options: dict):
+    once = twin_config(_default(model_type), **options)
+    assert twin_config(once, **options).to_dict() == once.to_dict()
+
+
+@pytest.mark.parametrize("model_type", DENSE_MODEL_TYPES)
+def test_a_tall_twin_has_every_layer_under_its_own_number(model_type: str):
+    config = _default(model_type)
+    fields, small = config.to_dict(), twin_config(config, all_layers=True).to_dict()
+    for key in ("layer_types", "no_rope_layers", "attention_layers", "activation_sparsity_pattern", "layer_rope_theta",
+                "full_attn_idxs", "num_kv_shared_layers", "num_layers_per_stack", *LAYER_COUNTS):  # fmt: skip
+        assert small.get(key) == fields.get(key), key
+    assert (fields.get("per_layer_config") or {}).keys() == (small.get("per_layer_config") or {}).keys()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3n_text", "gemma4_text", "gpt_neo", "hrm_text", "lfm2", "xlstm"])
+def test_a_tall_twins_parameters_are_named_as_the_models(model_type: str):
+    config = _default(model_type)
+    with torch.device("meta"):
+        model, twin = _class(config)(config), _class(config)(twin_config(config, all_layers=True))
+    assert [name for name, _ in twin.named_parameters()] == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize("model_type", DENSE_MODEL_TYPES)
+def test_a_minimum_of_layers_is_had_by_every_dense_type_and_runs(model_type: str):
+    config = _default(model_type)
+    twin = build_twin(config, _class(config), minimum_layers=4)
+    assert 4 <= _first(twin.config.to_dict(), LAYER_COUNTS) <= 6
+    input_ids = torch.arange(3, 28)[None]
+    assert torch.isfinite(twin(input_ids=input_ids, labels=input_ids, use_cache=False).loss)
+
+
+def test_kinds_are_repeated_evenly_and_in_order():
+    config = _default("gemma3_text")  # every sixth layer attends to all tokens: 5, 11, 17, 23 of 26
+    slides, full = "sliding_attention", "full_attention"
+    assert twin_config(config, repeat=2).layer_types == [slides, slides, full, full]
+    assert twin_config(config, minimum_layers=5).layer_types == [slides, slides, slides, full, full, full]
+    assert twin_config(config, repeat=2, minimum_layers=3).layer_types == [slides, slides, full, full]
+    assert twin_config(config, repeat=5).layer_types == [slides] * 5 + [full] * 4, "there are no more"
+    assert twin_config(config, minimum_layers=40).layer_types == config.layer_types
+    assert twin_config(_default("gpt_neo"), repeat=2).attention_layers == ["global", "local"] * 2
+    assert twin_config(_default("gpt_neo"), minimum_layers=24).attention_layers == ["global", "local"] * 12
+
+
+def test_layers_that_reuse_keys_and_values_stay_behind_those_they_reuse():
+    config = _default("gemma3n_text")  # 20 layers with keys and values of their own, 15 that reuse them
+    small = twin_config(config, repeat=2)
+    assert (small.num_hidden_layers, small.num_kv_shared_layers) == (12, 4)
+    assert set(small.layer_types[:8]) == set(small.layer_types[8:]) == {"sliding_attention", "full_attention"}
+    twin = build_twin(config, _class(config), repeat=2)
+    input_ids = torch.arange(3, 28)[None]
+    assert torch.isfinite(twin(input_ids=input_ids, labels=input_ids, use_cache=False).loss)
+
+
+@pytest.mark.parametrize(("minimum_layers", "expected"), [(None, 1), (1, 1), (2, 2), (4, 4)])
+def test_a_model_of_few_layers_grows_only_when_asked(minimum_layers: int | None, expected: int):
+    config = _default("llama", num_hidden_layers=1, eos_token_id=[1])
+    assert twin_config(config, minimum_layers=minimum_layers).num_hidden_layers == expected
+
+
+def test_a_model_whose_config_says_something_of_single_layers_does_not_grow():
+    config = _default("gemma2", num_hidden_layers=2)
+    assert twin_config(config, minimum_layers=4).layer_types == config.layer_types
+
+
+def test_special_tokens_are_no_entries_of_layers():
+    config = _default("llama", num_hidden_layers=3, eos_token_id=[1, 2, 3])
+    small = twin_config(config)
+    assert small.num_hidden_layers == 2
+    assert small.eos_token_id == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("heads", "key_value_heads", "expected"), [(32, 32, 4), (32, 8, 2), (32, 31, 2), (32, 1, 1)])
