@@ -1,4 +1,4 @@
-"""scripts/plan_pipeline.py: the stages that it prints are the model's, its picture shows the time, mistakes are told."""
+"""scripts/plan_pipeline.py: the stages that it prints are the model's, its picture shows time, mistakes are named."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def test_the_slowest_stage_sets_the_pace():
 
 
 def test_the_command_prints_and_draws(tmp_path: Path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     picture = tmp_path / "plan.png"
     ran = subprocess.run(
         [sys.executable, "-W", "error", SCRIPT, DEGREE, "2", SCHEDULE, "DualPipeV", "--plot", picture],

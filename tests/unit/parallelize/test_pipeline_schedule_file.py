@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,12 @@ def test_the_file_goes_before_the_schedule(write):
 def test_a_sound_file_is_read(write):
     order = read_schedule_file(write(GPIPE), 2)
     assert [" ".join(map(str, actions)) for actions in order] == ["0F0 0F1 0B0 0B1", "1F0 1F1 1B0 1B1"]
+
+
+def test_the_file_in_the_documentation_is_sound(write):
+    page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
+    (text,) = re.findall(r"^```text\n(.*0F0.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert read_schedule_file(write(text), 2) == compute_order("1F1B", 2, 2, 2)
 
 
 @pytest.mark.parametrize(
