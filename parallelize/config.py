@@ -11,8 +11,10 @@ report all of them at once; `check(...)` raises them as one `ValueError`.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,6 +25,14 @@ TENSOR_PARALLEL_STYLES = (
     "norm_over_heads", "vocabulary", "region", "whole_region", "join", "gather", "direct",
 )  # fmt: skip
 """What `ParallelismConfig.tensor_parallel_plan` may say of a module or parameter; see docs/configuration.md."""
+
+PIPELINE_SCHEDULES = (
+    "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV",
+)  # fmt: skip
+"""What `ParallelismConfig.pipeline_parallel_schedule` may be, in any case."""
+
+ZERO_BUBBLE_SCHEDULES = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+"""Those that compute the gradients of inputs and of weights at different times."""
 
 
 @dataclass
@@ -58,12 +68,36 @@ class ParallelismConfig:
     replicate, outside, whole, split, norm_over_heads, vocabulary, region, whole_region, join, gather, direct."""
 
     pipeline_parallel_degree: int = 1
-    """Number of ranks that the layers are split over. 1 means disabled; more is not available yet."""
+    """Number of ranks that the layers are split over. 1 means disabled, and then none of the seven keys below has an
+    effect."""
 
     pipeline_parallel_schedule: str = "1F1B"
+    """In which order ranks run micro-batches forward and backward: GPipe, 1F1B, Interleaved1F1B, LoopedBFS,
+    InterleavedZeroBubble, ZBVZeroBubble or DualPipeV, in any case; all but the first two give a rank several stages."""
+
     pipeline_parallel_schedule_csv: str = ""
+    """A CSV file with a schedule, which goes before pipeline_parallel_schedule: a row for each pipeline rank, in it the
+    actions in their order, such as 0F1 (stage 0, forward, micro-batch 1), with F, B, I or W. "" means none."""
+
     pipeline_parallel_microbatch_size: int = 1
+    """Sequences of one micro-batch. It must divide training.local_batch_size; the quotient is the number of
+    micro-batches that are in the pipeline one after the other."""
+
     pipeline_parallel_layers_per_stage: int = 0
+    """Layers of a stage (at most), from which the number of stages follows. 0 means by the schedule: one stage a rank,
+    or two for schedules with several."""
+
+    pipeline_parallel_first_stage_less_layers: int = -1
+    """How many layers the first stage has less than others, because it embeds. -1 means what the cost of that says."""
+
+    pipeline_parallel_last_stage_less_layers: int = -1
+    """How many layers the last stage has less than others, because it has the head. -1 means what the cost of that
+    says."""
+
+    module_fqns_per_model_part: list[list[str]] = field(default_factory=list)
+    """The names of the modules of each stage, as in [["model.embed_tokens", "model.layers.0"], ["model.layers.1",
+    "model.norm", "lm_head"]]; it goes before the three keys above. [] means split by cost."""
+
     context_parallel_degree: int = 1
     """Number of ranks that each sequence is split over. 1 means disabled; more is not available yet."""
 
@@ -94,18 +128,37 @@ class ParallelismConfig:
                 f"parallelism.data_parallel_shard_degree = {self.data_parallel_shard_degree}: must be at least 1, or "
                 "-1 for the rest of the world."
             )
-        for name in ("context_parallel_degree",):
-            if getattr(self, name) > 1:
-                found.append(
-                    f"parallelism.{name} = {getattr(self, name)}: this version splits neither the layers nor the "
-                    "attention's sequence over ranks; set it to 1 and use data_parallel_shard_degree, "
-                    "data_parallel_replicate_degree or tensor_parallel_degree."
-                )
+        if self.context_parallel_degree > 1:
+            found.append(
+                f"parallelism.context_parallel_degree = {self.context_parallel_degree}: this version does not split "
+                "the attention's sequence over ranks; set it to 1 and use data_parallel_shard_degree, "
+                "data_parallel_replicate_degree, tensor_parallel_degree or pipeline_parallel_degree."
+            )
         found += choice_problems("parallelism", self, "fsdp_reshard_after_forward", ("default", "always", "never"))
         found += choice_problems("parallelism", self, "sequence_parallel", ("auto", "always", "never"))
         for pattern, style in self.tensor_parallel_plan.items():
             found += _plan_entry_problems(pattern, style)
-        return found
+        return found + self._pipeline_problems()
+
+    def _pipeline_problems(self) -> list[str]:
+        """Of the keys by themselves; `pipeline_parallel/schedules.py` has the rules that need a batch or a model."""
+        found = _schedule_problems(self.pipeline_parallel_schedule)
+        csv = self.pipeline_parallel_schedule_csv
+        if self.pipeline_parallel_degree > 1 and csv and not Path(csv).expanduser().is_file():
+            found.append(
+                f'parallelism.pipeline_parallel_schedule_csv = "{csv}": no such file from {Path.cwd()}; correct it, or '
+                'set "" and name a pipeline_parallel_schedule.'
+            )
+        for name, minimum, meaning in (
+            ("microbatch_size", 1, "sequences"),
+            ("layers_per_stage", 0, "layers; 0 means by the schedule"),
+            ("first_stage_less_layers", -1, "layers; -1 means by cost"),
+            ("last_stage_less_layers", -1, "layers; -1 means by cost"),
+        ):
+            value = getattr(self, f"pipeline_parallel_{name}")
+            if value < minimum:
+                found.append(f"parallelism.pipeline_parallel_{name} = {value}: must be at least {minimum} ({meaning}).")
+        return found + _model_part_problems(self.module_fqns_per_model_part)
 
 
 def _plan_entry_problems(pattern: str, style: str) -> list[str]:
@@ -123,6 +176,57 @@ def _plan_entry_problems(pattern: str, style: str) -> list[str]:
             f'{", ".join(TENSOR_PARALLEL_STYLES)}; the nearest is "{nearest}".'
         )
     return found
+
+
+def _schedule_problems(name: str) -> list[str]:
+    known = {schedule.lower(): schedule for schedule in PIPELINE_SCHEDULES}
+    if name.lower() in known:
+        return []
+    (nearest,) = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
+    return [
+        f'parallelism.pipeline_parallel_schedule = "{name}": must be one of {", ".join(PIPELINE_SCHEDULES)}; the '
+        f'nearest is "{known[nearest]}".'
+    ]
+
+
+def _model_part_problems(parts: list[list[str]]) -> list[str]:
+    """The sentences for the modules of stages; whether the model has what they name is found out with the model."""
+    names = [name for part in parts for name in part]
+    found = [
+        f'parallelism.module_fqns_per_model_part names "{name}" {names.count(name)} times: a module belongs to one '
+        "stage; leave it in one of them."
+        for name in sorted(set(names))
+        if names.count(name) > 1
+    ]
+    if not all(parts):
+        found.append(
+            f"parallelism.module_fqns_per_model_part: part {parts.index([])} has no modules; name some, or leave the "
+            "part out."
+        )
+    return found
+
+
+def zero_bubble_compile_problems(parallelism: ParallelismConfig, compile: CompileConfig) -> list[str]:
+    """The sentence for a backward in two halves through compiled layers, whose gradients torch 2.13 gets wrong without
+    a word; it refuses only modules that `torch.compile` has wrapped, not those compiled in place."""
+    if parallelism.pipeline_parallel_degree == 1 or not (compile.enable and "model" in compile.components):
+        return []
+    name, csv = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_schedule_csv
+    if csv:
+        path = Path(csv).expanduser()
+        if not path.is_file() or not re.search(r"\d[IW]\d", path.read_text(encoding="utf-8", errors="replace")):
+            return []
+        setting = f'pipeline_parallel_schedule_csv = "{csv}" (which has actions I and W)'
+    elif name.lower() in [schedule.lower() for schedule in ZERO_BUBBLE_SCHEDULES]:
+        setting = f'pipeline_parallel_schedule = "{name}"'
+    else:
+        return []
+    others = [schedule for schedule in PIPELINE_SCHEDULES if schedule not in ZERO_BUBBLE_SCHEDULES]
+    return [
+        f"parallelism.{setting}: computes the gradients of inputs and weights at different times, which torch does "
+        f"wrongly, without an error, in compiled layers. Choose one of {', '.join(others)}, or set compile.components "
+        '= ["loss"].'
+    ]
 
 
 def async_tensor_parallel_problems(

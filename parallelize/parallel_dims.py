@@ -42,10 +42,11 @@ class ParallelDims:
         if shard * fixed != world_size:
             raise ValueError(
                 f"parallelism: the degrees multiply to {shard * fixed}, but the job runs on {world_size} ranks "
-                f"(data_parallel_replicate_degree = {config.data_parallel_replicate_degree}, "
-                f"data_parallel_shard_degree = {config.data_parallel_shard_degree}, tensor_parallel_degree = "
-                f"{config.tensor_parallel_degree}). They must multiply to the number of ranks; "
-                "data_parallel_shard_degree = -1 takes the rest."
+                f"(pipeline_parallel_degree = {config.pipeline_parallel_degree}, data_parallel_replicate_degree = "
+                f"{config.data_parallel_replicate_degree}, data_parallel_shard_degree = "
+                f"{config.data_parallel_shard_degree}, context_parallel_degree = {config.context_parallel_degree}, "
+                f"tensor_parallel_degree = {config.tensor_parallel_degree}). They must multiply to the number of "
+                "ranks; data_parallel_shard_degree = -1 takes the rest."
             )
         return cls(
             pp=config.pipeline_parallel_degree,

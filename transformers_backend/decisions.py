@@ -16,12 +16,9 @@ from transformers import PreTrainedModel
 
 from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
 from parallelize.distributed import gather_objects
-from parallelize.pipeline_parallel.temporary import rank_of_stage, split_layers, stage_count
 from parallelize.tensor_parallel import TensorPlan
 from transformers_backend.decoder import Decoder, drops_layers, has_dropout
 from transformers_backend.proof import why_not_compile
-from transformers_backend.stage_proof import TallTwin
-from transformers_backend.stages import StageSplit
 from transformers_backend.tensor_plan import Recipe, make_plan
 from transformers_backend.tensor_proof import prove_tensor_plan
 
@@ -73,41 +70,6 @@ class TensorParallelism:
     """Whether the ranks share the sequence between regions."""
     sequence_parallel_because: str | None
     """Why they do not, where that was to be found out."""
-
-
-@dataclass(frozen=True)
-class PipelineParallelism:
-    """How a model is cut into the stages of a pipeline, and which rank runs which."""
-
-    split: StageSplit
-    rank_of_stage: tuple[int, ...]
-    """For each stage, its rank among those of the pipeline."""
-
-    def ranks_of(self, parameter: str) -> tuple[int, ...]:
-        """The pipeline ranks that hold a parameter, in ascending order."""
-        return tuple(sorted({self.rank_of_stage[stage] for stage in self.split.stages_of(parameter)}))
-
-
-def choose_pipeline_parallelism(
-    hf_model: PreTrainedModel,
-    decoder: Decoder,
-    attn_implementation: str | None,
-    parallelism: ParallelismConfig,
-) -> PipelineParallelism | None:
-    """The stages of a model, tried on the tall twin; None where it is not cut."""
-    degree, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
-    if degree == 1:
-        return None
-    twin = TallTwin(hf_model.config, type(hf_model), attn_implementation)
-    facts = twin.look_at_layers()
-    layers = decoder.layers
-    count = stage_count(schedule, degree, len(layers), parallelism.pipeline_parallel_layers_per_stage)
-    costs = [1.0] * len(layers)
-    parts = split_layers(costs, first_cost=0, last_cost=0, stages=count, forbidden_cuts=facts.forbidden_cuts)
-    split = twin.prove_stages([[layers[index] for index in part] for part in parts], facts)
-    return PipelineParallelism(
-        split, tuple(rank_of_stage(schedule, stage, degree, count) for stage in range(count))
-    )
 
 
 def choose_tensor_parallelism(

@@ -30,6 +30,7 @@ from parallelize.config import (
     ParallelismConfig,
     async_tensor_parallel_problems,
     check,
+    zero_bubble_compile_problems,
 )
 from parallelize.distributed import (
     are_equal,
@@ -46,14 +47,12 @@ from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
 from parallelize.pipeline_parallel.runtime import Pipeline
 from parallelize.pipeline_parallel.shared import summed_gradients
-from parallelize.pipeline_parallel.temporary import build_schedule
+from parallelize.pipeline_parallel.schedules import build_schedule
 from transformers_backend.decisions import (
-    PipelineParallelism,
     TensorParallelism,
     check_every_layer_runs,
     check_mixed_precision,
     check_same_weights,
-    choose_pipeline_parallelism,
     choose_tensor_parallelism,
     proven_attention,
     refuse_inner_outputs,
@@ -63,6 +62,7 @@ from transformers_backend.decoder import check_is_plain, describe_decoder, has_d
 from transformers_backend.isolation import Isolation, find_isolation, packed_inputs, usual_way
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
+from transformers_backend.pipeline_plan import PipelinePlan, plan_pipeline
 from transformers_backend.proof import check_recomputation, prove
 from transformers_backend.stages import LocalStages
 from transformers_backend.tensor_proof import vocabulary_shard
@@ -126,7 +126,7 @@ class HFTransformerModel:
         self.loss_is_chunked = True
         """Whether the head runs chunk by chunk and full logits never exist; known once the loss is installed."""
         self._ready = False
-        self.pipeline_parallelism: PipelineParallelism | None = None
+        self.pipeline_plan: PipelinePlan | None = None
         """Which layers are on which rank; None without pipeline parallelism."""
         self._stages: LocalStages | None = None
         self._pipeline: Pipeline | None = None
@@ -149,6 +149,7 @@ class HFTransformerModel:
         param_dtype: torch.dtype | None = None,
         cpu_offload: bool = False,
         seed: int = 0,
+        seq_len: int = 4096,
         mesh: DeviceMesh | None = None,
     ) -> HFTransformerModel:
         """Shard the model over the initialised process group, in place, then allocate and fill what is still meta.
@@ -156,7 +157,7 @@ class HFTransformerModel:
         param_dtype: dtype of the computation (bfloat16 for mixed precision); None is the parameters' own dtype, in
         which they are kept and updated either way. Gradients are summed over ranks in fp32.
         cpu_offload: keep shards and optimizer state in host memory. seed: of the initial weights, where they are not
-        loaded. mesh: that of another model of this process, to share its process groups; None makes a new one. Raises a
+        loaded. seq_len: tokens of a sequence, by which layers are shared out among pipeline stages. mesh: that of another model of this process, to share its process groups; None makes a new one. Raises a
         ValueError that lists every bad value.
         """
         if self._ready:
@@ -167,6 +168,7 @@ class HFTransformerModel:
         activation_checkpoint = activation_checkpoint or ActivationCheckpointConfig()
         compile = compile or CompileConfig()
         check([*parallelism.problems(), *activation_checkpoint.problems(), *compile.problems()])
+        check(zero_bubble_compile_problems(parallelism, compile))
         check_mixed_precision(self.hf_model, param_dtype)
         if not dist.is_initialized():
             raise ValueError("parallelize needs an initialised process group: torch.distributed.init_process_group().")
@@ -178,13 +180,13 @@ class HFTransformerModel:
         if not self._is_meta:
             check_same_weights(self.hf_model)
         attention = proven_attention(self.model_args.attn_implementation)
-        pipeline = choose_pipeline_parallelism(self.hf_model, self.decoder, attention, parallelism)
+        pipeline = plan_pipeline(self.hf_model, self.decoder, attention, parallelism, seq_len)
         split = choose_tensor_parallelism(self.hf_model, self.decoder, attention, self.mesh["tp"], parallelism)
         check_recomputation(self.hf_model.config, self.model_class, attention, activation_checkpoint)
         compile = without_wrong_compilation(
             compile, activation_checkpoint, self.hf_model, attention, self.device, split
         )
-        self.tensor_parallelism, self.pipeline_parallelism = split, pipeline
+        self.tensor_parallelism, self.pipeline_plan = split, pipeline
         self._microbatch_size = parallelism.pipeline_parallel_microbatch_size
         random = has_dropout(self.hf_model)
         if pipeline is not None:
@@ -221,9 +223,8 @@ class HFTransformerModel:
         self._ready = True
         return self
 
-    def _cut_into_stages(self, pipeline: PipelineParallelism) -> None:
-        rank = self.mesh.get_local_rank("pp")
-        local = [stage for stage, owner in enumerate(pipeline.rank_of_stage) if owner == rank]
+    def _cut_into_stages(self, pipeline: PipelinePlan) -> None:
+        local = pipeline.stages_of_rank(self.mesh.get_local_rank("pp"))
         self._stages = LocalStages(self.hf_model, self.decoder, pipeline.split, local)
         self._stages.drop_the_rest()
         self._shared_parameters = {}
@@ -254,7 +255,7 @@ class HFTransformerModel:
             run_stage,
             group=self.mesh.get_group("pp"),
             device=self.device,
-            rank_of_stage=self.pipeline_parallelism.rank_of_stage,
+            rank_of_stage=self.pipeline_plan.rank_of_stage,
             make_schedule=make_schedule,
             parameters=lambda: [p for p in (self.hf_model.parameters() if is_sharded else own) if p.requires_grad],
         )

@@ -18,6 +18,7 @@ from parallelize.config import ActivationCheckpointConfig
 from parallelize.costs import MemoryEstimate
 from parallelize.model import needs_fsdp
 from parallelize.parallel_dims import MESH_DIMENSIONS
+from parallelize.pipeline_parallel.split import StageShare
 from transformers_backend.checkpoint import is_remote, locate_folder
 from transformers_backend.decoder import parameter_kind
 from transformers_backend.job_config import JobConfig
@@ -115,6 +116,22 @@ def parameter_table(model: HFTransformerModel) -> list[str]:
     if model.decoder.embedding_is_tied:
         table.insert(-1, f"{'head':<11}the embedding's own weights (tied)")
     return table
+
+
+def stage_table(shares: Sequence[StageShare], ranks: Sequence[int]) -> list[str]:
+    """A line for every stage of a pipeline: rank, layers, parameters, and its part of the model's FLOPs.
+
+    ranks: on which pipeline rank each stage is.
+    """
+    rows = [
+        [str(share.stage), str(rank), _layer_numbers(share.layers), f"{share.parameters:,}", f"{share.share:.1%}"]
+        for share, rank in zip(shares, ranks, strict=True)
+    ]
+    return _aligned([["stage", "rank", "layers", "parameters", "FLOPs"], *rows], numeric=5)
+
+
+def _layer_numbers(layers: range) -> str:
+    return f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
 
 
 @dataclass

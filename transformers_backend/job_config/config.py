@@ -16,7 +16,9 @@ from parallelize.config import (
     ParallelismConfig,
     async_tensor_parallel_problems,
     check,
+    zero_bubble_compile_problems,
 )
+from parallelize.pipeline_parallel.schedules import batch_problems, stage_count_problems
 from transformers_backend.job_config.data_sections import held_out_problems
 from transformers_backend.job_config.run_sections import Comm, Debug, Metrics, Profiling
 from transformers_backend.job_config.sections import (
@@ -100,6 +102,9 @@ def find_problems(config: JobConfig, world_size: int | None = None) -> list[str]
             sound.add(name)
     if {"parallelism", "compile"} <= sound:
         found += async_tensor_parallel_problems(config.parallelism, config.compile)
+        found += zero_bubble_compile_problems(config.parallelism, config.compile)
+    if {"parallelism", "training", "validation"} <= sound:
+        found += _pipeline_problems(config)
     if {"training", "validation"} <= sound and config.validation.enable:
         found += held_out_problems("validation", config.validation, config.training.sources or [config.training])
     if {"hf_transformers", "model"} <= sound:
@@ -121,6 +126,31 @@ def _tokenizer_problems(config: JobConfig) -> list[str]:
         f'model.hf_assets_path is missing: hf_transformers.model_type = "{config.hf_transformers.model_type}" brings '
         'no tokenizer; name a folder or hub id that has one, or "byt5" for byte-level tokens without a download.'
     ]
+
+
+def _pipeline_problems(config: JobConfig) -> list[str]:
+    parallelism, validation = config.parallelism, config.validation
+    pp, csv = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule_csv
+    schedule, parts = parallelism.pipeline_parallel_schedule, parallelism.module_fqns_per_model_part
+    if pp == 1:
+        return []
+    batch_sizes = {"training.local_batch_size": config.training.local_batch_size}
+    if validation.enable and validation.local_batch_size is not None:
+        batch_sizes["validation.local_batch_size"] = validation.local_batch_size
+    try:
+        found = batch_problems(
+            batch_sizes,
+            microbatch_size=parallelism.pipeline_parallel_microbatch_size,
+            schedule=schedule,
+            pp=pp,
+            csv=csv,
+        )
+    except ValueError as error:  # of the file
+        return [str(error)]
+    if parts and not csv:
+        problems = stage_count_problems(schedule, pp, len(parts))
+        found += [f"parallelism.module_fqns_per_model_part has {len(parts)} parts. {problem}" for problem in problems]
+    return found
 
 
 def _mesh_problems(parallelism: ParallelismConfig, world_size: int) -> list[str]:

@@ -16,7 +16,7 @@ usage: scripts/train.sh [CONFIG.toml] [--section.key value ...]
 
 Train a Transformers causal language model. Without CONFIG.toml the embedded default run is trained. Options win over
 the file. --section.key=value is understood too; booleans: --section.key, --section.key false, --section.no_key; lists:
-a,b or '["a", "b"]'; keys inside a table: --hf_transformers.config_overrides.num_hidden_layers 4."""
+a,b or '["a", "b"]', of lists 'a,b;c'; keys inside a table: --hf_transformers.config_overrides.num_hidden_layers 4."""
 
 
 def help_text() -> str:

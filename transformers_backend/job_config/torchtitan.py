@@ -13,10 +13,7 @@ IGNORED_KEYS: dict[str, frozenset[str]] = {
         "parallelism": """
             context_parallel_load_balancer context_parallel_rotate_method disable_loss_parallel
             expert_parallel_comm_backend expert_parallel_degree
-            expert_tensor_parallel_degree module_fqns_per_model_part pipeline_parallel_expert_parallel_overlap
-            pipeline_parallel_first_stage_less_layers pipeline_parallel_last_stage_less_layers
-            pipeline_parallel_layers_per_stage pipeline_parallel_microbatch_size pipeline_parallel_schedule
-            pipeline_parallel_schedule_csv""",
+            expert_tensor_parallel_degree pipeline_parallel_expert_parallel_overlap""",
         "activation_checkpoint": """
             debug determinism_check early_stop memory_budget per_op_sac_force_recompute_mm_shapes_by_fqns
             visualize_memory_budget_pareto""",

@@ -1,8 +1,9 @@
 """Values of configuration keys: type checks, text from the command line, and TOML text in and out.
 
 A leaf below the sections. The types that keys have: bool, int, float, str, a Literal of strings, list[str],
-list[float], dict[str, Any], dict[str, str], each of them perhaps `| None`, and list[D] of a dataclass D of such fields,
-which is written as tables, [[section.key]]. The names of a dict[str, str] are those of modules: their dots do not nest.
+list[list[str]], list[float], dict[str, Any], dict[str, str], each of them perhaps `| None`, and list[D] of a dataclass
+D of such fields, which is written as tables, [[section.key]]. The names of a dict[str, str] are those of modules: their
+dots do not nest.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import types
 from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-_LISTS = {str: "a list of strings", float: "a list of numbers"}
+_LISTS = {str: "a list of strings", float: "a list of numbers", list[str]: "a list of lists of strings"}
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
@@ -148,6 +149,8 @@ def parse_text(text: str, kind: Any) -> Any:
             return inner(text)
         except ValueError:
             return text
+    if item_type(inner) == list[str] and not text.startswith("["):
+        return [parse_text(item, item_type(inner)) for item in text.split(";") if item.strip()]
     if get_origin(inner) is list and not text.startswith("["):
         return [parse_text(item.strip(), item_type(inner)) for item in text.split(",") if item.strip()]
     if inner is None or get_origin(inner) in (list, dict):

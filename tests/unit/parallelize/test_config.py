@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import accelerate
 import pytest
 from accelerate.utils import TorchContextParallelConfig, TorchTensorParallelConfig
 
 from parallelize.config import (
+    PIPELINE_SCHEDULES,
     TENSOR_PARALLEL_STYLES,
     ActivationCheckpointConfig,
     CompileConfig,
@@ -17,6 +19,7 @@ from parallelize.config import (
     async_tensor_parallel_problems,
     check,
     choice_problems,
+    zero_bubble_compile_problems,
 )
 
 
@@ -36,6 +39,13 @@ def test_defaults_are_the_documented_ones():
         enable_async_tensor_parallel=False,
         tensor_parallel_plan={},
         pipeline_parallel_degree=1,
+        pipeline_parallel_schedule="1F1B",
+        pipeline_parallel_schedule_csv="",
+        pipeline_parallel_microbatch_size=1,
+        pipeline_parallel_layers_per_stage=0,
+        pipeline_parallel_first_stage_less_layers=-1,
+        pipeline_parallel_last_stage_less_layers=-1,
+        module_fqns_per_model_part=[],
         context_parallel_degree=1,
     )
     assert (ActivationCheckpointConfig().mode, CompileConfig().enable) == ("none", False)
@@ -57,11 +67,86 @@ def test_shard_degree_is_positive_or_the_rest(value: int):
     assert problem.startswith(f"parallelism.data_parallel_shard_degree = {value}: must be at least 1, or -1")
 
 
-@pytest.mark.parametrize("name", ["pipeline_parallel_degree", "context_parallel_degree"])
-def test_what_is_not_there_yet_is_refused_with_the_remedy(name: str):
-    (problem,) = ParallelismConfig(**{name: 2}).problems()
-    assert f"parallelism.{name} = 2" in problem
+def test_what_is_not_there_yet_is_refused_with_the_remedy():
+    (problem,) = ParallelismConfig(context_parallel_degree=2).problems()
+    assert "parallelism.context_parallel_degree = 2" in problem
     assert "set it to 1 and use data_parallel_shard_degree" in problem
+
+
+# --- pipeline parallelism
+
+
+@pytest.mark.parametrize("name", [*PIPELINE_SCHEDULES, "1f1b", "GPIPE", "dualpipev"])
+def test_a_schedule_is_named_in_any_case(name: str):
+    assert ParallelismConfig(pipeline_parallel_degree=4, pipeline_parallel_schedule=name).problems() == []
+
+
+def test_a_schedule_that_there_is_not_is_told_the_nearest_and_all():
+    (problem,) = ParallelismConfig(pipeline_parallel_schedule="zero_bubble").problems()
+    assert problem == (
+        'parallelism.pipeline_parallel_schedule = "zero_bubble": must be one of GPipe, 1F1B, Interleaved1F1B, '
+        'LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble, DualPipeV; the nearest is "ZBVZeroBubble".'
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("microbatch_size", 0, "at least 1 (sequences)"),
+        ("layers_per_stage", -1, "at least 0 (layers; 0 means by the schedule)"),
+        ("first_stage_less_layers", -2, "at least -1 (layers; -1 means by cost)"),
+        ("last_stage_less_layers", -2, "at least -1 (layers; -1 means by cost)"),
+    ],
+)
+def test_numbers_of_a_pipeline_have_a_minimum(name: str, value: int, rule: str):
+    (problem,) = ParallelismConfig(**{f"pipeline_parallel_{name}": value}).problems()
+    assert problem == f"parallelism.pipeline_parallel_{name} = {value}: must be {rule}."
+    assert ParallelismConfig(**{f"pipeline_parallel_{name}": value + 1}).problems() == []
+
+
+def test_a_file_with_a_schedule_must_be_there_where_it_is_used(tmp_path: Path):
+    missing = str(tmp_path / "schedule.csv")
+    (problem,) = ParallelismConfig(pipeline_parallel_degree=2, pipeline_parallel_schedule_csv=missing).problems()
+    assert problem.startswith(f'parallelism.pipeline_parallel_schedule_csv = "{missing}": no such file from ')
+    assert ParallelismConfig(pipeline_parallel_schedule_csv=missing).problems() == []
+    Path(missing).touch()
+    assert ParallelismConfig(pipeline_parallel_degree=2, pipeline_parallel_schedule_csv=missing).problems() == []
+
+
+def test_a_module_belongs_to_one_part():
+    assert ParallelismConfig(module_fqns_per_model_part=[["model.layers.0"], ["lm_head"]]).problems() == []
+    problems = ParallelismConfig(module_fqns_per_model_part=[["a", "b"], ["b"], [], ["c", "b"]]).problems()
+    assert problems == [
+        'parallelism.module_fqns_per_model_part names "b" 3 times: a module belongs to one stage; leave it in one of '
+        "them.",
+        "parallelism.module_fqns_per_model_part: part 2 has no modules; name some, or leave the part out.",
+    ]
+
+
+@pytest.mark.parametrize("name", PIPELINE_SCHEDULES)
+def test_a_backward_in_halves_and_compiled_layers_are_refused(name: str):
+    compiled = CompileConfig(enable=True)
+    config = ParallelismConfig(pipeline_parallel_degree=2, pipeline_parallel_schedule=name.lower())
+    problems = zero_bubble_compile_problems(config, compiled)
+    assert bool(problems) == (name in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"))
+    for problem in problems:
+        assert problem.startswith(f'parallelism.pipeline_parallel_schedule = "{name.lower()}": computes the gradients')
+        assert "one of GPipe, 1F1B, Interleaved1F1B, LoopedBFS, or set compile.components = [" in problem
+    assert zero_bubble_compile_problems(config, CompileConfig()) == []
+    assert zero_bubble_compile_problems(config, CompileConfig(enable=True, components=["loss"])) == []
+    assert zero_bubble_compile_problems(dataclasses.replace(config, pipeline_parallel_degree=1), compiled) == []
+
+
+@pytest.mark.parametrize(("actions", "refused"), [("0F0,0B0\n1F0,1B0\n", False), ("0F0,0I0,0W0\n1F0,1B0\n", True)])
+def test_a_file_says_itself_whether_its_backward_is_in_halves(tmp_path: Path, actions: str, refused: bool):
+    path = tmp_path / "schedule.csv"
+    path.write_text(actions)
+    config = ParallelismConfig(
+        pipeline_parallel_degree=2, pipeline_parallel_schedule="DualPipeV", pipeline_parallel_schedule_csv=str(path)
+    )
+    problems = zero_bubble_compile_problems(config, CompileConfig(enable=True))
+    assert len(problems) == refused
+    assert all(f'schedule_csv = "{path}" (which has actions I and W)' in problem for problem in problems)
 
 
 # --- tensor parallelism

@@ -42,7 +42,8 @@ def test_degrees_must_multiply_to_the_world(world_size: int, replicate: int, sha
         _resolve(world_size, replicate, shard)
     assert f"data_parallel_replicate_degree = {replicate}" in str(caught.value)
     assert f"data_parallel_shard_degree = {shard}" in str(caught.value)
-    assert "tensor_parallel_degree = 1)" in str(caught.value)
+    assert "(pipeline_parallel_degree = 1, " in str(caught.value)
+    assert "context_parallel_degree = 1, tensor_parallel_degree = 1)" in str(caught.value)
     assert "-1 takes the rest" in str(caught.value)
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from parallelize.costs import AttentionCost
-from transformers_backend.decoder import describe_decoder
-from transformers_backend.flops import attention_costs, count_matmul_parameters, model_flops_per_token
-from transformers_backend.twin import build_twin
+from transformers_backend.decoder import Decoder, describe_decoder
+from transformers_backend.flops import (
+    ModelFlops,
+    attention_costs,
+    count_matmul_parameters,
+    layer_flops,
+    model_flops_per_token,
+)
+from transformers_backend.twin import WINDOW, build_twin
 
 SEQUENCE = 40
 
@@ -41,6 +47,49 @@ def test_against_torchs_counter(model_type: str):
     assert ours == pytest.approx(counted, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        *((name, {}) for name in ["llama", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt2", "gpt_neox",
+                                  "granite", "bloom", "opt", "xglm", "youtu", "modernbert-decoder", "hrm_text"]),
+        ("opt", {"word_embed_proj_dim": 512, "hidden_size": 1024, "do_layer_norm_before": False}),
+        ("lfm2", {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_layer_and_what_is_beside_them_against_torchs_counter(model_type: str, fields: dict):
+    """At a sequence of one window, where eager attention computes no more than the window."""
+    twin = _twin(model_type, **fields)
+    decoder = describe_decoder(twin)
+    ours, counted = layer_flops(twin, decoder, WINDOW), _counted(twin, decoder.layers)
+    for mine, torchs in zip((*ours.layers, *ours[1:]), (*counted.layers, *counted[1:]), strict=True):
+        assert mine == pytest.approx(torchs, rel=0.03, abs=0.002 * counted.total)
+    assert ours.total == model_flops_per_token(twin, decoder, WINDOW)
+
+
+def _counted(twin: PreTrainedModel, layer_names: tuple[str, ...]) -> ModelFlops:
+    """What torch counts in the forward of one sequence, times 3, a token: of each layer, before and after them."""
+    marks, layers, began = [], dict.fromkeys(layer_names, 0), [0]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+
+        def begin(*_):
+            began[0] = counter.get_total_flops()
+            marks.append(began[0])
+
+        def end(name: str):
+            layers[name] += counter.get_total_flops() - began[0]
+            marks.append(counter.get_total_flops())
+
+        for name in layer_names:
+            layer = twin.get_submodule(name)
+            layer.register_forward_pre_hook(begin)
+            layer.register_forward_hook(lambda *_, name=name: end(name))
+        twin(input_ids=torch.zeros(1, WINDOW, dtype=torch.int64), use_cache=False)
+    scale = 3 / WINDOW
+    after = counter.get_total_flops() - marks[-1]
+    return ModelFlops([flops * scale for flops in layers.values()], marks[0] * scale, after * scale)
+
+
 def test_by_hand():
     """Llama with grouped-query attention, sizes small enough to count."""
     fields = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
@@ -54,6 +103,35 @@ def test_by_hand():
     assert count_matmul_parameters(model, decoder) == 3 * layer + 16 + 16 * 100
     per_token = 6 * (3 * layer + 16 + 1600) + 3 * 12 * 4 * 6 * 10
     assert model_flops_per_token(model, decoder, 10) == per_token
+    flops = layer_flops(model, decoder, 10)
+    assert flops.layers == [6 * layer + 12 * 4 * 6 * 10] * 3
+    assert (flops.before_layers, flops.after_layers) == (0, 6 * (16 + 1600))
+
+
+def test_projections_and_norms_beside_the_layers_count_where_they_run():
+    """On models without memory: OPT-350m's projections, BLOOM's norm behind the embedding."""
+    config = CONFIG_MAPPING["opt"](
+        hidden_size=1024, word_embed_proj_dim=512, num_attention_heads=16, num_hidden_layers=2, vocab_size=1000
+    )
+    flops = layer_flops(*_on_meta(config), 10)
+    assert (flops.before_layers, flops.after_layers) == (6 * 1024 * 512, 6 * (2 * 1024 + 1024 * 512 + 512 * 1000))
+    config = CONFIG_MAPPING["bloom"](hidden_size=64, n_layer=2, vocab_size=1000)
+    flops = layer_flops(*_on_meta(config), 10)
+    assert (flops.before_layers, flops.after_layers) == (6 * 2 * 64, 6 * (2 * 64 + 64 * 1000))
+
+
+def test_layers_that_slide_cost_less_in_long_sequences():
+    model, decoder = _on_meta(CONFIG_MAPPING["gemma3_text"](num_hidden_layers=6, sliding_window=512))
+    flops = layer_flops(model, decoder, 8192)
+    assert len(set(flops.layers[:5])) == 1
+    heads, head_dim = model.config.num_attention_heads, model.config.head_dim
+    assert flops.layers[5] - flops.layers[0] == 12 * heads * head_dim * (8192 - 512)
+
+
+def _on_meta(config: PreTrainedConfig) -> tuple[PreTrainedModel, Decoder]:
+    with torch.device("meta"):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    return model, describe_decoder(model)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,9 @@ num_workers = 4
 pin_memory = true
 [parallelism]
 data_parallel_shard_degree = -1
-pipeline_parallel_schedule = "1F1B"
+pipeline_parallel_schedule = "Interleaved1F1B"
+pipeline_parallel_layers_per_stage = 4
+module_fqns_per_model_part = [["model.embed_tokens", "model.layers.0"], ["model.norm", "lm_head"]]
 expert_parallel_degree = 1
 [activation_checkpoint]
 mode = "selective"
@@ -99,6 +102,18 @@ def test_no_file_is_the_default_run() -> None:
         (["--compile.components", "model,loss"], "compile", "components", ["model", "loss"]),
         (["--compile.components", '["model"]'], "compile", "components", ["model"]),
         (["--compile.components", ""], "compile", "components", []),
+        (
+            ["--parallelism.module_fqns_per_model_part", "a, b;c"],
+            "parallelism",
+            "module_fqns_per_model_part",
+            [["a", "b"], ["c"]],
+        ),
+        (
+            ["--parallelism.module_fqns_per_model_part", '[["a"], ["b"]]'],
+            "parallelism",
+            "module_fqns_per_model_part",
+            [["a"], ["b"]],
+        ),
         (["--lr_scheduler.decay_ratio", "none"], "lr_scheduler", "decay_ratio", None),
         (["--training.max_norm", "inf"], "training", "max_norm", float("inf")),
         (["--optimizer.lr", "1e-3"], "optimizer", "lr", 1e-3),
@@ -106,7 +121,7 @@ def test_no_file_is_the_default_run() -> None:
         (["--job.description", "none, or so = it"], "job", "description", "none, or so = it"),
         (["--activation_checkpoint.selective_ac_option", "2"], "activation_checkpoint", "selective_ac_option", "2"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
 def test_command_line_values(options: list[str], section: str, key: str, value: object) -> None:
     found = getattr(getattr(load_job_config(options), section), key)
@@ -224,7 +239,7 @@ def test_the_plan_of_tensor_parallelism_has_the_names_of_modules_as_keys(tmp_pat
         ("[checkpoint]\nload_step = -2", "checkpoint.load_step = -2: must be at least 0, or -1 for the latest"),
         ("[profiling]\nmax_ranks = 0", "profiling.max_ranks = 0: must be at least 1, or -1 for all ranks."),
         ("[profiling]\nprofile_freq = 3", "profiling.profile_freq = 3: must be at least profiler_warmup + "),
-        ("[parallelism]\ncontext_parallel_degree = 2", "parallelism.context_parallel_degree = 2: this version splits"),
+        ("[parallelism]\ncontext_parallel_degree = 2", "context_parallel_degree = 2: this version does not split"),
         ("[parallelism]\ndisable_loss_parallel = true", "parallelism.disable_loss_parallel = true: with tensor"),
         ("[parallelism]\nsequence_parallel = true", 'sequence_parallel = true: must be one of "auto", "always"'),
         ("[parallelism.tensor_parallel_plan]\nlm_head = 1", "lm_head = 1}: must be a table of strings."),
@@ -416,11 +431,58 @@ def test_a_batch_is_shared_by_data_ranks_not_by_tensor_parallel_ones(tensor, sha
         validate(config, world_size=8)
 
 
+PIPELINE = "[parallelism]\npipeline_parallel_degree = 4\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        ("[training]\nlocal_batch_size = 4\n", []),
+        ("[training]\nlocal_batch_size = 3\n", ["training.local_batch_size = 3 in micro-batches of 1: .* at least 4"]),
+        ("pipeline_parallel_microbatch_size = 3\n", [r"training.local_batch_size = 8: must be divisible by .* = 3"]),
+        ('pipeline_parallel_schedule = "DualPipeV"\n', []),
+        ('pipeline_parallel_schedule = "DualPipeV"\npipeline_parallel_microbatch_size = 2\n', ["at least 8, one for"]),
+        ('pipeline_parallel_schedule = "zbvzerobubble"\n[compile]\nenable = true\n', ["computes the gradients of"]),
+        ('module_fqns_per_model_part = [["a"], ["b"]]\n', ["has 2 parts.* must be exactly 4"]),
+        ('[validation]\nenable = true\ndataset = "python_stdlib"\nlocal_batch_size = 2\n',
+         ["validation.local_batch_size = 2 in micro-batches of 1: .* at least 4"]),
+        ("[validation]\nlocal_batch_size = 2\n", []),
+    ],
+)  # fmt: skip
+def test_what_the_pipeline_needs_of_a_batch(tmp_path: Path, text: str, messages: list[str]) -> None:
+    path = write(tmp_path, MINIMAL + PIPELINE + text)
+    if not messages:
+        assert load_job_config([path]).parallelism.pipeline_parallel_degree == 4
+        return
+    with pytest.raises(ValueError, match="Invalid configuration") as raised:
+        load_job_config([path])
+    problems = str(raised.value).splitlines()[1:]
+    assert len(problems) == len(messages)
+    assert all(re.search(message, problem) for message, problem in zip(messages, problems, strict=True))
+
+
+def test_a_pipeline_schedule_of_a_file_is_read_before_anything_starts(tmp_path: Path) -> None:
+    schedule = tmp_path / "schedule.csv"
+    options = ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "1"]
+    options += ["--parallelism.pipeline_parallel_schedule_csv", str(schedule)]
+    assert "no such file" in refusal(tmp_path, MINIMAL, *options)
+    schedule.write_text("0F0,0B0\n1F0\n")
+    assert "stage 1, micro-batch 0: needs one backward" in refusal(tmp_path, MINIMAL, *options)
+    schedule.write_text("0F0,0B0\n1F0,1B0\n")
+    assert load_job_config([write(tmp_path, MINIMAL), *options]).training.local_batch_size == 1
+    assert "must be exactly 1, as the file has them" in refusal(
+        tmp_path, MINIMAL, *options, "--training.local_batch_size", "2"
+    )
+
+
 def test_torchtitan_file_loads_unchanged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = load_job_config([write(tmp_path, TORCHTITAN), "--metrics.no_enable_wandb", "--comm.mode", "default"])
     assert config.model.hf_assets_path == "Qwen/Qwen3-0.6B"  # from tokenizer_path
     assert config.training.max_norm == 1.0
     assert config.training.num_workers == 4  # from the table training.dataloader
+    assert config.parallelism.pipeline_parallel_schedule == "Interleaved1F1B"
+    assert config.parallelism.pipeline_parallel_layers_per_stage == 4
+    assert config.parallelism.module_fqns_per_model_part[1] == ["model.norm", "lm_head"]
     assert (config.compile.components, config.activation_checkpoint.selective_ac_option) == (["model"], "op")
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "model.tokenizer_path is deprecated in torchtitan; read as model.hf_assets_path." in warnings
@@ -429,7 +491,7 @@ def test_torchtitan_file_loads_unchanged(tmp_path: Path, caplog: pytest.LogCaptu
         "job.custom_config_module", "comm.mode", "model.name",
         "model.flavor", "model.converters",
         "optimizer.early_step_in_backward", "training.dataloader.pin_memory",
-        "parallelism.pipeline_parallel_schedule", "parallelism.expert_parallel_degree",
+        "parallelism.expert_parallel_degree",
         "quantize.linear.float8.enable_fsdp_float8_all_gather", "experimental.custom_import",
     }  # fmt: skip
     assert len(warnings) == len(ignored) + 1

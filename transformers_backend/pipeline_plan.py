@@ -1,0 +1,129 @@
+"""How a model is cut into the stages of a pipeline: which layers each gets, where it runs, what it holds.
+
+Found out before the model is changed (`HFTransformerModel.parallelize`), and shown by scripts/plan_pipeline.py. Costs come
+from `flops.py`, the balance from `parallelize/pipeline_parallel/split.py`; the tall twin says where a model may be cut
+and proves the cut (`stage_proof.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from parallelize.config import ParallelismConfig
+from parallelize.pipeline_parallel.schedules import rank_of_stage, stage_count
+from parallelize.pipeline_parallel.split import (
+    StageShare,
+    first_and_last_cost,
+    split_by_names,
+    split_layers,
+    stage_shares,
+)
+from transformers_backend.decoder import Decoder
+from transformers_backend.flops import ModelFlops, layer_flops
+from transformers_backend.stage_proof import TallTwin
+from transformers_backend.stages import StageSplit
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """The stages of a pipeline; the same on every rank."""
+
+    split: StageSplit
+    rank_of_stage: tuple[int, ...]
+    """For each stage, its rank among those of the pipeline."""
+    shares: tuple[StageShare, ...]
+    """What each stage has of the model's layers, parameters and FLOPs."""
+
+    def ranks_of(self, parameter: str) -> tuple[int, ...]:
+        """The pipeline ranks that hold a parameter (by the first of its names, where it is tied), ascending."""
+        return tuple(sorted({self.rank_of_stage[stage] for stage in self.split.stages_of(parameter)}))
+
+    def stages_of_rank(self, rank: int) -> list[int]:
+        return [stage for stage, owner in enumerate(self.rank_of_stage) if owner == rank]
+
+
+def plan_pipeline(
+    hf_model: PreTrainedModel,
+    decoder: Decoder,
+    attn_implementation: str | None,
+    parallelism: ParallelismConfig,
+    seq_len: int,
+) -> PipelinePlan | None:
+    """The plan for a whole model (meta or real), proven on the tall twin; None where there is no pipeline.
+
+    seq_len: tokens of a sequence, for the cost of attention. Raises a ValueError for a model that cannot be cut so.
+    """
+    degree, csv = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule_csv
+    if degree == 1:
+        return None
+    twin = TallTwin(hf_model.config, type(hf_model), attn_implementation)
+    facts = twin.look_at_layers()
+    flops = layer_flops(hf_model, decoder, seq_len)
+    ranges = _split(hf_model, decoder, parallelism, flops, facts.forbidden_cuts)
+    split = twin.prove_stages([[decoder.layers[index] for index in layers] for layers in ranges], facts)
+    shares = stage_shares(
+        ranges,
+        flops.layers,
+        first_cost=flops.before_layers,
+        last_cost=flops.after_layers,
+        parameters=_count_parameters(hf_model, split),
+    )
+    ranks = [
+        rank_of_stage(parallelism.pipeline_parallel_schedule, stage, degree, len(ranges), csv=csv)
+        for stage in range(len(ranges))
+    ]
+    return PipelinePlan(split, tuple(ranks), tuple(shares))
+
+
+def _split(
+    hf_model: PreTrainedModel,
+    decoder: Decoder,
+    parallelism: ParallelismConfig,
+    flops: ModelFlops,
+    forbidden_cuts: frozenset[int],
+) -> list[range]:
+    """The layers of each stage, by cost or as `module_fqns_per_model_part` names them."""
+    parts = parallelism.module_fqns_per_model_part
+    first_less = parallelism.pipeline_parallel_first_stage_less_layers
+    last_less = parallelism.pipeline_parallel_last_stage_less_layers
+    stages = stage_count(
+        parallelism.pipeline_parallel_schedule,
+        parallelism.pipeline_parallel_degree,
+        len(decoder.layers),
+        0 if parts else parallelism.pipeline_parallel_layers_per_stage,
+        less_layers=max(0, first_less) + max(0, last_less),
+        csv=parallelism.pipeline_parallel_schedule_csv,
+    )
+    if parts:
+        places = _places(hf_model, decoder)
+        return split_by_names(parts, decoder.layers, places=places, stages=stages, forbidden_cuts=forbidden_cuts)
+    first_cost, last_cost = first_and_last_cost(
+        flops.layers,
+        first_cost=flops.before_layers,
+        last_cost=flops.after_layers,
+        first_stage_less_layers=first_less,
+        last_stage_less_layers=last_less,
+    )
+    return split_layers(
+        flops.layers, first_cost=first_cost, last_cost=last_cost, stages=stages, forbidden_cuts=forbidden_cuts
+    )
+
+
+def _places(hf_model: PreTrainedModel, decoder: Decoder) -> dict[str, str]:
+    """In which part modules beside the layers may be named."""
+    in_layers = tuple(f"{layer}." for layer in decoder.layers)
+    beside = [name for name, _ in hf_model.named_modules() if name and not f"{name}.".startswith(in_layers)]
+    known = {decoder.embedding: "first", decoder.head: "last", decoder.final_norm: "last"}
+    return {name: known.get(name, "any") for name in beside}
+
+
+def _count_parameters(hf_model: PreTrainedModel, split: StageSplit) -> Sequence[int]:
+    """Parameters of each stage; one that several hold counts on each."""
+    counts = [0] * len(split.stages)
+    for name, parameter in hf_model.named_parameters():
+        for stage in split.stages_of(name):
+            counts[stage] += parameter.numel()
+    return counts
