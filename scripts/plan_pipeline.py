@@ -2,36 +2,26 @@
 
 CONFIG.toml and options are those of scripts/train.sh, such as --parallelism.pipeline_parallel_degree 4. It prints a
 table of the stages and the share of time in which ranks are idle, and with --plot it draws who computes what when. One
-process and no GPU are needed: only the model's config is read, and communication takes no time here. Whether the model
-can be cut where it says is found out when a run starts.
+process and no GPU are needed: only the model's config is read, and communication takes no time here.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs straight from a checkout
 
-from transformers import PreTrainedModel
-
-from parallelize.config import ParallelismConfig
-from parallelize.pipeline_parallel.schedules import bubble_share, canonical_name, rank_of_stage, stage_count, timeline
-from parallelize.pipeline_parallel.split import (
-    StageShare,
-    first_and_last_cost,
-    split_by_names,
-    split_layers,
-    stage_shares,
-)
+from parallelize.pipeline_parallel.schedules import bubble_share, canonical_name, timeline
+from parallelize.pipeline_parallel.split import StageShare
 from parallelize.pipeline_parallel.timeline import Slot
-from transformers_backend.decoder import Decoder, describe_decoder
-from transformers_backend.flops import layer_flops
+from transformers_backend.decisions import proven_attention
+from transformers_backend.decoder import describe_decoder
 from transformers_backend.job_config import JobConfig, load_job_config
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
+from transformers_backend.pipeline_plan import plan_pipeline
 from transformers_backend.run_summary import stage_table
 
 # Colours that stay apart for colour-blind readers and in print (Okabe and Ito, https://jfly.uni-koeln.de/color/).
@@ -66,78 +56,27 @@ def make_plan(config: JobConfig) -> Plan:
         )
     model_args = HFTransformerModelArgs().update_from_config(config)
     hf_model = build_on_meta(*model_args.resolve(), model_args)
+    pipeline = plan_pipeline(
+        hf_model, describe_decoder(hf_model), proven_attention(model_args.attn_implementation), parallelism,
+        config.training.seq_len,
+    )  # fmt: skip
     schedule, csv = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_schedule_csv
-    shares = split_model(hf_model, parallelism, config.training.seq_len)
-    stages = len(shares)
+    stages = len(pipeline.shares)
     micro_batches = config.training.local_batch_size // parallelism.pipeline_parallel_microbatch_size
     return Plan(
         name=Path(csv).name if csv else canonical_name(schedule),
-        stages=shares,
-        ranks=[rank_of_stage(schedule, stage, pp, stages, csv=csv) for stage in range(stages)],
+        stages=list(pipeline.shares),
+        ranks=list(pipeline.rank_of_stage),
         micro_batches=micro_batches,
         timeline=timeline(
             schedule,
             pp=pp,
             stages=stages,
             micro_batches=micro_batches,
-            forward_costs=[share.share * stages for share in shares],
+            forward_costs=[share.share * stages for share in pipeline.shares],
             csv=csv,
         ),
     )
-
-
-def split_model(hf_model: PreTrainedModel, parallelism: ParallelismConfig, seq_len: int) -> list[StageShare]:
-    """The stages of a model (on the meta device), by cost or as `module_fqns_per_model_part` names them."""
-    decoder = describe_decoder(hf_model)
-    costs, first_cost, last_cost = layer_flops(hf_model, decoder, seq_len)
-    less = (
-        parallelism.pipeline_parallel_first_stage_less_layers,
-        parallelism.pipeline_parallel_last_stage_less_layers,
-    )
-    parts = parallelism.module_fqns_per_model_part
-    stages = stage_count(
-        parallelism.pipeline_parallel_schedule,
-        parallelism.pipeline_parallel_degree,
-        len(decoder.layers),
-        0 if parts else parallelism.pipeline_parallel_layers_per_stage,
-        less_layers=sum(max(0, layers) for layers in less),
-        csv=parallelism.pipeline_parallel_schedule_csv,
-    )
-    if parts:
-        stages = None if not parallelism.pipeline_parallel_schedule_csv else stages
-        split = split_by_names(parts, decoder.layers, places=_places(hf_model, decoder), stages=stages)
-    else:
-        first, last = first_and_last_cost(
-            costs,
-            first_cost=first_cost,
-            last_cost=last_cost,
-            first_stage_less_layers=less[0],
-            last_stage_less_layers=less[1],
-        )
-        split = split_layers(costs, first_cost=first, last_cost=last, stages=stages)
-    parameters = count_parameters(hf_model, decoder, split)
-    return stage_shares(split, costs, first_cost=first_cost, last_cost=last_cost, parameters=parameters)
-
-
-def _places(hf_model: PreTrainedModel, decoder: Decoder) -> dict[str, str]:
-    """Where modules beside the layers may be named."""
-    in_layers = tuple(f"{layer}." for layer in decoder.layers)
-    beside = [name for name, _ in hf_model.named_modules() if name and not f"{name}.".startswith(in_layers)]
-    known = {decoder.embedding: "first", decoder.head: "last", decoder.final_norm: "last"}
-    return {name: known.get(name, "any") for name in beside}
-
-
-def count_parameters(hf_model: PreTrainedModel, decoder: Decoder, split: Sequence[range]) -> list[int]:
-    """Parameters of each stage. Head and final norm are the last one's, what else is beside the layers the first one's;
-    a tied embedding is on both."""
-    held: list[dict[int, int]] = [{} for _ in split]
-    in_layers = {f"{decoder.layers[layer]}.": stage for stage, layers in enumerate(split) for layer in layers}
-    after = tuple(f"{name}." for name in (decoder.head, decoder.final_norm) if name)
-    for name, parameter in hf_model.named_parameters(remove_duplicate=False):
-        beside = len(split) - 1 if name.startswith(after) else 0
-        stage = next((stage for prefix, stage in in_layers.items() if name.startswith(prefix)), beside)
-        held[stage][id(parameter)] = parameter.numel()
-    return [sum(numbers.values()) for numbers in held]
 
 
 def describe(plan: Plan) -> list[str]:

@@ -46,8 +46,8 @@ from parallelize.mixed_precision import parameters_cast_to
 from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
 from parallelize.pipeline_parallel.runtime import Pipeline
-from parallelize.pipeline_parallel.shared import summed_gradients
 from parallelize.pipeline_parallel.schedules import build_schedule
+from parallelize.pipeline_parallel.shared import summed_gradients
 from transformers_backend.decisions import (
     TensorParallelism,
     check_every_layer_runs,
@@ -241,7 +241,9 @@ class HFTransformerModel:
         def run_stage(stage: int, hidden_states: torch.Tensor | None, **batch) -> torch.Tensor:
             targets = batch.pop("targets")
             inputs = self._inputs(**batch)
-            return self.hf_model(stage=stage, hidden_states=hidden_states, targets=targets.view_as(inputs["input_ids"]), **inputs)
+            return self.hf_model(
+                stage=stage, hidden_states=hidden_states, targets=targets.view_as(inputs["input_ids"]), **inputs
+            )
 
         def make_schedule(stages, micro_batches, loss_fn):
             return build_schedule(
@@ -363,7 +365,9 @@ class HFTransformerModel:
         if position_ids is not None:
             batch["position_ids"] = position_ids.to(self.device)
         rows = input_ids.shape[0]
-        micro_batches = rows // self._microbatch_size if targets is not None else rows // math.gcd(rows, self._microbatch_size)
+        micro_batches = (
+            rows // self._microbatch_size if targets is not None else rows // math.gcd(rows, self._microbatch_size)
+        )
         with self.computing():
             like = self._hidden_states_like(batch, rows // micro_batches)
             if targets is None:

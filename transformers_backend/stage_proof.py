@@ -80,7 +80,9 @@ class TallTwin:
         stages = tuple(tuple(stage) for stage in stages)
         of_all = StageSplit(stages, (everything,) * len(stages), facts.containers)
         try:
-            needed = tuple(_outer_parameters_with_gradient(_Run(twin, self.decoder, of_all, self._input_ids, self._labels)))
+            needed = tuple(
+                _outer_parameters_with_gradient(_Run(twin, self.decoder, of_all, self._input_ids, self._labels))
+            )
             chosen = StageSplit(stages, needed, facts.containers)
             for split in (chosen, of_all):
                 reason = self._difference(split)

@@ -204,7 +204,9 @@ class LocalStages:
 
 def outer_parameters(hf_model: PreTrainedModel, decoder: Decoder) -> list[str]:
     """Names of the parameters outside the layers, tied ones under the first of their names."""
-    return [name for name, _ in hf_model.named_parameters() if not name.startswith(tuple(f"{n}." for n in decoder.layers))]
+    return [
+        name for name, _ in hf_model.named_parameters() if not name.startswith(tuple(f"{n}." for n in decoder.layers))
+    ]
 
 
 def replace_parameters(

@@ -94,7 +94,10 @@ class Pipeline:
     @torch.no_grad()
     def forward(self, inputs: Inputs, micro_batches: int, like: torch.Tensor) -> list[torch.Tensor]:
         """What the last stage yields for each micro-batch, in order; nothing on ranks without it."""
-        pieces = [dict(zip(inputs, rows, strict=True)) for rows in zip(*(t.chunk(micro_batches) for t in inputs.values()), strict=True)]
+        pieces = [
+            dict(zip(inputs, rows, strict=True))
+            for rows in zip(*(t.chunk(micro_batches) for t in inputs.values()), strict=True)
+        ]
         kept: dict[int, list[torch.Tensor]] = {}  # outputs for a next stage on this rank
         outputs, sends = [], []
         for stage in self.local:
@@ -112,7 +115,9 @@ class Pipeline:
                     kept.setdefault(stage, []).append(output)
                 else:
                     output = output.contiguous()
-                    sends.append((output, dist.isend(output, group=self._group, group_dst=self._rank_of_stage[stage + 1])))
+                    sends.append(
+                        (output, dist.isend(output, group=self._group, group_dst=self._rank_of_stage[stage + 1]))
+                    )
         for _, send in sends:
             send.wait()
         return outputs

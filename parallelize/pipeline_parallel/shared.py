@@ -16,9 +16,7 @@ from torch.distributed.tensor import DTensor
 
 
 @contextlib.contextmanager
-def summed_gradients(
-    shared: Mapping[nn.Parameter, tuple[int, ...]], group: dist.ProcessGroup
-) -> Iterator[None]:
+def summed_gradients(shared: Mapping[nn.Parameter, tuple[int, ...]], group: dist.ProcessGroup) -> Iterator[None]:
     """What the block adds to the gradients of `shared` parameters is summed over the ranks (of `group`) that hold each.
 
     Gradients that were there before are left as they are, so that any number of blocks may accumulate.

@@ -24,7 +24,7 @@ from parallelize.tensor_parallel.local import (
 )
 from parallelize.tensor_parallel.plan import Split, TensorPlan
 from parallelize.tensor_parallel.randomness import ForkedRandomness
-from parallelize.tensor_parallel.sequence import Stack, SequenceShards
+from parallelize.tensor_parallel.sequence import SequenceShards, Stack
 from parallelize.tensor_parallel.styles import (
     enter_region,
     join_features,
