@@ -12,16 +12,12 @@ counting layers, as torchtitan does, is the special case of equal costs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-# Costs are counted in whole units, so that equal splits are equal in whatever order they are added up. The sum of all
-# is about 2^30, and so the sum of squares at most about 2^60.
-_UNITS = 2**30
-_NEVER = 2**61
+# Costs are counted in whole numbers, so that equal splits are equal in whatever order they are added up.
+_UNITS = 2**40
 
 
 def split_layers(
@@ -45,33 +41,56 @@ def split_layers(
     """
     count = len(layer_costs)
     _check_cuts(count, stages, forbidden_cuts)
-    unit = (sum(layer_costs) + first_cost + last_cost or 1.0) / _UNITS
-    ends = torch.tensor([0, *(round(cost / unit) for cost in layer_costs)]).cumsum(0)
-    cost = ends[None, :] - ends[:, None]  # (layers + 1, layers + 1), int64: of layers i to j - 1
-    never = torch.ones_like(cost, dtype=torch.bool).tril()
-    never[[cut for cut in forbidden_cuts if 0 < cut < count]] = True
-    by_stage = [cost + round(_extra(stage, stages, first_cost, last_cost) / unit) for stage in range(stages)]
-
-    dearest, _ = _best_cuts([costs.masked_fill(never, _NEVER) for costs in by_stage], torch.maximum)
-    # each rounding adds half a unit at most
-    squares = [costs.square().masked_fill(never | (costs > dearest + count + 1), _NEVER) for costs in by_stage]
-    _, cuts = _best_cuts(squares, torch.add)
-    return [range(begin, end) for begin, end in zip([0, *cuts], [*cuts, count], strict=True)]
+    costs = list(layer_costs)
+    costs[0] += first_cost
+    costs[-1] += last_cost
+    begins = [layer for layer in range(count) if layer == 0 or layer not in forbidden_cuts]  # of inseparable blocks
+    unit = (sum(costs) or 1.0) / _UNITS
+    units = [round(cost / unit) for cost in costs]
+    blocks = [sum(units[begin:end]) for begin, end in itertools.pairwise([*begins, count])]
+    highest = _lowest_maximum(blocks, stages) + count  # each rounding is half a unit at most
+    cuts = [begins[block] for block in _cuts_of_least_squares(blocks, stages, highest)]
+    return [range(begin, end) for begin, end in itertools.pairwise([0, *cuts, count])]
 
 
-def _best_cuts(by_stage: Sequence[torch.Tensor], combine: Callable[..., torch.Tensor]) -> tuple[int, list[int]]:
-    """The smallest value of all stages' costs combined, and the layers at which the stages but the first begin."""
-    best = by_stage[0][0]  # (layers + 1): where the stages so far hold the first j layers
-    begins = []
-    for costs in by_stage[1:]:
-        candidates = combine(best[:, None], costs).clamp(max=_NEVER)
-        best, begin = candidates.min(dim=0).values, candidates.argmin(dim=0)  # argmin takes the first of equals
-        begins.append(begin)
-    cuts, end = [], len(best) - 1
-    for begin in reversed(begins):
-        end = int(begin[end])
+def _lowest_maximum(blocks: Sequence[int], stages: int) -> int:
+    """The cost of the most expensive stage where it is cheapest: by bisection, filling one stage after the other."""
+    low, high = max(blocks), sum(blocks)
+    while low < high:
+        middle = (low + high) // 2
+        used, filled = 1, 0
+        for block in blocks:
+            filled += block
+            if filled > middle:
+                used, filled = used + 1, block
+        low, high = (low, middle) if used <= stages else (middle + 1, high)
+    return low
+
+
+def _cuts_of_least_squares(blocks: Sequence[int], stages: int, highest: int) -> list[int]:
+    """Where the stages but the first begin, so that none costs more than `highest` and their squares sum to the least.
+
+    Few blocks fit under `highest` at a time, so the work is about the square of the number of blocks.
+    """
+    best: dict[int, int] = {0: 0}  # least sum of squares of the stages so far, by the number of blocks they hold
+    begins: list[dict[int, int]] = []  # for each stage where it begins, by where it ends
+    for stage in range(stages):
+        following: dict[int, int] = {}
+        begins.append({})
+        for end in range(stage + 1, len(blocks) - (stages - 1 - stage) + 1):
+            cost = 0
+            for begin in range(end - 1, stage - 1, -1):
+                cost += blocks[begin]
+                if cost > highest:
+                    break
+                if begin in best and (end not in following or best[begin] + cost**2 <= following[end]):
+                    following[end], begins[stage][end] = best[begin] + cost**2, begin
+        best = following
+    cuts, end = [], len(blocks)
+    for by_end in reversed(begins):
+        end = by_end[end]
         cuts.insert(0, end)
-    return int(best[-1]), cuts
+    return cuts[1:]
 
 
 def _check_cuts(layers: int, stages: int, forbidden_cuts: Collection[int]) -> None:
