@@ -13,14 +13,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelize.config import (
@@ -40,14 +37,11 @@ from parallelize.distributed import (
     share_random_state,
     sum_over,
 )
-from parallelize.fsdp import reduced_once, reshard
+from parallelize.fsdp import reshard
 from parallelize.grad_norm import clip_grad_norm_
 from parallelize.mixed_precision import parameters_cast_to
 from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
-from parallelize.pipeline_parallel.runtime import Pipeline
-from parallelize.pipeline_parallel.schedules import build_schedule
-from parallelize.pipeline_parallel.shared import summed_gradients
 from transformers_backend.decisions import (
     TensorParallelism,
     check_every_layer_runs,
@@ -59,12 +53,13 @@ from transformers_backend.decisions import (
     without_wrong_compilation,
 )
 from transformers_backend.decoder import check_is_plain, describe_decoder, has_dropout
+from transformers_backend.evaluation import evaluation_mode
 from transformers_backend.isolation import Isolation, find_isolation, packed_inputs, usual_way
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
-from transformers_backend.pipeline_plan import PipelinePlan, plan_pipeline
+from transformers_backend.pipeline_plan import plan_pipeline
+from transformers_backend.pipelined import PipelinedModel
 from transformers_backend.proof import check_recomputation, prove
-from transformers_backend.stages import LocalStages
 from transformers_backend.tensor_proof import vocabulary_shard
 from transformers_backend.weights import (
     DEFAULT_FILE_SIZE,
@@ -126,13 +121,8 @@ class HFTransformerModel:
         self.loss_is_chunked = True
         """Whether the head runs chunk by chunk and full logits never exist; known once the loss is installed."""
         self._ready = False
-        self.pipeline_plan: PipelinePlan | None = None
-        """Which layers are on which rank; None without pipeline parallelism."""
-        self._stages: LocalStages | None = None
-        self._pipeline: Pipeline | None = None
-        self._shared_parameters: dict[str, tuple[int, ...]] = {}
-        self._microbatch_size = 1
-        self._like: tuple[tuple, torch.Tensor] | None = None
+        self.pipelined: PipelinedModel | None = None
+        """This rank's stages; None without pipeline parallelism, and otherwise `hf_model` has only their layers."""
         self._isolation: Isolation | None = None  # None: batches hold no packed documents, see `isolate_documents`
         self._local_losses_are_finite = torch.tensor(True)  # of the micro-batches since the last clipping
         self._step_was_finite = torch.tensor(True)  # and of those before it
@@ -157,8 +147,9 @@ class HFTransformerModel:
         param_dtype: dtype of the computation (bfloat16 for mixed precision); None is the parameters' own dtype, in
         which they are kept and updated either way. Gradients are summed over ranks in fp32.
         cpu_offload: keep shards and optimizer state in host memory. seed: of the initial weights, where they are not
-        loaded. seq_len: tokens of a sequence, by which layers are shared out among pipeline stages. mesh: that of another model of this process, to share its process groups; None makes a new one. Raises a
-        ValueError that lists every bad value.
+        loaded. seq_len: tokens of a sequence, by which layers are shared out among the
+        stages of a pipeline. mesh: that of another model of this process, to share its process groups; None makes a new
+        one. Raises a ValueError that lists every bad value.
         """
         if self._ready:
             raise ValueError(
@@ -180,23 +171,22 @@ class HFTransformerModel:
         if not self._is_meta:
             check_same_weights(self.hf_model)
         attention = proven_attention(self.model_args.attn_implementation)
-        pipeline = plan_pipeline(self.hf_model, self.decoder, attention, parallelism, seq_len)
+        pipeline_plan = plan_pipeline(self.hf_model, self.decoder, attention, parallelism, seq_len)
         split = choose_tensor_parallelism(self.hf_model, self.decoder, attention, self.mesh["tp"], parallelism)
         check_recomputation(self.hf_model.config, self.model_class, attention, activation_checkpoint)
         compile = without_wrong_compilation(
             compile, activation_checkpoint, self.hf_model, attention, self.device, split
         )
-        self.tensor_parallelism, self.pipeline_plan = split, pipeline
-        self._microbatch_size = parallelism.pipeline_parallel_microbatch_size
+        self.tensor_parallelism = split
         random = has_dropout(self.hf_model)
-        if pipeline is not None:
-            self._cut_into_stages(pipeline)
-        if self._stages is None or self._stages.has_last:
+        if pipeline_plan is not None:
+            self.pipelined = PipelinedModel(self.hf_model, self.decoder, pipeline_plan, self.mesh, parallelism)
+        if self.pipelined is None or self.pipelined.has_last_stage:
             self._install_loss(compile)
         parallelize_model(
             self.hf_model,
-            layers=self.decoder.layers if self._stages is None else self._stages.layers,
-            stacks=() if self._stages is None else self._stages.stacks,
+            layers=self.decoder.layers if self.pipelined is None else self.pipelined.layers,
+            stacks=() if self.pipelined is None else self.pipelined.stacks,
             separate_units=self._separate_units(),
             mesh=self.mesh,
             tensor_plan=None if split is None else split.plan.of_part(self.hf_model),
@@ -213,54 +203,23 @@ class HFTransformerModel:
             if not self._is_meta:
                 self.hf_model.to(self.device)
         self._fill(torch.device("cpu") if cpu_offload else self.device, seed)
-        if self._stages is not None:
-            self._stages.place_stand_ins(self.device, param_dtype or self.hf_model.dtype)
-            self._stages.install()
-            self._pipeline = self._make_pipeline(parallelism)
+        if self.pipelined is not None:
+            self.pipelined.start(
+                self._inputs,
+                device=self.device,
+                compute_dtype=param_dtype or self.hf_model.dtype,
+                sequence_parallel_degree=self.dims.tp if split is not None and split.sequence_parallel else 1,
+            )
         if split is not None:
             refuse_inner_outputs(self.hf_model, sequence_parallel=split.sequence_parallel)
             share_random_state(self.mesh.get_group("tp"))
         self._ready = True
         return self
 
-    def _cut_into_stages(self, pipeline: PipelinePlan) -> None:
-        local = pipeline.stages_of_rank(self.mesh.get_local_rank("pp"))
-        self._stages = LocalStages(self.hf_model, self.decoder, pipeline.split, local)
-        self._stages.drop_the_rest()
-        self._shared_parameters = {}
-        for name, parameter in self.hf_model.named_parameters():
-            if parameter.requires_grad and len(ranks := pipeline.ranks_of(name)) > 1:
-                self._shared_parameters[name] = ranks
-
     def _separate_units(self) -> list[str]:
         """An embedding that is not the head, too, is an FSDP2 unit of its own; in a pipeline, where it is."""
         embedding = self.hf_model.get_submodule(self.decoder.embedding)
         return [] if self.decoder.embedding_is_tied or not list(embedding.parameters()) else [self.decoder.embedding]
-
-    def _make_pipeline(self, parallelism: ParallelismConfig) -> Pipeline:
-        def run_stage(stage: int, hidden_states: torch.Tensor | None, **batch) -> torch.Tensor:
-            targets = batch.pop("targets")
-            inputs = self._inputs(**batch)
-            return self.hf_model(
-                stage=stage, hidden_states=hidden_states, targets=targets.view_as(inputs["input_ids"]), **inputs
-            )
-
-        def make_schedule(stages, micro_batches, loss_fn):
-            return build_schedule(
-                parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_schedule_csv,
-                stages, micro_batches, loss_fn,
-            )  # fmt: skip
-
-        own = list(self.hf_model.parameters())
-        is_sharded = isinstance(self.hf_model, FSDPModule)  # then modules hold gathered parameters as they compute
-        return Pipeline(
-            run_stage,
-            group=self.mesh.get_group("pp"),
-            device=self.device,
-            rank_of_stage=self.pipeline_plan.rank_of_stage,
-            make_schedule=make_schedule,
-            parameters=lambda: [p for p in (self.hf_model.parameters() if is_sharded else own) if p.requires_grad],
-        )
 
     def _install_loss(self, compile: CompileConfig) -> None:
         attention = proven_attention(self.model_args.attn_implementation)
@@ -341,56 +300,15 @@ class HFTransformerModel:
             num_items_in_batch = self.count_targets(labels)
         # A batch without a single target has loss 0 and no gradient, rather than 0 / 0.
         targets = torch.as_tensor(num_items_in_batch, device=self.device).clamp(min=1)
-        if self._pipeline is not None:
-            loss = self._run_pipeline(input_ids, labels, position_ids, targets)
-        else:
-            with self.computing():
-                loss = self._sum_loss(input_ids, labels, position_ids) / targets
+        batch = self._batch(input_ids, labels, position_ids)
+        with self.computing():
+            if self.pipelined is not None:
+                loss = self.pipelined.forward_backward(batch, targets)
+            else:
+                loss = self._sum_loss(**batch) / targets
                 loss.backward()
         self._local_losses_are_finite = self._local_losses_are_finite.to(self.device) & loss.detach().isfinite()
-        return sum_over(loss.detach(), [*self._data_meshes, *self._pipeline_meshes])
-
-    def _run_pipeline(
-        self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        targets: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Run this rank's stages on all micro-batches of a batch; without `targets` forward only.
-
-        The loss of the batch divided by `targets`, or the summed one; 0 on ranks without the last stage.
-        """
-        batch = {"input_ids": input_ids.to(self.device), "targets": shift_labels(labels.to(self.device))}
-        if position_ids is not None:
-            batch["position_ids"] = position_ids.to(self.device)
-        rows = input_ids.shape[0]
-        micro_batches = (
-            rows // self._microbatch_size if targets is not None else rows // math.gcd(rows, self._microbatch_size)
-        )
-        with self.computing():
-            like = self._hidden_states_like(batch, rows // micro_batches)
-            if targets is None:
-                return sum(self._pipeline.forward(batch, micro_batches, like), torch.zeros((), device=self.device))
-            parameters = dict(self.hf_model.named_parameters())
-            shared = {parameters[name]: ranks for name, ranks in self._shared_parameters.items()}
-            with summed_gradients(shared, self.mesh.get_group("pp")), reduced_once(self.hf_model):
-                return self._pipeline.forward_backward(batch, micro_batches, like, targets)
-
-    def _hidden_states_like(self, batch: dict[str, torch.Tensor], rows: int) -> torch.Tensor:
-        """Hidden states of a micro-batch as they travel between stages, for their shape and dtype."""
-        key = (rows, *batch["input_ids"].shape[1:], len(batch), self._isolation)
-        if self._like is None or self._like[0] != key:
-            piece = {name: tensor[:rows] for name, tensor in batch.items() if name != "targets"}
-            with evaluation_mode(self.hf_model):
-                like = self._stages.hidden_states_like(**self._inputs(**piece))
-            reshard(self.hf_model)
-            if self.tensor_parallelism is not None and self.tensor_parallelism.sequence_parallel:
-                shape = list(like.shape)
-                shape[-2] = -(-shape[-2] // self.dims.tp)
-                like = like.new_empty(shape)
-            self._like = (key, torch.empty_like(like))
-        return self._like[1]
+        return sum_over(loss.detach(), self._loss_meshes)
 
     @torch.no_grad()
     def evaluate(
@@ -400,14 +318,11 @@ class HFTransformerModel:
         self._make_ready()
         self._check_shapes(input_ids, labels, position_ids)
         self._check_same_batch(input_ids, labels, position_ids)
-        with evaluation_mode(self.hf_model):
-            if self._pipeline is not None:
-                loss = self._run_pipeline(input_ids, labels, position_ids, None)
-            else:
-                with self.computing():
-                    loss = self._sum_loss(input_ids, labels, position_ids)
+        batch = self._batch(input_ids, labels, position_ids)
+        with evaluation_mode(self.hf_model), self.computing():
+            loss = self._sum_loss(**batch) if self.pipelined is None else self.pipelined.sum_loss(batch)
         reshard(self.hf_model)
-        return sum_over(loss, [*self._data_meshes, *self._pipeline_meshes]), self.count_targets(labels)
+        return sum_over(loss, self._loss_meshes), self.count_targets(labels)
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """The context in which `hf_model` computes in the `param_dtype` of `.parallelize`, forward and backward."""
@@ -428,7 +343,7 @@ class HFTransformerModel:
 
     def _check_same_batch(self, *batch: torch.Tensor | None) -> None:
         """Ranks that split a model's matrices must work on the same tokens; raises at once on a CPU, later on CUDA."""
-        if self.dims.tp == 1:
+        if self.dims.tp == 1 and self.dims.pp == 1:
             return
         tensors = [tensor.to(self.device) for tensor in batch if tensor is not None]
         shape = torch.tensor(tensors[0].shape, device=self.device)
@@ -442,11 +357,14 @@ class HFTransformerModel:
             raise ValueError(message)
         torch._assert_async(same, message)
 
-    def _sum_loss(
+    def _batch(
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None
-    ) -> torch.Tensor:
-        targets = shift_labels(labels.to(self.device))
-        inputs = self._inputs(input_ids.to(self.device), None if position_ids is None else position_ids.to(self.device))
+    ) -> dict[str, torch.Tensor]:
+        batch = {"input_ids": input_ids.to(self.device), "targets": shift_labels(labels.to(self.device))}
+        return batch if position_ids is None else {**batch, "position_ids": position_ids.to(self.device)}
+
+    def _sum_loss(self, *, targets: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+        inputs = self._inputs(**batch)
         return self.hf_model(**inputs, targets=targets.view_as(inputs["input_ids"]))
 
     def _inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> dict:
@@ -494,20 +412,22 @@ class HFTransformerModel:
         return [] if self.mesh is None else [self.mesh["dp_replicate"], self.mesh["dp_shard"]]
 
     @property
-    def _pipeline_meshes(self) -> list[DeviceMesh]:
-        return [] if self._pipeline is None else [self.mesh["pp"]]
+    def _loss_meshes(self) -> list[DeviceMesh]:
+        """Over which losses add up: different data, and stages of which only the last has one."""
+        return self._data_meshes if self.pipelined is None else [*self._data_meshes, self.mesh["pp"]]
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their global 2-norm is at most `max_norm`; returns the norm before (fp32)."""
         self._step_was_finite = self._local_losses_are_finite
         self._local_losses_are_finite = torch.ones_like(self._step_was_finite)
-        parameters = dict(self.hf_model.named_parameters())
-        if self._pipeline is None:
-            return clip_grad_norm_(parameters.values(), max_norm)
-        rank = self.mesh.get_local_rank("pp")
-        elsewhere = [parameters[name] for name, ranks in self._shared_parameters.items() if ranks[0] != rank]
+        parameters = list(self.hf_model.parameters())
+        if self.pipelined is None:
+            return clip_grad_norm_(parameters, max_norm)
         return clip_grad_norm_(
-            parameters.values(), max_norm, pipeline_group=self.mesh.get_group("pp"), counted_elsewhere=elsewhere
+            parameters,
+            max_norm,
+            pipeline_group=self.pipelined.group,
+            counted_elsewhere=self.pipelined.counted_elsewhere(),
         )
 
     def find_nonfinite(self) -> str:
@@ -526,26 +446,18 @@ class HFTransformerModel:
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """{Transformers parameter name: full gradient on the CPU} of parameters that have one, on every rank."""
-        return self._of_all_stages(
-            {
-                name: self._full(name, parameter.grad)
-                for name, parameter in self.hf_model.named_parameters()
-                if parameter.grad is not None
-            }
-        )
+        gradients = {
+            name: self._full(name, parameter.grad)
+            for name, parameter in self.hf_model.named_parameters()
+            if parameter.grad is not None
+        }
+        return gradients if self.pipelined is None else self.pipelined.of_all_stages(gradients)
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """{Transformers name: full CPU tensor} of parameters and persistent buffers, on every rank."""
         self._fill_if_meta()
-        return self._of_all_stages(
-            {name: self._full(name, tensor) for name, tensor in named_tensors(self.hf_model).items()}
-        )
-
-    def _of_all_stages(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if self._pipeline is None:
-            return tensors
-        parts = gather_objects(tensors, self.mesh.get_group("pp"))
-        return {name: tensor for part in parts for name, tensor in part.items()}
+        tensors = {name: self._full(name, tensor) for name, tensor in named_tensors(self.hf_model).items()}
+        return tensors if self.pipelined is None else self.pipelined.of_all_stages(tensors)
 
     def _full(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         return full_tensor(self.hf_model, name, tensor).to("cpu", copy=True)
@@ -573,15 +485,3 @@ class HFTransformerModel:
             dtype=dtype,
             max_file_size=max_file_size,
         )
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Within the block every module evaluates (no dropout); afterwards each is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -1,8 +1,8 @@
 """How a model is cut into the stages of a pipeline: which layers each gets, where it runs, what it holds.
 
-Found out before the model is changed (`HFTransformerModel.parallelize`), and shown by scripts/plan_pipeline.py. Costs come
-from `flops.py`, the balance from `parallelize/pipeline_parallel/split.py`; the tall twin says where a model may be cut
-and proves the cut (`stage_proof.py`).
+Found out before the model is changed (`HFTransformerModel.parallelize`), and shown by scripts/plan_pipeline.py. Costs
+come from `flops.py`, the balance from `parallelize/pipeline_parallel/split.py`; the tall twin says where a model may be
+cut and proves the cut (`stage_proof.py`).
 """
 
 from __future__ import annotations

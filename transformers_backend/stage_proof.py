@@ -1,4 +1,4 @@
-"""What a pipeline split needs to know about an architecture, found out on the tall twin, and the proof that it is exact.
+"""What a pipeline needs to know about an architecture, found out on the tall twin, and the proof that it is exact.
 
 The tall twin has tiny widths and as many layers as the real model, so that the very split of the real model is tried
 on it, stage by stage in one process, against the unsplit twin: the loss and every gradient.
@@ -91,15 +91,18 @@ class TallTwin:
         except MODEL_ERRORS as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise ValueError(
-            f"{self._name}: cut into {len(stages)} pipeline stages it computes something else ({reason}), so it is refused. "
-            "Set parallelism.pipeline_parallel_degree = 1."
+            f"{self._name}: cut into {len(stages)} pipeline stages it computes something else ({reason}), so it is "
+            "refused. Set parallelism.pipeline_parallel_degree = 1."
         )
 
     def _difference(self, split: StageSplit) -> str | None:
-        run = _Run(self._build(), self.decoder, split, self._input_ids, self._labels)
+        run = self._run(self._build(), split)
         loss = run.forward()
         run.backward()
         return difference(self._expected, (loss, gradients(run.twin)))
+
+    def _run(self, twin: PreTrainedModel, split: StageSplit) -> _Run:
+        return _Run(twin, self.decoder, split, self._input_ids, self._labels)
 
 
 def _loss_and_gradients(twin: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor):

@@ -143,8 +143,8 @@ class LocalStages:
         def forward(*args, stage: int | None = None, hidden_states: torch.Tensor | None = None, **inputs):
             if stage is None:
                 raise ValueError(
-                    f"{type(self._model).__name__}: this rank holds some of its layers only (pipeline_parallel_degree > "
-                    "1), so the model cannot be called by itself. Call forward_backward or evaluate of the "
+                    f"{type(self._model).__name__}: with pipeline_parallel_degree > 1 this rank has only some of its "
+                    "layers, so the model cannot be called by itself. Call forward_backward or evaluate of the "
                     "HFTransformerModel on every rank, or export it with save_pretrained and load that."
                 )
             self._received = hidden_states

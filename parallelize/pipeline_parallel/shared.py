@@ -1,4 +1,4 @@
-"""Parameters that several stages of a pipeline hold a copy of (a tied embedding: the first and the last): their gradients.
+"""Gradients of parameters of which several ranks of a pipeline hold a copy (a tied embedding: first and last stage).
 
 Each stage computes the part of the gradient that its own use of the parameter gives. Added up they are the gradient of
 the one parameter that the model has, on every rank that holds it, so that optimizers keep the copies equal.

@@ -46,11 +46,11 @@ def apply_tensor_parallel(
 ) -> None:
     """Split `model` over the 1-D `mesh` as `plan` says, in place.
 
-    layers: names of the decoder layers. stacks: which of them run one after another;
-    none given means each list from its first to its last. Real parameters are cut where they are (every rank holds the same model); those
-    on the meta device stay there. Tied parameters stay tied. has_dropout: whether random numbers are drawn in training,
-    which then differ between ranks where their parts do. Raises a ValueError that names every parameter about which the
-    plan says nothing.
+    layers: names of the decoder layers. stacks: which of them run one after another; none given means each list from
+    its first to its last. Real parameters are cut where they are (every rank holds the same model); those on the meta
+    device stay there. Tied parameters stay tied. has_dropout: whether random numbers are drawn in training, which then
+    differ between ranks where their parts do. Raises a ValueError that names every parameter about which the plan says
+    nothing.
     """
     check_complete(model, plan)
     layers = list(layers)

@@ -1,0 +1,154 @@
+"""A model in a pipeline, on one rank: its stages, the schedule that runs them, and what it shares with other ranks.
+
+`HFTransformerModel` has one of these where `pipeline_parallel_degree` is above 1. In the order of a run: the model is
+cut (constructor), parallelised like any other, made ready (`start`), and then runs batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from parallelize.config import ParallelismConfig
+from parallelize.distributed import gather_objects
+from parallelize.fsdp import reduced_once, reshard
+from parallelize.pipeline_parallel.runtime import Pipeline
+from parallelize.pipeline_parallel.schedules import build_schedule
+from parallelize.pipeline_parallel.shared import summed_gradients
+from parallelize.tensor_parallel import Stack
+from transformers_backend.decoder import Decoder
+from transformers_backend.evaluation import evaluation_mode
+from transformers_backend.pipeline_plan import PipelinePlan
+from transformers_backend.stages import LocalStages
+
+Batch = dict[str, torch.Tensor]
+"""`input_ids`, `targets` and possibly `position_ids` on the rank's device, all (batch, seq)."""
+
+
+class PipelinedModel:
+    """This rank's part of a model that is cut into the stages of a pipeline."""
+
+    def __init__(
+        self,
+        hf_model: PreTrainedModel,
+        decoder: Decoder,
+        plan: PipelinePlan,
+        mesh: DeviceMesh,
+        parallelism: ParallelismConfig,
+    ) -> None:
+        """Cut `hf_model`, in place, down to the stages of this rank. mesh: that of the whole job."""
+        self.plan = plan
+        self.rank, self.group = mesh.get_local_rank("pp"), mesh.get_group("pp")
+        self._model, self._parallelism = hf_model, parallelism
+        self._stages = LocalStages(hf_model, decoder, plan.split, plan.stages_of_rank(self.rank))
+        self._stages.drop_the_rest()
+        self._shared = {name: ranks for name, _ in hf_model.named_parameters() if len(ranks := plan.ranks_of(name)) > 1}
+        self._like: tuple[tuple, torch.Tensor] | None = None
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers on this rank, in order."""
+        return self._stages.layers
+
+    @property
+    def stacks(self) -> list[Stack]:
+        return self._stages.stacks
+
+    @property
+    def has_last_stage(self) -> bool:
+        return self._stages.has_last
+
+    def start(
+        self,
+        make_inputs: Callable[..., dict],
+        *,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        sequence_parallel_degree: int,
+    ) -> None:
+        """Make the parallelised, filled model ready to run.
+
+        make_inputs: from `input_ids` and possibly `position_ids` of a micro-batch to what the model is called with.
+        compute_dtype: of the hidden states. sequence_parallel_degree: number of ranks that share the sequence of
+        hidden states between stages.
+        """
+        self._make_inputs, self._sequence_parallel_degree = make_inputs, sequence_parallel_degree
+        self._stages.place_stand_ins(device, compute_dtype)
+        self._stages.install()
+        own = list(self._model.parameters())
+        is_sharded = isinstance(self._model, FSDPModule)  # then modules hold gathered parameters as they compute
+        self._pipeline = Pipeline(
+            self._run_stage,
+            group=self.group,
+            device=device,
+            rank_of_stage=self.plan.rank_of_stage,
+            make_schedule=self._make_schedule,
+            parameters=lambda: [p for p in (self._model.parameters() if is_sharded else own) if p.requires_grad],
+        )
+
+    def _make_schedule(self, stages, micro_batches: int, loss_function: Callable):
+        parallelism = self._parallelism
+        return build_schedule(
+            parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_schedule_csv,
+            stages, micro_batches, loss_function,
+        )  # fmt: skip
+
+    def _run_stage(
+        self, stage: int, hidden_states: torch.Tensor | None, *, targets: torch.Tensor, **micro_batch
+    ) -> torch.Tensor:
+        inputs = self._make_inputs(**micro_batch)
+        targets = targets.view_as(inputs["input_ids"])
+        return self._model(stage=stage, hidden_states=hidden_states, targets=targets, **inputs)
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    def forward_backward(self, batch: Batch, targets: torch.Tensor) -> torch.Tensor:
+        """Add the gradients of a batch and return its loss divided by `targets`; 0 on ranks without the last stage."""
+        rows, size = batch["input_ids"].shape[0], self._parallelism.pipeline_parallel_microbatch_size
+        if rows % size:
+            raise ValueError(
+                f"The batch has {rows} sequences, and parallelism.pipeline_parallel_microbatch_size = {size} does not "
+                "divide that. Change the batch, or set the key to a number that divides it."
+            )
+        like = self._hidden_states_like(batch, size)
+        parameters = dict(self._model.named_parameters())
+        shared = {parameters[name]: ranks for name, ranks in self._shared.items() if parameters[name].requires_grad}
+        with summed_gradients(shared, self.group), reduced_once(self._model):
+            return self._pipeline.forward_backward(batch, rows // size, like, targets)
+
+    def sum_loss(self, batch: Batch) -> torch.Tensor:
+        """The summed loss of a batch of any number of rows, forward only; 0 on ranks without the last stage."""
+        rows = batch["input_ids"].shape[0]
+        micro_batches = rows // math.gcd(rows, self._parallelism.pipeline_parallel_microbatch_size)
+        losses = self._pipeline.forward(batch, micro_batches, self._hidden_states_like(batch, rows // micro_batches))
+        return sum(losses, torch.zeros((), device=batch["input_ids"].device))
+
+    def _hidden_states_like(self, batch: Batch, rows: int) -> torch.Tensor:
+        """Hidden states of a micro-batch as they travel between stages, for their shape and dtype."""
+        micro_batch = {name: tensor[:rows] for name, tensor in batch.items() if name != "targets"}
+        key = (rows, batch["input_ids"].shape[1], len(batch))
+        if self._like is None or self._like[0] != key:
+            with evaluation_mode(self._model):
+                like = self._stages.hidden_states_like(**self._make_inputs(**micro_batch))
+            reshard(self._model)
+            shape = list(like.shape)
+            shape[-2] = -(-shape[-2] // self._sequence_parallel_degree)
+            self._like = (key, like.new_empty(shape))
+        return self._like[1]
+
+    # -- what other ranks have ------------------------------------------------------------------------------------
+
+    def counted_elsewhere(self) -> list[torch.nn.Parameter]:
+        """Parameters of this rank of which an earlier rank of the pipeline has a copy."""
+        parameters = dict(self._model.named_parameters())
+        return [parameters[name] for name, ranks in self._shared.items() if ranks[0] != self.rank]
+
+    def of_all_stages(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """CPU tensors by name, of this rank's parameters, together with those of all other ranks of the pipeline."""
+        parts = gather_objects(tensors, self.group)
+        return {name: tensor for part in parts for name, tensor in part.items()}
