@@ -1,0 +1,90 @@
+"""Which keys and values travel where: every rank gets the chunks that its queries see, and no others.
+
+Keys and values go round in steps, as in Ring Attention (Liu et al., https://arxiv.org/abs/2310.01889): at step t each
+rank receives from the one t before it and sends to the one t after it, while it computes with what step t - 1 brought.
+They come straight from their owner, so that chunks which no query of a rank sees are not sent to it, and steps that
+bring nothing to anyone (far ones, with a sliding window) are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from parallelize.context_parallel.layout import Chunk, SequenceLayout
+from parallelize.context_parallel.masks import MaskRule
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank sends and receives at one step: chunks by their place among the owner's."""
+
+    receives_from: int
+    receives: tuple[int, ...]
+    sends_to: int
+    sends: tuple[int, ...]
+
+
+def needed_chunks(layout: SequenceLayout, rule: MaskRule, rank: int, owner: int) -> tuple[int, ...]:
+    """Which of the owner's chunks any query of `rank` sees."""
+    queries = layout.chunks(rank)
+    return tuple(
+        number
+        for number, keys in enumerate(layout.chunks(owner))
+        if any(not rule.is_empty(chunk, keys) for chunk in queries)
+    )
+
+
+def plan_steps(layout: SequenceLayout, rule: MaskRule, rank: int) -> list[Step]:
+    """The steps of one rank, in order; those at which no rank gets anything are left out on all."""
+    degree = layout.degree
+    steps = []
+    for distance in range(1, degree):
+        if not any(needed_chunks(layout, rule, r, (r - distance) % degree) for r in range(degree)):
+            continue
+        source, target = (rank - distance) % degree, (rank + distance) % degree
+        steps.append(
+            Step(
+                source, needed_chunks(layout, rule, rank, source), target, needed_chunks(layout, rule, target, rank)
+            )
+        )
+    return steps
+
+
+class RingCommunication:
+    """Sends and receives of one step, started together and waited for together."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._operations: list[dist.P2POp] = []
+        self._works: list[dist.Work] | None = None
+        self._kept: list[torch.Tensor] = []  # sent tensors, alive until they are sent
+
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        tensor = tensor.contiguous()
+        self._kept.append(tensor)
+        self._operations.append(dist.P2POp(dist.isend, tensor, group=self._group, group_peer=to))
+
+    def receive(self, like: torch.Tensor, source: int) -> torch.Tensor:
+        buffer = torch.empty_like(like, memory_format=torch.contiguous_format)
+        self._operations.append(dist.P2POp(dist.irecv, buffer, group=self._group, group_peer=source))
+        return buffer
+
+    def commit(self) -> None:
+        if self._works is not None:
+            raise RuntimeError("commit twice: wait for the step that is under way first")
+        self._works = dist.batch_isend_irecv(self._operations) if self._operations else []
+        self._operations = []
+
+    def wait(self) -> None:
+        if self._works is None:
+            raise RuntimeError("wait before commit: no step is under way")
+        for work in self._works:
+            work.wait()
+        self._works, self._kept = None, []
+
+
+def chunk_of(layout: SequenceLayout, rank: int, number: int) -> Chunk:
+    return layout.chunks(rank)[number]

@@ -1,0 +1,91 @@
+"""Which keys a query sees, by description instead of by a tensor of (seq, seq).
+
+A mask is causal, and may have a sliding window, attention chunks and documents. For a block of queries and a block of
+keys it says whether there is anything to compute, and only where a block is neither empty nor whole it makes a tensor
+of the block's size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from parallelize.context_parallel.layout import Chunk
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """A causal mask by the places of tokens in the whole sequence."""
+
+    window: int | None = None
+    """A query sees this many tokens, itself included; None sees all before it."""
+    chunk: int | None = None
+    """Queries see only keys of their own chunk of this many tokens (chunked attention); None: no chunks."""
+
+    def is_empty(self, queries: Chunk, keys: Chunk) -> bool:
+        """Whether no query of a block sees any key of the other."""
+        if keys.start >= queries.stop:
+            return True
+        if self.window is not None and queries.start - (keys.stop - 1) >= self.window:
+            return True
+        return self.chunk is not None and queries.start // self.chunk > (keys.stop - 1) // self.chunk
+
+    def is_whole(self, queries: Chunk, keys: Chunk) -> bool:
+        """Whether every query sees every key."""
+        if keys.stop - 1 > queries.start:
+            return False
+        if self.window is not None and queries.stop - 1 - keys.start >= self.window:
+            return False
+        return self.chunk is None or keys.start // self.chunk == (queries.stop - 1) // self.chunk
+
+    def is_plain_causal(self, queries: Chunk, keys: Chunk) -> bool:
+        """Whether the blocks are the same tokens and nothing but the causal order hides any."""
+        if queries != keys:
+            return False
+        if self.window is not None and len(queries) > self.window:
+            return False
+        return self.chunk is None or queries.start // self.chunk == (queries.stop - 1) // self.chunk
+
+    def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """bool (queries, keys), from the places of both in the whole sequence, int64 (queries,) and (keys,)."""
+        distance = queries[:, None] - keys[None, :]
+        seen = distance >= 0
+        if self.window is not None:
+            seen &= distance < self.window
+        if self.chunk is not None:
+            seen &= queries[:, None] // self.chunk == keys[None, :] // self.chunk
+        return seen
+
+
+CAUSAL = MaskRule()
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """What the queries of one chunk see of the keys of another."""
+
+    rule: MaskRule
+    queries: Chunk
+    keys: Chunk
+    query_documents: torch.Tensor | None = None
+    """Number of each query's document, (batch, queries); None where a sequence is one document."""
+    key_documents: torch.Tensor | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.query_documents is None and self.rule.is_whole(self.queries, self.keys)
+
+    @property
+    def is_plain_causal(self) -> bool:
+        return self.query_documents is None and self.rule.is_plain_causal(self.queries, self.keys)
+
+    def visible(self, device: torch.device, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """bool, (queries, keys) or with documents (batch, 1, queries, keys), of the queries from `first` to `last`."""
+        last = len(self.queries) if last is None else last
+        places = torch.arange(self.queries.start + first, self.queries.start + last, device=device)
+        seen = self.rule.visible(places, torch.arange(self.keys.start, self.keys.stop, device=device))
+        if self.query_documents is None:
+            return seen
+        same = self.query_documents[:, first:last, None] == self.key_documents[:, None, :]
+        return (seen & same)[:, None]
