@@ -342,16 +342,18 @@ class HFTransformerModel:
                 )
 
     def _check_same_batch(self, *batch: torch.Tensor | None) -> None:
-        """Ranks that split a model's matrices must work on the same tokens; raises at once on a CPU, later on CUDA."""
+        """Ranks that split a model must work on the same tokens; raises at once on a CPU, later on CUDA."""
         if self.dims.tp == 1 and self.dims.pp == 1:
             return
         tensors = [tensor.to(self.device) for tensor in batch if tensor is not None]
         shape = torch.tensor(tensors[0].shape, device=self.device)
         contents = torch.cat([shape, *(tensor.flatten() for tensor in tensors)])
-        same = are_equal(contents, self.mesh.get_group("tp"))
+        same = are_equal(contents, self.mesh.get_group("tp"), self.mesh.get_group("pp"))
+        kinds = (("tensor-parallel group", self.dims.tp), ("pipeline", self.dims.pp))
         message = (
-            f"input_ids, labels or position_ids differ between ranks of one tensor-parallel group of {self.dims.tp}, "
-            "which compute on the same tokens. Give each rank the batch of its data_rank, of dims.data_parallel_size."
+            "input_ids, labels or position_ids differ between ranks of one "
+            f"{' or '.join(f'{kind} of {size}' for kind, size in kinds if size > 1)}, which compute on the same "
+            "tokens. Give each rank the batch of its data_rank, of dims.data_parallel_size."
         )
         if same.device.type == "cpu" and not same:
             raise ValueError(message)
@@ -404,6 +406,13 @@ class HFTransformerModel:
         return self.mesh.get_local_rank("dp_replicate") * self.dims.dp_shard + self.mesh.get_local_rank("dp_shard")
 
     @property
+    def dropout_rank(self) -> int:
+        """What seeds of this rank's random numbers in training are to differ by: they are other ones for other data and
+        in other stages, whose layers drop different things, and the same on tensor-parallel ranks."""
+        stage = 0 if self.mesh is None else self.mesh.get_local_rank("pp")
+        return stage * self.dims.data_parallel_size + self.data_rank
+
+    @property
     def vocabulary_size(self) -> int:
         return self.hf_model.get_submodule(self.decoder.embedding).weight.shape[0]
 
@@ -439,6 +448,8 @@ class HFTransformerModel:
         ranks = [rank for rank, (is_finite, _) in enumerate(reports) if not is_finite]
         names = sorted({name for _, found in reports for name in found})
         on_ranks = f"Non-finite loss on rank {', '.join(map(str, ranks))}" if ranks else "Finite loss on every rank"
+        if ranks and self.pipelined is not None:
+            on_ranks += f" (the last stage of its pipeline; any of the {self.dims.pp} ranks of that may be the cause)"
         listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         return f"{on_ranks}; non-finite gradients of {listed or 'no parameter'}."
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from parallelize.config import ParallelismConfig
-from parallelize.pipeline_parallel.schedules import rank_of_stage, stage_count
+from parallelize.pipeline_parallel.schedules import rank_of_stage, stage_count, timeline
 from parallelize.pipeline_parallel.split import (
     StageShare,
     first_and_last_cost,
@@ -21,6 +21,7 @@ from parallelize.pipeline_parallel.split import (
     split_layers,
     stage_shares,
 )
+from parallelize.pipeline_parallel.timeline import Slot
 from transformers_backend.decoder import Decoder
 from transformers_backend.flops import ModelFlops, layer_flops
 from transformers_backend.stage_proof import TallTwin
@@ -40,6 +41,17 @@ class PipelinePlan:
     def ranks_of(self, parameter: str) -> tuple[int, ...]:
         """The pipeline ranks that hold a parameter (by the first of its names, where it is tied), ascending."""
         return tuple(sorted({self.rank_of_stage[stage] for stage in self.split.stages_of(parameter)}))
+
+    def timeline(self, parallelism: ParallelismConfig, micro_batches: int) -> list[list[Slot]]:
+        """For each rank what it computes when; a unit of time is the mean forward of a stage."""
+        return timeline(
+            parallelism.pipeline_parallel_schedule,
+            pp=parallelism.pipeline_parallel_degree,
+            stages=len(self.shares),
+            micro_batches=micro_batches,
+            forward_costs=[share.share * len(self.shares) for share in self.shares],
+            csv=parallelism.pipeline_parallel_schedule_csv,
+        )
 
     def stages_of_rank(self, rank: int) -> list[int]:
         return [stage for stage, owner in enumerate(self.rank_of_stage) if owner == rank]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -80,7 +81,7 @@ class PipelinedModel:
         self._make_inputs, self._sequence_parallel_degree = make_inputs, sequence_parallel_degree
         self._stages.place_stand_ins(device, compute_dtype)
         self._stages.install()
-        own = list(self._model.parameters())
+        self._own = dict(self._model.named_parameters())  # not the copies that modules hold while they compute
         is_sharded = isinstance(self._model, FSDPModule)  # then modules hold gathered parameters as they compute
         self._pipeline = Pipeline(
             self._run_stage,
@@ -88,7 +89,11 @@ class PipelinedModel:
             device=device,
             rank_of_stage=self.plan.rank_of_stage,
             make_schedule=self._make_schedule,
-            parameters=lambda: [p for p in (self._model.parameters() if is_sharded else own) if p.requires_grad],
+            parameters=lambda: [
+                parameter
+                for parameter in (self._model.parameters() if is_sharded else self._own.values())
+                if parameter.requires_grad
+            ],
         )
 
     def _make_schedule(self, stages, micro_batches: int, loss_function: Callable):
@@ -99,11 +104,12 @@ class PipelinedModel:
         )  # fmt: skip
 
     def _run_stage(
-        self, stage: int, hidden_states: torch.Tensor | None, *, targets: torch.Tensor, **micro_batch
+        self, stage: int, hidden_states: torch.Tensor | None, *, targets: torch.Tensor | None = None, **micro_batch
     ) -> torch.Tensor:
         inputs = self._make_inputs(**micro_batch)
-        targets = targets.view_as(inputs["input_ids"])
-        return self._model(stage=stage, hidden_states=hidden_states, targets=targets, **inputs)
+        if targets is not None:
+            inputs["targets"] = targets.view_as(inputs["input_ids"])
+        return self._model(stage=stage, hidden_states=hidden_states, **inputs)
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -116,8 +122,7 @@ class PipelinedModel:
                 "divide that. Change the batch, or set the key to a number that divides it."
             )
         like = self._hidden_states_like(batch, size)
-        parameters = dict(self._model.named_parameters())
-        shared = {parameters[name]: ranks for name, ranks in self._shared.items() if parameters[name].requires_grad}
+        shared = {self._own[name]: ranks for name, ranks in self._shared.items() if self._own[name].requires_grad}
         with summed_gradients(shared, self.group), reduced_once(self._model):
             return self._pipeline.forward_backward(batch, rows // size, like, targets)
 
@@ -127,6 +132,15 @@ class PipelinedModel:
         micro_batches = rows // math.gcd(rows, self._parallelism.pipeline_parallel_microbatch_size)
         losses = self._pipeline.forward(batch, micro_batches, self._hidden_states_like(batch, rows // micro_batches))
         return sum(losses, torch.zeros((), device=batch["input_ids"].device))
+
+    def next_token_logits(self, input_ids: torch.Tensor, position: int) -> torch.Tensor:
+        """Logits of the token after a position of one row (1, seq): fp32 (vocabulary,) on every rank's CPU."""
+        outputs = self._pipeline.forward(
+            {"input_ids": input_ids}, 1, self._hidden_states_like({"input_ids": input_ids}, 1)
+        )
+        found = [logits[0, position].float().cpu() for logits in outputs] or [None]
+        dist.broadcast_object_list(found, group=self.group, group_src=self.plan.rank_of_stage[-1])
+        return found[0]
 
     def _hidden_states_like(self, batch: Batch, rows: int) -> torch.Tensor:
         """Hidden states of a micro-batch as they travel between stages, for their shape and dtype."""
@@ -145,8 +159,7 @@ class PipelinedModel:
 
     def counted_elsewhere(self) -> list[torch.nn.Parameter]:
         """Parameters of this rank of which an earlier rank of the pipeline has a copy."""
-        parameters = dict(self._model.named_parameters())
-        return [parameters[name] for name, ranks in self._shared.items() if ranks[0] != self.rank]
+        return [self._own[name] for name, ranks in self._shared.items() if ranks[0] != self.rank]
 
     def of_all_stages(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """CPU tensors by name, of this rank's parameters, together with those of all other ranks of the pipeline."""
