@@ -440,16 +440,22 @@ class HFTransformerModel:
         )
 
     def find_nonfinite(self) -> str:
-        """A sentence on the latest step: ranks with a non-finite loss, and parameters with such gradients."""
+        """A sentence on the latest step: ranks with a non-finite loss, and parameters with such gradients.
+
+        In a pipeline the rank with the last stage knows of the loss, and any rank may be the cause.
+        """
         gradients = {name: p.grad for name, p in self.hf_model.named_parameters() if p.grad is not None}
         bad = [name for name, gradient in gradients.items() if not local_part(gradient).isfinite().all()]
         finite = bool(self._step_was_finite) and bool(self._local_losses_are_finite)
-        reports = gather_objects((finite, bad))
-        ranks = [rank for rank, (is_finite, _) in enumerate(reports) if not is_finite]
-        names = sorted({name for _, found in reports for name in found})
-        on_ranks = f"Non-finite loss on rank {', '.join(map(str, ranks))}" if ranks else "Finite loss on every rank"
-        if ranks and self.pipelined is not None:
-            on_ranks += f" (the last stage of its pipeline; any of the {self.dims.pp} ranks of that may be the cause)"
+        pipeline = [] if self.pipelined is None else dist.get_process_group_ranks(self.pipelined.group)
+        reports = gather_objects((finite, bad, pipeline))
+        ranks = [
+            f"{rank} (the end of a pipeline of ranks {', '.join(map(str, pipeline))})" if pipeline else str(rank)
+            for rank, (is_finite, _, pipeline) in enumerate(reports)
+            if not is_finite
+        ]
+        names = sorted({name for _, found, _ in reports for name in found})
+        on_ranks = f"Non-finite loss on rank {', '.join(ranks)}" if ranks else "Finite loss on every rank"
         listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         return f"{on_ranks}; non-finite gradients of {listed or 'no parameter'}."
 

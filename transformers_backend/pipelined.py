@@ -19,7 +19,7 @@ from parallelize.config import ParallelismConfig
 from parallelize.distributed import gather_objects
 from parallelize.fsdp import reduced_once, reshard
 from parallelize.pipeline_parallel.runtime import Pipeline
-from parallelize.pipeline_parallel.schedules import build_schedule
+from parallelize.pipeline_parallel.schedules import batch_problems, build_schedule
 from parallelize.pipeline_parallel.shared import summed_gradients
 from parallelize.tensor_parallel import Stack
 from transformers_backend.decoder import Decoder
@@ -116,11 +116,15 @@ class PipelinedModel:
     def forward_backward(self, batch: Batch, targets: torch.Tensor) -> torch.Tensor:
         """Add the gradients of a batch and return its loss divided by `targets`; 0 on ranks without the last stage."""
         rows, size = batch["input_ids"].shape[0], self._parallelism.pipeline_parallel_microbatch_size
-        if rows % size:
-            raise ValueError(
-                f"The batch has {rows} sequences, and parallelism.pipeline_parallel_microbatch_size = {size} does not "
-                "divide that. Change the batch, or set the key to a number that divides it."
-            )
+        problems = batch_problems(
+            {"The number of sequences of a batch": rows},
+            microbatch_size=size,
+            schedule=self._parallelism.pipeline_parallel_schedule,
+            pp=self._parallelism.pipeline_parallel_degree,
+            csv=self._parallelism.pipeline_parallel_schedule_csv,
+        )
+        if problems:  # before anything is sent
+            raise ValueError(problems[0])
         like = self._hidden_states_like(batch, size)
         shared = {self._own[name]: ranks for name, ranks in self._shared.items() if self._own[name].requires_grad}
         with summed_gradients(shared, self.group), reduced_once(self._model):

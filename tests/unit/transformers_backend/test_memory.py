@@ -87,10 +87,10 @@ def test_activations_are_what_autograd_keeps(model_type, attention, lowest, high
     decoder = describe_decoder(hf_model)
     input_ids = torch.randint(0, 384, (2, SEQ_LEN))
     measured = _kept_bytes(hf_model, hf_model.get_submodule(decoder.base), input_ids)
-    estimate = input_ids.numel() * activation_bytes_per_token(
+    per_token = activation_bytes_per_token(
         layer_widths(hf_model, decoder), itemsize=dtype.itemsize, seq_len=SEQ_LEN, recompute="none"
     )
-    assert lowest < estimate / measured < highest
+    assert lowest < input_ids.numel() * per_token.together / measured < highest
 
 
 def test_widths_of_queries_that_are_normalised_a_head():
@@ -107,7 +107,7 @@ def test_activations_by_hand():
 
     def estimate(recompute: str, score_heads: int = 0) -> float:
         layers = [LayerWidths(layer.hidden, layer.matrices, layer.norms, score_heads)] * 3
-        return activation_bytes_per_token(layers, itemsize=2, seq_len=5, recompute=recompute)
+        return activation_bytes_per_token(layers, itemsize=2, seq_len=5, recompute=recompute).together
 
     assert estimate("none") == 3 * 28
     assert estimate("none", score_heads=2) == 3 * (28 + 2 * 5 * (4 + 2))
