@@ -40,14 +40,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "apertus": {**_USUAL, "num_key_value_heads": 2, "pad_token_id": None},
     "gemma3n_text": _GEMMA3N,
 }  # fmt: skip
-MESHES = {  # by keys of ParallelismConfig without their endings
-    "pp 2": {"pipeline": 2},
-    "pp 4": {"pipeline": 4},
-    "pp 2 x tp 2": {"pipeline": 2, "tensor": 2},
-    "pp 2 x fsdp 2": {"pipeline": 2, "data_parallel_shard": 2},
-    "pp 2 x replicas 2": {"pipeline": 2, "data_parallel_replicate": 2},
-    "v": {"pipeline": 2},
-    "tp 2": {"tensor": 2},
+MESHES: dict[str, dict[str, Any]] = {
+    "pp 4": {"pipeline_parallel_degree": 4},
+    "pp 2 x tp 2": {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2},
+    "pp 2 x fsdp 2": {"pipeline_parallel_degree": 2},
+    "pp 2 x replicas 2": {"pipeline_parallel_degree": 2, "data_parallel_replicate_degree": 2},
+    "v x fsdp 2": {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "ZBVZeroBubble"},
+    "tp 2 x fsdp 2": {"tensor_parallel_degree": 2},
 }
 
 
@@ -61,19 +60,8 @@ def _arguments(model_type: str) -> HFTransformerModelArgs:
     return HFTransformerModelArgs(model_type=model_type, config_overrides=SIZES[model_type])
 
 
-def _parallelism(mesh_name: str) -> ParallelismConfig:
-    degrees = {
-        f"{key}_parallel_degree" if "data" not in key else f"{key}_degree": n for key, n in MESHES[mesh_name].items()
-    }
-    schedule = "ZBVZeroBubble" if mesh_name == "v" else "1F1B"
-    return ParallelismConfig(**{"pipeline_parallel_schedule": schedule, **degrees})
-
-
 def _split(model: HFTransformerModel, mesh_name: str, seed: int = 0) -> HFTransformerModel:
-    whole = sum(parameter.numel() for parameter in model.hf_model.parameters())
-    model.parallelize(_parallelism(mesh_name), seed=seed)
-    assert sum(parameter.numel() for parameter in model.hf_model.parameters()) < whole, "something is elsewhere"
-    return model
+    return model.parallelize(ParallelismConfig(**MESHES[mesh_name]), seed=seed)
 
 
 def _contents(folder: Path) -> dict[str, str]:
@@ -118,3 +106,56 @@ def test_an_export_is_that_of_one_device(four: WorkerPool, tmp_path: Path, model
         _assert_equal(state, alone.full_state_dict())
     assert _contents(tmp_path / "drawn") == _contents(tmp_path / "alone")
     assert _contents(tmp_path / "loaded, in parts") == _contents(tmp_path / "alone, in parts")
+
+
+# -- checkpoints ----------------------------------------------------------------------------------------------------
+
+_Outcome = tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]
+
+
+def _train(
+    model_type: str, mesh_name: str | None, optimizer: str, folder: str, mode: str, first: int, last: int
+) -> _Outcome:
+    """Losses of the steps first < step <= last, after the newest checkpoint, and weights and averages at the end.
+
+    mesh_name: None trains on one device.
+    """
+    model = HFTransformerModel(_arguments(model_type))
+    run = StoredRun(model if mesh_name is None else _split(model, mesh_name), folder, mode=mode, optimizer=optimizer)
+    assert (run.checkpointer.load(-1) or 0) == first
+    losses = []
+    for step in range(first + 1, last + 1):
+        losses.append(run.train(step))
+        if step == last - 1 and mode != "disabled":
+            run.checkpointer.save(step)  # is being written while the next step runs
+    run.checkpointer.save_last(last)
+    run.checkpointer.close(timeout_seconds=60)
+    return losses, run.model.full_state_dict(), run.averages()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "optimizer", "meshes", "mode"),
+    [
+        ("llama", "AdamW", [None, "pp 2 x tp 2", "pp 4", None], "async"),
+        ("qwen3", "AdamW", ["pp 2 x replicas 2", "pp 4", None], "disabled"),
+        ("gpt2", "Muon", ["pp 2 x fsdp 2", "pp 4", "tp 2 x fsdp 2"], "async_with_pinned_mem"),
+        ("phi3", "AdamW", ["pp 2 x tp 2", "v x fsdp 2", "pp 2 x tp 2"], "async"),
+    ],
+)
+def test_a_run_goes_on_on_another_mesh(
+    four: WorkerPool, one: WorkerPool, tmp_path: Path, model_type: str, optimizer: str, meshes: list, mode: str
+):
+    """Two steps on each mesh are as many on one device: losses, weights, the optimizers' averages."""
+    arguments = (model_type, None, optimizer, str(tmp_path / "alone"), "disabled", 0, 2 * len(meshes))
+    ((expected, weights, averages),) = one.run(_train, *arguments)
+    losses = []
+    for number, mesh_name in enumerate(meshes):
+        steps = (2 * number, 2 * number + 2)
+        pool = one if mesh_name is None else four
+        outcomes = pool.run(_train, model_type, mesh_name, optimizer, str(tmp_path / "parts"), mode, *steps)
+        assert all(outcome[0] == outcomes[0][0] for outcome in outcomes), "every rank has the same losses"
+        losses += outcomes[0][0]
+    assert losses == pytest.approx(expected, rel=1e-5 if optimizer == "AdamW" else 1e-3)
+    for _, found_weights, found_averages in outcomes:
+        torch.testing.assert_close(found_weights, weights, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found_averages, averages, rtol=1e-3, atol=1e-5)
