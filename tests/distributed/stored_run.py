@@ -44,14 +44,18 @@ class StoredRun:
         if model.mesh is None:
             model.full_state_dict()  # fills the parameters before an optimizer takes them
         layers = tuple(f"{layer}." for layer in model.decoder.layers)
-        self.optimizers = build_optimizer(
-            model.hf_model.named_parameters(), name=optimizer, lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8,
-            weight_decay=0.1, implementation="foreach",
-            matrix_names={name for name, _ in model.hf_model.named_parameters() if name.startswith(layers)},
-        )  # fmt: skip
-        schedulers = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: 1.0) for one in self.optimizers]
+        trained = [
+            (name, parameter) for name, parameter in model.hf_model.named_parameters() if parameter.requires_grad
+        ]
+        self.optimizers = []
+        if trained:  # a rank of a pipeline may have frozen ones only
+            self.optimizers = build_optimizer(
+                trained, name=optimizer, lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1,
+                implementation="foreach", matrix_names={name for name, _ in trained if name.startswith(layers)},
+            )  # fmt: skip
+        self.schedulers = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: 1.0) for one in self.optimizers]
         self.checkpointer = Checkpointer(
-            LocalStorage(Path(folder)), model=model, optimizers=self.optimizers, schedulers=schedulers,
+            LocalStorage(Path(folder)), model=model, optimizers=self.optimizers, schedulers=self.schedulers,
             data=_NoData(), data_rank=model.data_rank, config_text=_CONFIG_TEXT, async_mode=mode,
         )  # fmt: skip
 
@@ -66,6 +70,8 @@ class StoredRun:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        for scheduler in self.schedulers:
+            scheduler.step()
         return loss
 
     def averages(self) -> dict[str, torch.Tensor]:
@@ -74,7 +80,7 @@ class StoredRun:
         averages = {}
         for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
             for parameter in self.model.hf_model.parameters():
-                parameter.grad = state[parameter].get(kind)
+                parameter.grad = state.get(parameter, {}).get(kind)
             averages |= {f"{name} {kind}": value for name, value in self.model.full_gradients().items()}
         for optimizer in self.optimizers:
             optimizer.zero_grad()

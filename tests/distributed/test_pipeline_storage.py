@@ -6,21 +6,23 @@ device that was never cut.
 
 from __future__ import annotations
 
-import contextlib
+import gc
 import hashlib
-import json
+import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from parallelize.config import ParallelismConfig
 from tests.distributed.stored_run import StoredRun
-from tests.distributed.workers import WorkerPool
+from tests.distributed.workers import Messages, WorkerPool
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.model_args import HFTransformerModelArgs
 
@@ -28,8 +30,8 @@ _USUAL = {"vocab_size": 27, "hidden_size": 16, "intermediate_size": 24, "num_hid
           "num_attention_heads": 4, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1}  # fmt: skip
 _GEMMA3N = {
     **_USUAL, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 5, "num_kv_shared_layers": 2,
-    "layer_types": ["sliding_attention", *["full_attention", "sliding_attention"] * 2], "hidden_size_per_layer_input": 4,
-    "vocab_size_per_layer_input": 27, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 5,
+    "layer_types": ["sliding_attention", *["full_attention", "sliding_attention"] * 2], "laurel_rank": 4,
+    "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 27, "activation_sparsity_pattern": [0.0] * 5,
 }  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {**_USUAL, "num_key_value_heads": 2, "tie_word_embeddings": False},
@@ -148,7 +150,7 @@ def _state(run: StoredRun) -> _Tensors:
 def test_a_run_goes_on_on_another_mesh(
     four: WorkerPool, one: WorkerPool, tmp_path: Path, model_type: str, optimizer: str, meshes: list, mode: str
 ):
-    """Each mesh begins with the very weights and averages with which the last one ended; the losses are one device's."""
+    """Each mesh begins with the very weights and averages that the last one ended with; losses are one device's."""
     arguments = (model_type, None, optimizer, str(tmp_path / "alone"), "disabled", 0, 2 * len(meshes))
     ((expected, *_),) = one.run(_train, *arguments)
     losses, after = [], {}
@@ -163,3 +165,96 @@ def test_a_run_goes_on_on_another_mesh(
         losses, after = losses + of_rank, state
     # Muon computes its updates in bfloat16.
     assert losses == pytest.approx(expected, rel=1e-5 if optimizer == "AdamW" else 1e-3)
+
+
+def _stop_and_go_on(folder: str) -> None:
+    """Steps 3 and 4 after a resume, and without one; and then what another split makes of the checkpoint."""
+    mesh_name = "pp 2 x fsdp 2"
+    straight = StoredRun(_split(HFTransformerModel(_arguments("qwen3")), mesh_name), f"{folder}/straight")
+    expected = [straight.train(step) for step in (1, 2, 3, 4)]
+    first = StoredRun(_split(HFTransformerModel(_arguments("qwen3")), mesh_name), folder)
+    found = [first.train(step) for step in (1, 2)]
+    torch.manual_seed(100 + dist.get_rank())
+    first.checkpointer.save_last(2)
+    drawn = torch.rand(3)
+    resumed = StoredRun(_split(HFTransformerModel(_arguments("qwen3")), mesh_name), folder)
+    assert _messages_of(lambda: resumed.checkpointer.load(-1)) == [f"resumed from {folder}/step-2"]
+    assert torch.equal(torch.rand(3), drawn), "each stage has the random numbers of its own"
+    assert [scheduler.last_epoch for scheduler in resumed.schedulers] == [2]
+    assert found + [resumed.train(step) for step in (3, 4)] == expected
+    _assert_equal(_state(resumed), _state(straight))
+
+    other = StoredRun(_split(HFTransformerModel(_arguments("qwen3")), "pp 4"), folder)
+    message, _ = _messages_of(lambda: other.checkpointer.load(-1))
+    assert "holds the random states of 4 ranks, and this run has 4 others: those without one" in message
+
+
+def _messages_of(action: Callable[[], object]) -> list[str]:
+    logger = logging.getLogger("transformers_backend")
+    logger.setLevel(logging.INFO)
+    with Messages(logger.name) as messages:
+        action()
+    logger.setLevel(logging.NOTSET)
+    return messages.texts
+
+
+def test_a_resume_is_bit_equal(four: WorkerPool, tmp_path: Path):
+    four.run(_stop_and_go_on, str(tmp_path))
+    keys = {key.split(".")[0] for key in FileSystemReader(tmp_path / "step-2").read_metadata().state_dict_metadata}
+    assert {key for key in keys if "rank" in key} == {
+        "data_rank_0", "data_rank_1", *(f"random_rank_{data}_pipeline_{stage}" for data in (0, 1) for stage in (0, 1))
+    }  # fmt: skip
+
+
+def _unlike_ranks(folder: str) -> list[str]:
+    """Ranks with no and with other numbers of optimizers, and models of another size; messages of refused resumes."""
+
+    def build(layers: int, optimizer: str) -> StoredRun:
+        arguments = _arguments("llama")
+        arguments.config_overrides = {**arguments.config_overrides, "num_hidden_layers": layers}
+        model = _split(HFTransformerModel(arguments), "pp 4")
+        if dist.get_rank() == 0:
+            model.hf_model.requires_grad_(False)
+        return StoredRun(model, folder, optimizer=optimizer)
+
+    run = build(6, "Muon")
+    assert len(run.optimizers) == (2 if dist.get_rank() > 0 else 0)
+    for scheduler in run.schedulers:
+        scheduler.last_epoch = 7
+    run.checkpointer.save_last(7)
+    resumed = build(6, "Muon")
+    assert resumed.checkpointer.load(-1) == 7
+    assert [scheduler.last_epoch for scheduler in resumed.schedulers] == [7] * len(resumed.optimizers)
+    _assert_equal(_state(resumed), _state(run))
+    messages = []
+    for layers, optimizer in ((7, "Muon"), (5, "Muon"), (6, "AdamW")):
+        with pytest.raises(ValueError, match="cannot be resumed from") as caught:
+            build(layers, optimizer).checkpointer.load(-1)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_what_does_not_fit_one_stage_is_refused_on_all(four: WorkerPool, tmp_path: Path):
+    messages, *others = four.run(_unlike_ranks, str(tmp_path))
+    assert all(other == messages for other in others)
+    larger, smaller, optimizer = messages
+    assert "values that it does not have: model.model.layers.6.input_layernorm.weight" in larger
+    assert "9 weights that the model does not have: model.model.layers.5.input_layernorm.weight" in smaller
+    assert "values that it does not have: optimizer." in optimizer
+
+
+def _wrap(folder: str) -> None:
+    hf_model = AutoModelForCausalLM.from_pretrained(folder)
+    before = {name: weakref.ref(parameter) for name, parameter in hf_model.named_parameters()}
+    model = _split(HFTransformerModel.wrap(hf_model), "pp 4")
+    here = {name for name, _ in hf_model.named_parameters()}
+    gc.collect()
+    assert {name for name, parameter in before.items() if parameter() is not None} == here
+    assert 0 < len(here) < len(before)
+    expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    _assert_equal(model.full_state_dict(), dict(expected))
+
+
+def test_a_wrapped_model_lets_the_weights_of_other_stages_go(four: WorkerPool, tmp_path: Path):
+    HFTransformerModel(_arguments("qwen3")).save_pretrained(tmp_path)
+    four.run(_wrap, str(tmp_path))
