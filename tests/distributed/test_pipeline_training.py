@@ -128,6 +128,7 @@ def _train(config: JobConfig, joins_rows: bool) -> list[float]:
 
 
 _PACKED = {"training__packing": "documents", "training__seq_len": 31}
+_TWO_ROWS = {"pipeline_parallel_schedule": "GPipe", "pipeline_parallel_microbatch_size": 2}
 _SHARDED, _SPLIT = {"data_parallel_shard_degree": 2}, {"tensor_parallel_degree": 2}
 
 
@@ -136,7 +137,7 @@ _SHARDED, _SPLIT = {"data_parallel_shard_degree": 2}, {"tensor_parallel_degree":
     [
         pytest.param("llama", _SPLIT, _PACKED, 1e-5, id="llama: documents by positions"),
         pytest.param("falcon", _SHARDED, _PACKED, 1e-5, id="falcon: documents by masks"),
-        pytest.param("llama", {"pipeline_parallel_microbatch_size": 2, "pipeline_parallel_schedule": "GPipe", **_SHARDED},
+        pytest.param("llama", {**_SHARDED, **_TWO_ROWS},
                      {**_PACKED, "joins_rows": True}, 1e-5, id="llama: documents in joined rows"),
         pytest.param("qwen3", {"pipeline_parallel_degree": 4, "pipeline_parallel_schedule": "GPipe"},
                      {"optimizer__name": "Muon"}, 1e-3, id="qwen3: Muon, on four ranks"),
