@@ -61,8 +61,8 @@ def describe_run(
         ("mesh", _mesh_lines(config, model, computes_in)),
         ("pipeline", _pipeline_lines(config, model)),
         ("plan", _plan_lines(model)),
-        ("parameters", parameter_table(model)),
-        ("memory", _memory_lines(memory, model.device.type, in_pipeline=model.pipelined is not None)),
+        ("parameters", [*_whose_parameters(model), *parameter_table(model)]),
+        ("memory", _memory_lines(memory, model.device.type, *_pipeline_memory(config, model))),
         ("data", _data_lines(config, model, data_name, accumulation_steps, tokens_per_step, flops_per_token)),
         ("schedule", _schedule_lines(config)),
         ("checkpoints", _checkpoint_lines(config)),
@@ -271,6 +271,13 @@ def _pipeline_lines(config: JobConfig, model: HFTransformerModel) -> list[str]:
     ]
 
 
+def _whose_parameters(model: HFTransformerModel) -> list[str]:
+    if model.pipelined is None:
+        return []
+    stages = ", ".join(map(str, model.pipelined.plan.stages_of_rank(model.pipelined.rank)))
+    return [f"of rank {model.pipelined.rank} of the pipeline (stage {stages})"]
+
+
 def _shares_sequence(model: HFTransformerModel) -> bool:
     return model.tensor_parallelism is not None and model.tensor_parallelism.sequence_parallel
 
@@ -290,8 +297,20 @@ def _recompute(activation_checkpoint: ActivationCheckpointConfig) -> str:
     return str(activation_checkpoint.selective_ac_option) if is_selective else activation_checkpoint.mode
 
 
-def _memory_lines(memory: MemoryEstimate, device_type: str, *, in_pipeline: bool = False) -> list[str]:
+def _pipeline_memory(config: JobConfig, model: HFTransformerModel) -> tuple[bool, bool]:
+    """Whether there is a pipeline, and whether its backwards come in two halves."""
+    if model.pipelined is None:
+        return False, False
+    timeline = model.pipelined.plan.timeline(config.parallelism, _micro_batches(config)[0])
+    return True, any(slot.kind == "backward_input" for slots in timeline for slot in slots)
+
+
+def _memory_lines(
+    memory: MemoryEstimate, device_type: str, in_pipeline: bool = False, backward_in_halves: bool = False
+) -> list[str]:
     left_out = {"cuda": "CUDA itself, communication buffers, fragmentation"}.get(device_type, "the program itself")
+    if backward_in_halves:  # twice the activations, measured on torch 2.13
+        left_out += "; what torch keeps of backwards in two halves until the end of a batch"
     together = "" if memory.accumulates else "  (gradients take the place of activations)"
     parts = {
         "parameters": memory.parameters,

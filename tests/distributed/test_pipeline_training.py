@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import weakref
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from tests.jobs import restored_process, tiny_job
 from transformers_backend import JobConfig, ParallelismConfig, Trainer
 from transformers_backend.attention import stand_in_for_flash
 from transformers_backend.isolation import Isolation
+from transformers_backend.run_summary import estimate_run_memory
 
 _WIDTHS = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 _LLAMA = _WIDTHS | {"intermediate_size": 48, "num_key_value_heads": 2, "tie_word_embeddings": False}
@@ -182,9 +185,57 @@ def test_the_table_tells_stages_and_the_fullest_rank(two: WorkerPool, folder: st
     parameters = 384 * 32 + 4 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 32 + 2 * 8) + 32
     assert f"Qwen3ForCausalLM: {parameters:,} parameters, all trained" in table, "the tied weight counts once"
     assert "1F1B: 2 stages on 2 ranks, 8 micro-batches of 1 sequence; ranks are idle for" in table
+    assert "of rank 0 of the pipeline (stage 0)" in table
     assert re.search(r"stage +rank +layers +parameters +FLOPs\n +0 +0 +0-2 +[\d,]+ +\d", table)
     kept = {name: float(re.search(r"activations of micro-batches +([\d.]+)", text)[1]) for name, text in tables.items()}
     assert kept["GPipe"] == pytest.approx(8 / 2 * kept["1F1B"], rel=0.2), "all micro-batches, or one for each rank"
+
+
+class _Kept:
+    """A tensor that autograd keeps, which is counted as long as this is there."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def _activations(config: JobConfig) -> tuple[float, float]:
+    """Bytes that autograd keeps at most in a step, without weights; measured and estimated."""
+    with contextlib.closing(Trainer(config)) as trainer:
+        hf_model = trainer.model.hf_model
+        own = {tensor.untyped_storage().data_ptr() for tensor in [*hf_model.parameters(), *hf_model.buffers()]}
+        holders, kept, peak = Counter(), Counter(), 0
+
+        def drop(address: int) -> None:
+            holders[address] -= 1
+            if holders[address] == 0:
+                del kept[address]
+
+        def keep(tensor: torch.Tensor) -> _Kept:
+            nonlocal peak
+            holder, storage = _Kept(tensor), tensor.untyped_storage()
+            if (address := storage.data_ptr()) not in own:
+                holders[address] += 1
+                kept[address] = storage.nbytes()
+                peak = max(peak, kept.total())
+                weakref.finalize(holder, drop, address)
+            return holder
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda holder: holder.tensor):
+            trainer.train_step()
+        memory = estimate_run_memory(
+            config, trainer.model, optimizers=trainer.optimizers, computes_in=torch.float32, accumulates=False
+        )
+        return peak, memory.activations + memory.logits
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B"])
+def test_activations_are_estimated_as_autograd_keeps_them(two: WorkerPool, folder: str, schedule: str):
+    pipeline = {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": schedule}
+    wide = MODELS["llama"] | {"hidden_size": 128, "intermediate_size": 352}
+    config = _job(folder, "run", "llama", pipeline, training__local_batch_size=_ROWS, training__seq_len=128,
+                  hf_transformers__config_overrides=wide)  # fmt: skip
+    for measured, estimated in two.run(_activations, config):
+        assert estimated == pytest.approx(measured, rel=0.1)
 
 
 # -- random numbers --------------------------------------------------------------------------------------------------
