@@ -6,8 +6,10 @@ device that was never cut.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
+import json
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,6 +25,10 @@ from transformers import AutoModelForCausalLM
 from parallelize.config import ParallelismConfig
 from tests.distributed.stored_run import StoredRun
 from tests.distributed.workers import Messages, WorkerPool
+from tests.jobs import tiny_job
+from transformers_backend import JobConfig, Trainer
+from transformers_backend.export import main as export
+from transformers_backend.generate import load_generator
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.model_args import HFTransformerModelArgs
 
@@ -108,6 +114,65 @@ def test_an_export_is_that_of_one_device(four: WorkerPool, tmp_path: Path, model
         _assert_equal(state, alone.full_state_dict())
     assert _contents(tmp_path / "drawn") == _contents(tmp_path / "alone")
     assert _contents(tmp_path / "loaded, in parts") == _contents(tmp_path / "alone, in parts")
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+
+# 176 MB in fp32: four layers of 38 MB, and an embedding of 25 MB that is the head, too.
+_LARGE = {**SIZES["qwen3"], "hidden_size": 768, "intermediate_size": 3072, "head_dim": 192, "num_key_value_heads": 4,
+          "vocab_size": 8192}  # fmt: skip
+
+
+def _memory(key: str) -> int:
+    """Bytes of a line of /proc/self/status: VmRSS (resident now) or VmHWM (its peak)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
+    return 1024 * int(line.split()[1])
+
+
+def _peaks(small: str, large: str) -> list[tuple[int, int]]:
+    """Bytes held after, and more at the peak of: a load, drawing weights, an export. First all at a small size, so that
+    what is imported on first use is no part."""
+
+    def act(source: str) -> Iterator[HFTransformerModel]:
+        yield _split(HFTransformerModel(HFTransformerModelArgs(model=source, init="scratch")), "pp 4")
+        model = _split(HFTransformerModel.from_pretrained(source), "pp 4")
+        yield model
+        model.save_pretrained(f"{source} again", max_file_size=40_000_000)
+        yield model
+
+    for _ in act(small):
+        pass
+    gc.collect()
+    peaks, actions = [], act(large)
+    for _ in range(3):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
+        baseline = _memory("VmRSS")
+        model = next(actions)
+        held = sum(parameter.nbytes for parameter in model.hf_model.parameters())
+        peaks.append((held, _memory("VmHWM") - baseline))
+        del model
+        gc.collect()
+    return peaks
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory with Linux's /proc")
+def test_no_rank_holds_what_other_stages_do(four: WorkerPool, tmp_path: Path):
+    HFTransformerModel(_arguments("qwen3")).save_pretrained(tmp_path / "small")
+    large = HFTransformerModel(HFTransformerModelArgs(model_type="qwen3", config_overrides=_LARGE))
+    large.save_pretrained(tmp_path / "large", max_file_size=40_000_000)
+    parameters = {name: parameter.nbytes for name, parameter in large.hf_model.named_parameters()}
+    file, slack = 40e6, 30e6  # the Python objects of a model on meta, and what the allocator keeps of them
+    layer = sum(size for name, size in parameters.items() if ".layers.0." in name)
+    tensor = max(parameters.values())
+    del large
+    outcomes = four.run(_peaks, str(tmp_path / "small"), str(tmp_path / "large"))
+    assert sum(held for (held, _), *_ in outcomes) == sum(parameters.values()) + parameters["model.embed_tokens.weight"]
+    for (held, of_drawing), (_, of_load), (_, of_export) in outcomes:
+        assert held < layer + tensor + 1e6
+        assert 0.9 * held < of_drawing < held + 2 * layer + slack, "its stage, and a layer as it is drawn"
+        assert 0.9 * held < of_load < held + file + slack, "its stage, and one file"
+        assert of_export < file + tensor + slack, "one file, and a tensor that goes to another rank"
+    assert _contents(tmp_path / "large again") == _contents(tmp_path / "large")
 
 
 # -- checkpoints ----------------------------------------------------------------------------------------------------
@@ -258,3 +323,59 @@ def _wrap(folder: str) -> None:
 def test_a_wrapped_model_lets_the_weights_of_other_stages_go(four: WorkerPool, tmp_path: Path):
     HFTransformerModel(_arguments("qwen3")).save_pretrained(tmp_path)
     four.run(_wrap, str(tmp_path))
+
+
+# -- whole jobs -----------------------------------------------------------------------------------------------------
+
+
+def _job(folder: str, name: str, *, steps: int, degree: int = 1, **changes: Any) -> JobConfig:
+    """Its model is tied, and has to go on to six steps of four sequences."""
+    config = tiny_job(
+        folder, name, training__steps=steps, training__local_batch_size=4, lr_scheduler__total_steps=6,
+        checkpoint__enable=True, checkpoint__interval=2, checkpoint__async_mode="async", **changes,
+    )  # fmt: skip
+    config.hf_transformers.config_overrides |= {"num_hidden_layers": 4, "tie_word_embeddings": True}
+    config.parallelism.pipeline_parallel_degree = degree
+    config.parallelism.tensor_parallel_degree = 2 if degree == 2 else 1  # one data rank, with the same batches
+    return config
+
+
+def _run(config: JobConfig, live: str | None = None) -> None:
+    with contextlib.closing(Trainer(config)) as trainer:
+        trainer.train()
+        if live is not None:
+            trainer.model.save_pretrained(live, tokenizer=trainer.tokenizer)
+
+
+def _losses(config: JobConfig) -> list[float]:
+    lines = (Path(config.job.dump_folder) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_jobs_begin_and_end_in_every_way(four: WorkerPool, one: WorkerPool, folder: str):
+    """A seed, a run of a pipeline, its end on one rank; another run from its middle; one from its export."""
+    whole, last_only = {"checkpoint__last_save_model_only": False}, {"checkpoint__last_save_model_only": True}
+    one.run(_run, _job(folder, "parts", steps=6, checkpoint__create_seed_checkpoint=True))
+    four.run(_run, _job(folder, "parts", steps=3, degree=4, **whole), f"{folder}/live")
+    middle = f"{folder}/parts/checkpoint/step-3"
+    from_middle = _job(
+        folder, "from middle", steps=4, degree=2, checkpoint__initial_load_path=middle,
+        checkpoint__initial_load_model_only=False, **last_only,
+    )  # fmt: skip
+    four.run(_run, from_middle)
+    from_export = _job(
+        folder, "from export", steps=1, degree=4, checkpoint__initial_load_path=f"{folder}/live",
+        checkpoint__initial_load_in_hf=True, **whole,
+    )  # fmt: skip
+    four.run(_run, from_export)
+    one.run(_run, _job(folder, "parts", steps=6))
+    one.run(_run, alone := _job(folder, "alone", steps=6))
+
+    expected = _losses(alone)
+    assert _losses(_job(folder, "parts", steps=6)) == pytest.approx(expected, rel=1e-5)
+    assert _losses(from_middle) == pytest.approx(expected[3:4], rel=1e-5)
+    assert export([middle, f"{folder}/exported"]) == 0
+    assert _contents(Path(folder, "exported")) == _contents(Path(folder, "live"))
+    model, _ = load_generator(f"{folder}/from middle/checkpoint/step-4-model")
+    whole_model, _ = load_generator(f"{folder}/parts/checkpoint/step-4")
+    torch.testing.assert_close(model.state_dict(), whole_model.state_dict(), rtol=1e-3, atol=1e-5)
