@@ -84,7 +84,9 @@ def test_a_job_is_that_of_one_device_bit_by_bit(
     for file, number in (("metrics.jsonl", "loss"), ("validation.jsonl", "validation_loss")):
         expected, found = ([line[number] for line in _lines(config, file)] for config in (alone, together))
         assert len(found) == len(expected) > 0
-        assert found == (expected if is_exact else pytest.approx(expected, rel=1e-5))
+        # A validation batch without a pipeline is not cut into micro-batches.
+        is_equal = is_exact and number == "loss"
+        assert found == (expected if is_equal else pytest.approx(expected, rel=1e-5))
     assert sorted(found_weights) == sorted(weights)
     if is_exact:
         assert all(torch.equal(found_weights[name], weight) for name, weight in weights.items())
