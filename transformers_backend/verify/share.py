@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from parallelize.distributed import gather_objects
 from parallelize.tensor_parallel.apply import check_complete
 from parallelize.tensor_parallel.distribute import distribute_parameters
 from transformers_backend.decoder import describe_decoder
@@ -14,14 +16,20 @@ from transformers_backend.proof import MODEL_ERRORS
 from transformers_backend.tensor_plan import Recipe, make_plan
 
 
-def sharded_share(model: nn.Module) -> float:
+def sharded_share(model: nn.Module, pipeline_group: dist.ProcessGroup | None = None) -> float:
     """Of all numbers in `model`'s parameters with two dimensions or more (each tied one once), the share that is split.
 
-    Over the last dimension of their meshes, which is the tensor-parallel one.
+    Over the last dimension of their meshes, which is the tensor-parallel one. pipeline_group: ranks that have other
+    parameters of the same model, or copies, and all call this.
     """
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    split = [matrix.numel() for matrix in matrices if isinstance(matrix, DTensor) and matrix.placements[-1].is_shard()]
-    return sum(split) / sum(matrix.numel() for matrix in matrices)
+    sizes = {
+        name: (parameter.numel(), isinstance(parameter, DTensor) and parameter.placements[-1].is_shard())
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2
+    }
+    if pipeline_group is not None:
+        sizes = {name: size for part in gather_objects(sizes, pipeline_group) for name, size in part.items()}
+    return sum(count for count, is_split in sizes.values() if is_split) / sum(count for count, _ in sizes.values())
 
 
 def share_of_real_sizes(hf_config, model_class, recipe: Recipe, mesh: DeviceMesh) -> float | None:
