@@ -230,13 +230,11 @@ def _describe_split(report: Report, hf_config, model_class, model: HFTransformer
     report.sequence_parallel = split.sequence_parallel
     if not split.sequence_parallel:
         report.notes.append(f"no sequence parallelism: {split.sequence_parallel_because}")
-    share = (
-        share_of_real_sizes(hf_config, model_class, split.recipe, model.mesh["tp"]) if dist.get_rank() == 0 else None
-    )
-    (share, *_) = gather_objects(share)
-    report.sharded, report.sharded_of_twin = share, share is None
-    if share is None:
-        report.sharded = sharded_share(model.hf_model, model.mesh.get_group("pp"))
+    share_of_twin = sharded_share(model.hf_model, model.mesh.get_group("pp"))
+    if dist.get_rank() == 0:
+        report.sharded = share_of_real_sizes(hf_config, model_class, split.recipe, model.mesh["tp"])
+        if report.sharded is None:
+            report.sharded, report.sharded_of_twin = share_of_twin, True
 
 
 def _compare_weights(

@@ -23,9 +23,9 @@ on one device. *Loss diff* and *worst gradient* (relative, before and after clip
 in two accumulated micro-batches; *loaded diff* is the first loss after loading a `save_pretrained` folder into
 sharded parameters; *export* compares the exported folder, read with `from_pretrained`, with the original weights.
 Pass means: loss within {LOSS_TOLERANCE:g}, every gradient and the norm that clipping finds within
-{GRADIENT_TOLERANCE:g}, loaded loss within {PRETRAINED_LOSS_TOLERANCE:g} (with tensor parallelism or a pipeline, which add in
-another order, within {LOSS_TOLERANCE:g}), export bit-equal. The mean loss that `evaluate` finds is held to {LOSS_TOLERANCE:g},
-too.
+{GRADIENT_TOLERANCE:g}, loaded loss within {PRETRAINED_LOSS_TOLERANCE:g} (with tensor parallelism
+or a pipeline, which add in another order, within {LOSS_TOLERANCE:g}), export bit-equal, and the mean loss that
+`evaluate` finds of another batch within {LOSS_TOLERANCE:g}.
 
 With tensor parallelism, *sharded* is the share of the numbers in matrices (each tied one counted once) of which a
 tensor-parallel rank holds only its part, for the default sizes of the architecture, or the twin's where those are

@@ -16,20 +16,29 @@ from transformers_backend.proof import MODEL_ERRORS
 from transformers_backend.tensor_plan import Recipe, make_plan
 
 
-def sharded_share(model: nn.Module, pipeline_group: dist.ProcessGroup | None = None) -> float:
+def sharded_share(model: nn.Module, pipeline_group: dist.ProcessGroup) -> float:
     """Of all numbers in `model`'s parameters with two dimensions or more (each tied one once), the share that is split.
 
-    Over the last dimension of their meshes, which is the tensor-parallel one. pipeline_group: ranks that have other
-    parameters of the same model, or copies, and all call this.
+    pipeline_group: the ranks that have other parameters of the same model, or copies; all of them call this.
     """
-    sizes = {
+    parts = gather_objects(_matrices(model), pipeline_group)
+    return _share({name: size for part in parts for name, size in part.items()})
+
+
+def _matrices(model: nn.Module) -> dict[str, tuple[int, bool]]:
+    """By name: how many numbers, and whether they are split over the last dimension of their mesh, the tensor-parallel
+    one."""
+    return {
         name: (parameter.numel(), isinstance(parameter, DTensor) and parameter.placements[-1].is_shard())
         for name, parameter in model.named_parameters()
         if parameter.dim() >= 2
     }
-    if pipeline_group is not None:
-        sizes = {name: size for part in gather_objects(sizes, pipeline_group) for name, size in part.items()}
-    return sum(count for count, is_split in sizes.values() if is_split) / sum(count for count, _ in sizes.values())
+
+
+def _share(matrices: dict[str, tuple[int, bool]]) -> float:
+    return sum(count for count, is_split in matrices.values() if is_split) / sum(
+        count for count, _ in matrices.values()
+    )
 
 
 def share_of_real_sizes(hf_config, model_class, recipe: Recipe, mesh: DeviceMesh) -> float | None:
@@ -44,4 +53,4 @@ def share_of_real_sizes(hf_config, model_class, recipe: Recipe, mesh: DeviceMesh
         distribute_parameters(model, plan, mesh)
     except MODEL_ERRORS:  # sizes that do not fit, or a config class whose defaults cannot be built at all
         return None
-    return sharded_share(model)
+    return _share(_matrices(model))
