@@ -36,9 +36,8 @@ def _matrices(model: nn.Module) -> dict[str, tuple[int, bool]]:
 
 
 def _share(matrices: dict[str, tuple[int, bool]]) -> float:
-    return sum(count for count, is_split in matrices.values() if is_split) / sum(
-        count for count, _ in matrices.values()
-    )
+    split = sum(count for count, is_split in matrices.values() if is_split)
+    return split / sum(count for count, _ in matrices.values())
 
 
 def share_of_real_sizes(hf_config, model_class, recipe: Recipe, mesh: DeviceMesh) -> float | None:
