@@ -63,8 +63,8 @@ from transformers_backend.proof import check_recomputation, prove
 from transformers_backend.tensor_proof import vocabulary_shard
 from transformers_backend.weights import (
     DEFAULT_FILE_SIZE,
+    LiveTensors,
     allocate,
-    full_tensor,
     init_buffers,
     init_weights,
     load_hf_weights,
@@ -446,21 +446,23 @@ class HFTransformerModel:
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """{Transformers parameter name: full gradient on the CPU} of parameters that have one, on every rank."""
-        gradients = {
-            name: self._full(name, parameter.grad)
-            for name, parameter in self.hf_model.named_parameters()
-            if parameter.grad is not None
-        }
-        return gradients if self.pipelined is None else self.pipelined.of_all_stages(gradients)
+        parameters = self.hf_model.named_parameters()
+        return self._full({name: parameter.grad for name, parameter in parameters if parameter.grad is not None})
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """{Transformers name: full CPU tensor} of parameters and persistent buffers, on every rank."""
         self._fill_if_meta()
-        tensors = {name: self._full(name, tensor) for name, tensor in named_tensors(self.hf_model).items()}
-        return tensors if self.pipelined is None else self.pipelined.of_all_stages(tensors)
+        return self._full(named_tensors(self.hf_model))
 
-    def _full(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return full_tensor(self.hf_model, name, tensor).to("cpu", copy=True)
+    def _full(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """{name: full CPU tensor} of those of all stages, in the order of the model; `tensors` are this rank's."""
+        live = LiveTensors(self.hf_model, tensors, self._pipeline_group)
+        names = live.names if self.pipelined is None else self.pipelined.in_order(live.names)
+        return live.read(tuple(names), keep=True)
+
+    @property
+    def _pipeline_group(self) -> dist.ProcessGroup | None:
+        return None if self.pipelined is None else self.pipelined.group
 
     def save_pretrained(
         self,
@@ -484,4 +486,5 @@ class HFTransformerModel:
             generation_config=self.hf_model.generation_config,
             dtype=dtype,
             max_file_size=max_file_size,
+            pipeline_group=self._pipeline_group,
         )

@@ -7,7 +7,7 @@ cut (constructor), parallelised like any other, made ready (`start`), and then r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,7 +15,6 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from parallelize.config import ParallelismConfig
-from parallelize.distributed import gather_objects
 from parallelize.fsdp import reduced_once, reshard
 from parallelize.pipeline_parallel.runtime import Pipeline
 from parallelize.pipeline_parallel.schedules import build_schedule
@@ -25,6 +24,7 @@ from transformers_backend.decoder import Decoder
 from transformers_backend.evaluation import evaluation_mode
 from transformers_backend.pipeline_plan import PipelinePlan
 from transformers_backend.stages import LocalStages
+from transformers_backend.weights import named_tensors
 
 Batch = dict[str, torch.Tensor]
 """`input_ids`, `targets` and possibly `position_ids` on the rank's device, all (batch, seq)."""
@@ -45,6 +45,7 @@ class PipelinedModel:
         self.plan = plan
         self.rank, self.group = mesh.get_local_rank("pp"), mesh.get_group("pp")
         self._model, self._parallelism = hf_model, parallelism
+        self._places = {name: place for place, name in enumerate(named_tensors(hf_model))}
         self._stages = LocalStages(hf_model, decoder, plan.split, plan.stages_of_rank(self.rank))
         self._stages.drop_the_rest()
         self._shared = {name: ranks for name, _ in hf_model.named_parameters() if len(ranks := plan.ranks_of(name)) > 1}
@@ -148,7 +149,6 @@ class PipelinedModel:
         parameters = dict(self._model.named_parameters())
         return [parameters[name] for name, ranks in self._shared.items() if ranks[0] != self.rank]
 
-    def of_all_stages(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """CPU tensors by name, of this rank's parameters, together with those of all other ranks of the pipeline."""
-        parts = gather_objects(tensors, self.group)
-        return {name: tensor for part in parts for name, tensor in part.items()}
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """Names of parameters and buffers of any rank as the whole model lists them."""
+        return sorted(names, key=self._places.__getitem__)
