@@ -6,8 +6,10 @@ device that was never cut.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
+import json
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,6 +25,10 @@ from transformers import AutoModelForCausalLM
 from parallelize.config import ParallelismConfig
 from tests.distributed.stored_run import StoredRun
 from tests.distributed.workers import Messages, WorkerPool
+from tests.jobs import tiny_job
+from transformers_backend import JobConfig, Trainer
+from transformers_backend.export import main as export
+from transformers_backend.generate import load_generator
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.model_args import HFTransformerModelArgs
 
@@ -258,3 +264,59 @@ def _wrap(folder: str) -> None:
 def test_a_wrapped_model_lets_the_weights_of_other_stages_go(four: WorkerPool, tmp_path: Path):
     HFTransformerModel(_arguments("qwen3")).save_pretrained(tmp_path)
     four.run(_wrap, str(tmp_path))
+
+
+# -- whole jobs -----------------------------------------------------------------------------------------------------
+
+
+def _job(folder: str, name: str, *, steps: int, degree: int = 1, **changes: Any) -> JobConfig:
+    """Its model is tied, and has to go on to six steps of four sequences."""
+    config = tiny_job(
+        folder, name, training__steps=steps, training__local_batch_size=4, lr_scheduler__total_steps=6,
+        checkpoint__enable=True, checkpoint__interval=2, checkpoint__async_mode="async", **changes,
+    )  # fmt: skip
+    config.hf_transformers.config_overrides |= {"num_hidden_layers": 4, "tie_word_embeddings": True}
+    config.parallelism.pipeline_parallel_degree = degree
+    config.parallelism.tensor_parallel_degree = 2 if degree == 2 else 1  # one data rank, with the same batches
+    return config
+
+
+def _run(config: JobConfig, live: str | None = None) -> None:
+    with contextlib.closing(Trainer(config)) as trainer:
+        trainer.train()
+        if live is not None:
+            trainer.model.save_pretrained(live, tokenizer=trainer.tokenizer)
+
+
+def _losses(config: JobConfig) -> list[float]:
+    lines = (Path(config.job.dump_folder) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_jobs_begin_and_end_in_every_way(four: WorkerPool, one: WorkerPool, folder: str):
+    """A seed, a run of a pipeline, its end on one rank; another run from its middle; one from its export."""
+    whole, last_only = {"checkpoint__last_save_model_only": False}, {"checkpoint__last_save_model_only": True}
+    one.run(_run, _job(folder, "parts", steps=6, checkpoint__create_seed_checkpoint=True))
+    four.run(_run, _job(folder, "parts", steps=3, degree=4, **whole), f"{folder}/live")
+    middle = f"{folder}/parts/checkpoint/step-3"
+    from_middle = _job(
+        folder, "from middle", steps=4, degree=2, checkpoint__initial_load_path=middle,
+        checkpoint__initial_load_model_only=False, **last_only,
+    )  # fmt: skip
+    four.run(_run, from_middle)
+    from_export = _job(
+        folder, "from export", steps=1, degree=4, checkpoint__initial_load_path=f"{folder}/live",
+        checkpoint__initial_load_in_hf=True, **whole,
+    )  # fmt: skip
+    four.run(_run, from_export)
+    one.run(_run, _job(folder, "parts", steps=6))
+    one.run(_run, alone := _job(folder, "alone", steps=6))
+
+    expected = _losses(alone)
+    assert _losses(_job(folder, "parts", steps=6)) == pytest.approx(expected, rel=1e-5)
+    assert _losses(from_middle) == pytest.approx(expected[3:4], rel=1e-5)
+    assert export([middle, f"{folder}/exported"]) == 0
+    assert _contents(Path(folder, "exported")) == _contents(Path(folder, "live"))
+    model, _ = load_generator(f"{folder}/from middle/checkpoint/step-4-model")
+    whole_model, _ = load_generator(f"{folder}/parts/checkpoint/step-4")
+    torch.testing.assert_close(model.state_dict(), whole_model.state_dict(), rtol=1e-3, atol=1e-5)
