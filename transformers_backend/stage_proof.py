@@ -77,8 +77,8 @@ class TallTwin:
         watch.remove()
         if watch.ran != list(range(len(layers))):
             raise ValueError(
-                f"{self._name} does not run its layers once, one after the other (it runs {len(watch.ran)} for "
-                f"{len(layers)}), so they cannot be stages of a pipeline. Set parallelism.pipeline_parallel_degree = 1."
+                f"{self._name} does not run its layers once, one after the other ({_how(watch.ran, len(layers))}), "
+                "so they cannot be stages of a pipeline. Set parallelism.pipeline_parallel_degree = 1."
             )
         return LayerFacts(
             containers=dict(zip(layers, watch.containers, strict=True)), forbidden_cuts=frozenset(watch.forbidden_cuts)
@@ -92,6 +92,8 @@ class TallTwin:
         stages = tuple(tuple(stage) for stage in stages)
         of_all = StageSplit(stages, (everything,) * len(stages), facts.containers)
         try:
+            for parameter in twin.parameters():  # also a table of sines that is never trained has a value (RoFormer's)
+                parameter.requires_grad_(parameter.is_floating_point())
             needed = tuple(_outer_parameters_with_gradient(self._run(twin, of_all)))
             chosen = StageSplit(stages, needed, facts.containers)
             for split in (chosen, of_all):
@@ -114,6 +116,10 @@ class TallTwin:
 
     def _run(self, twin: PreTrainedModel, split: StageSplit) -> _Run:
         return _Run(twin, self.decoder, split, self._input_ids, self._labels)
+
+
+def _how(ran: Sequence[int], layers: int) -> str:
+    return f"it runs {len(ran)} for {layers}" if len(ran) != layers else "it runs them in another order, or some twice"
 
 
 def _in_a_line(error: Exception) -> str:

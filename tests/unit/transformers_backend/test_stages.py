@@ -101,7 +101,9 @@ def test_what_a_gradient_is_added_to_stays():
 # --- stand-ins
 
 
-def stages_of(model_type: str, local: list[int], split: StageSplit | None = None) -> tuple[PreTrainedModel, LocalStages]:
+def stages_of(
+    model_type: str, local: list[int], split: StageSplit | None = None
+) -> tuple[PreTrainedModel, LocalStages]:
     twin = build(model_type)
     return twin, LocalStages(twin, describe_decoder(twin), split or prove(model_type), local)
 
