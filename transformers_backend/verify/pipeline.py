@@ -51,7 +51,11 @@ def seen_gradients(model: HFTransformerModel) -> dict[str, torch.Tensor]:
     parameter that is held here without a gradient has none, whatever other ranks have.
     """
     here = {name: parameter.grad for name, parameter in model.hf_model.named_parameters()}
-    own = {name: full_tensor(model.hf_model, name, grad).cpu() for name, grad in here.items() if grad is not None}
+    own = {
+        name: full_tensor(model.hf_model, name, grad).to("cpu", copy=True)
+        for name, grad in here.items()
+        if grad is not None
+    }
     return {name: grad for name, grad in model.full_gradients().items() if name not in here} | own
 
 
