@@ -89,7 +89,7 @@ def see_own_copy() -> tuple[list[float], list[float]]:
     after = seen_gradients(model)
     assert before.keys() - after.keys() == {"transformer.ln_f.weight"}
     changed = [name for name, gradient in after.items() if not torch.equal(gradient, before[name])]
-    return changed, (after["transformer.wte.weight"] - before["transformer.wte.weight"]).unique().round().tolist()
+    return changed, (after["transformer.wte.weight"] - before["transformer.wte.weight"]).round().unique().tolist()
 
 
 def test_a_copy_that_is_wrong_on_one_rank_is_seen_there():
