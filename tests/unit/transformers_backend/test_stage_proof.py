@@ -230,7 +230,9 @@ class PassesDetachedNotes(PassesNotes):
 def test_what_passes_between_stages_beside_the_hidden_states_is_refused(model_class: type[PassesNotes]):
     """The proof is in one process, where it is still there; ranks of a run would not have it."""
     twin = TallTwin(LLAMA, model_class, None)
-    with pytest.raises(ValueError, match=f"{model_class.__name__}: cut into 2 pipeline stages it computes something else"):
+    with pytest.raises(
+        ValueError, match=f"{model_class.__name__}: cut into 2 pipeline stages it computes something else"
+    ):
         twin.prove_stages(cut(twin, 2), twin.look_at_layers())
 
 
