@@ -109,7 +109,7 @@ def _split(
     flops: ModelFlops,
     forbidden_cuts: frozenset[int],
 ) -> list[range]:
-    """The layers of each stage, by cost or as `module_fqns_per_model_part` names them."""
+    """The numbers of each stage's layers, by cost or as `module_fqns_per_model_part` names them."""
     parts = parallelism.module_fqns_per_model_part
     first_less = parallelism.pipeline_parallel_first_stage_less_layers
     last_less = parallelism.pipeline_parallel_last_stage_less_layers
@@ -137,7 +137,7 @@ def _split(
 
 
 def _places(hf_model: PreTrainedModel, decoder: Decoder) -> dict[str, str]:
-    """In which part modules beside the layers may be named."""
+    """Modules beside the layers by name, and in which part they may be named: "first", "last" or "any"."""
     in_layers = tuple(f"{layer}." for layer in decoder.layers)
     beside = [name for name, _ in hf_model.named_modules() if name and not f"{name}.".startswith(in_layers)]
     known = {decoder.embedding: "first", decoder.head: "last", decoder.final_norm: "last"}

@@ -185,7 +185,7 @@ class _Run:
 
 
 def _outer_parameters_with_gradient(run: _Run) -> list[frozenset[str]]:
-    """For each stage, the parameters outside the layers that its output depends on."""
+    """For each stage, the parameters outside the layers that its output, and so the loss, depends on."""
     run.forward()
     parameters = dict(run.twin.named_parameters())
     found, gradient = [], None

@@ -57,6 +57,24 @@ def test_layers_that_share_keys_and_values_stay_together():
     assert facts.forbidden_cuts == frozenset(range(first_used + 1, config.num_hidden_layers))
 
 
+class ReachesBack(LlamaForCausalLM):
+    """A model whose fifth layer is given what its first two computed, inside of something."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        kept = []
+        for layer in self.model.layers[:2]:
+            layer.register_forward_hook(lambda layer, args, output: kept.append(output.mean()))
+        self.model.layers[4].register_forward_pre_hook(
+            lambda layer, args, kwargs: (args, {**kwargs, "given": ([kept.pop() + kept.pop()], 1)}), with_kwargs=True
+        )
+
+
+def test_all_cuts_between_a_layer_and_what_it_is_given_are_forbidden():
+    facts = TallTwin(LlamaConfig(num_hidden_layers=6), ReachesBack, None).look_at_layers()
+    assert facts.forbidden_cuts == {2, 3, 4}, "the first two may be apart: what was made of both is of the second"
+
+
 def test_a_cut_between_layers_that_share_is_seen_by_the_proof_too():
     twin = tall_twin("gemma3n_text")
     facts = twin.look_at_layers()
