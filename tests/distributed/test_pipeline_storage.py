@@ -116,6 +116,65 @@ def test_an_export_is_that_of_one_device(four: WorkerPool, tmp_path: Path, model
     assert _contents(tmp_path / "loaded, in parts") == _contents(tmp_path / "alone, in parts")
 
 
+# -- memory ---------------------------------------------------------------------------------------------------------
+
+# 176 MB in fp32: four layers of 38 MB, and an embedding of 25 MB that is the head, too.
+_LARGE = {**SIZES["qwen3"], "hidden_size": 768, "intermediate_size": 3072, "head_dim": 192, "num_key_value_heads": 4,
+          "vocab_size": 8192}  # fmt: skip
+
+
+def _memory(key: str) -> int:
+    """Bytes of a line of /proc/self/status: VmRSS (resident now) or VmHWM (its peak)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
+    return 1024 * int(line.split()[1])
+
+
+def _peaks(small: str, large: str) -> list[tuple[int, int]]:
+    """Bytes held after, and more at the peak of: a load, drawing weights, an export. First all at a small size, so that
+    what is imported on first use is no part."""
+
+    def act(source: str) -> Iterator[HFTransformerModel]:
+        yield _split(HFTransformerModel(HFTransformerModelArgs(model=source, init="scratch")), "pp 4")
+        model = _split(HFTransformerModel.from_pretrained(source), "pp 4")
+        yield model
+        model.save_pretrained(f"{source} again", max_file_size=40_000_000)
+        yield model
+
+    for _ in act(small):
+        pass
+    gc.collect()
+    peaks, actions = [], act(large)
+    for _ in range(3):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
+        baseline = _memory("VmRSS")
+        model = next(actions)
+        held = sum(parameter.nbytes for parameter in model.hf_model.parameters())
+        peaks.append((held, _memory("VmHWM") - baseline))
+        del model
+        gc.collect()
+    return peaks
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory with Linux's /proc")
+def test_no_rank_holds_what_other_stages_do(four: WorkerPool, tmp_path: Path):
+    HFTransformerModel(_arguments("qwen3")).save_pretrained(tmp_path / "small")
+    large = HFTransformerModel(HFTransformerModelArgs(model_type="qwen3", config_overrides=_LARGE))
+    large.save_pretrained(tmp_path / "large", max_file_size=40_000_000)
+    parameters = {name: parameter.nbytes for name, parameter in large.hf_model.named_parameters()}
+    file, slack = 40e6, 30e6  # the Python objects of a model on meta, and what the allocator keeps of them
+    layer = sum(size for name, size in parameters.items() if ".layers.0." in name)
+    tensor = max(parameters.values())
+    del large
+    outcomes = four.run(_peaks, str(tmp_path / "small"), str(tmp_path / "large"))
+    assert sum(held for (held, _), *_ in outcomes) == sum(parameters.values()) + parameters["model.embed_tokens.weight"]
+    for (held, of_drawing), (_, of_load), (_, of_export) in outcomes:
+        assert held < layer + tensor + 1e6
+        assert 0.9 * held < of_drawing < held + 2 * layer + slack, "its stage, and a layer as it is drawn"
+        assert 0.9 * held < of_load < held + file + slack, "its stage, and one file"
+        assert of_export < file + tensor + slack, "one file, and a tensor that goes to another rank"
+    assert _contents(tmp_path / "large again") == _contents(tmp_path / "large")
+
+
 # -- checkpoints ----------------------------------------------------------------------------------------------------
 
 _Tensors = dict[str, torch.Tensor]
