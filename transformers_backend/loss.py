@@ -254,8 +254,10 @@ class _ChunkedSumLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        # In place: these gradients exist for this backward only, and a second one would raise.
-        scaled = [gradient.mul_(grad_output) for gradient in ctx.saved_tensors]
+        # Nearly always in place: these gradients exist for this backward only. Where the graph is kept there is another
+        # one: zero-bubble schedules compute the gradients of inputs and of weights in two.
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        scaled = [gradient * grad_output if again else gradient.mul_(grad_output) for gradient in ctx.saved_tensors]
         return None, None, scaled[0], None, *scaled[1:]
 
 
