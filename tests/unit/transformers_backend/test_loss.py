@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from transformers_backend.decoder import describe_decoder
 from transformers_backend.loss import build_head, count_targets, install_loss, shift_labels, sum_cross_entropy
+from transformers_backend.proof import gradients
 from transformers_backend.twin import VOCABULARY_SIZE, build_twin
 
 # Softcap; logit scale; divided logits; tied; bias; bias and partial rotary; a dense layer and a norm before the head.
