@@ -148,14 +148,15 @@ class LocalStages:
                     "HFTransformerModel on every rank, or export it with save_pretrained and load that."
                 )
             self._received = hidden_states
-            with self._in_place(stage):
-                if stage == self.split.last:
-                    return plain_forward(*args, **inputs)
-                inputs.pop("targets", None)
-                body(*args, **inputs, use_cache=False)
-            sent = self._passed if stage == _NO_STAGE else self._captured
-            self._passed = self._captured = None
-            return sent
+            try:
+                with self._in_place(stage):
+                    if stage == self.split.last:
+                        return plain_forward(*args, **inputs)
+                    inputs.pop("targets", None)
+                    body(*args, **inputs, use_cache=False)
+                return self._passed if stage == _NO_STAGE else self._captured
+            finally:
+                self._received = self._passed = self._captured = self._entered = None
 
         self._model.forward = forward
 
@@ -171,7 +172,6 @@ class LocalStages:
         finally:
             for name in others:
                 self._put(name, self._layers[name])
-            self._received = None
 
     def _hand_in(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         assert self._received is not None

@@ -5,6 +5,7 @@ The reference is the same model of Transformers, in one process and not split.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import gc
 import time
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.pipelining import schedules
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 from torch.utils.weak import TensorWeakRef
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -25,6 +27,7 @@ from parallelize.parallel_dims import ParallelDims
 from parallelize.pipeline_parallel.shared import summed_gradients
 from tests.distributed.workers import WorkerPool
 from transformers_backend import HFTransformerModel
+from transformers_backend.errors import is_lost_peer, is_meant_for_the_user
 
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
           "intermediate_size": 48, "vocab_size": 98, "bos_token_id": 1, "eos_token_id": 1}  # fmt: skip
@@ -158,3 +161,201 @@ def test_any_loop_of_a_user(two: WorkerPool, schedule: str):
 def test_three_stages(three: WorkerPool):
     for schedule in ("1F1B", "InterleavedZeroBubble"):
         three.run(_any_loop, schedule, 3)
+
+
+class _Saved:
+    """Bytes that autograd keeps for backwards: now, and at most so far."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def pack(self, tensor: torch.Tensor) -> _Kept:
+        return _Kept(self, tensor)
+
+
+class _Kept:
+    def __init__(self, saved: _Saved, tensor: torch.Tensor) -> None:
+        self.saved, self.tensor, self.size = saved, tensor.detach(), 0  # with its graph it would keep itself alive
+        if not isinstance(tensor, nn.Parameter):
+            self.size = tensor.numel() * tensor.element_size()
+        saved.now += self.size
+        saved.peak = max(saved.peak, saved.now)
+
+    def __del__(self) -> None:
+        self.saved.now -= self.size
+
+
+def _peaks(schedule: str) -> tuple[int, int]:
+    """What is kept for backwards at most, with 3 micro-batches and with 16."""
+    model = _parallelized(_build(), schedule)
+    peaks = []
+    for rows in (3, 16):
+        saved = _Saved()
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
+            model.forward_backward(*_batch(rows))
+        assert saved.now == 0, "nothing outlives the step"
+        peaks.append(saved.peak)
+    return tuple(peaks)
+
+
+def test_activations_are_freed_as_the_schedule_says(two: WorkerPool):
+    for few, many in two.run(_peaks, "1F1B"):
+        assert many == pytest.approx(few, rel=0.01)
+    for few, many in two.run(_peaks, "GPipe"):
+        assert many > 4 * few
+
+
+def _left_over(schedule: str) -> None:
+    """No hidden states, received or computed, stay after a step or an evaluation."""
+    model = _parallelized(_build(), schedule)
+    outputs: list[TensorWeakRef] = []
+    for layer in model.pipelined.layers:
+        model.hf_model.get_submodule(layer).register_forward_hook(lambda *a: outputs.append(TensorWeakRef(a[-1])))
+    for run in (model.forward_backward, model.evaluate):
+        outputs.clear()
+        run(*_batch(8))
+        gc.collect()
+        assert len(outputs) >= 8
+        assert all(output() is None for output in outputs)
+        alive = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.shape == (1, 13, 32)]
+        assert len(alive) == 1, "one to know the shape"
+    schedule_of_shape = weakref.ref(model.pipelined._pipeline._schedule)
+    model.forward_backward(*_batch(8, length=9))
+    gc.collect()
+    assert schedule_of_shape() is None, "nor do buffers of another shape"
+
+
+def test_nothing_is_left_after_a_step(two: WorkerPool):
+    for schedule in ("1F1B", "Interleaved1F1B", "ZBVZeroBubble"):
+        two.run(_left_over, schedule)
+
+
+def _sent(schedule: str, rows: int, tp: int) -> tuple[int, int]:
+    """The number and bytes of what this rank sends to other ranks of the pipeline in a step."""
+    model = _parallelized(_build(), schedule, tensor_parallel_degree=tp)
+    batch = _batch(rows)
+    model.forward_backward(*batch)
+    exchange, sizes = schedules._batch_p2p, []
+
+    def count(operations: list, **options) -> list:
+        sent = [operation.tensor for operation in operations if operation.op is dist.isend]
+        sizes.extend(tensor.numel() * tensor.element_size() for tensor in sent)
+        return exchange(operations, **options)
+
+    with mock.patch.object(schedules, "_batch_p2p", count):
+        model.forward_backward(*batch)
+    return len(sizes), sum(sizes)
+
+
+@pytest.mark.parametrize(("schedule", "stages"), [("1F1B", 2), ("Interleaved1F1B", 4), ("ZBVZeroBubble", 4)])
+def test_hidden_states_and_their_gradients_are_all_that_is_sent(two: WorkerPool, schedule: str, stages: int):
+    sent = two.run(_sent, schedule, 8, 1)
+    boundaries = 2 if schedule == "ZBVZeroBubble" else stages - 1  # of its three, one is within a rank
+    assert sum(count for count, _ in sent) == 2 * boundaries * 8
+    assert sum(size for _, size in sent) == 2 * boundaries * 8 * (13 * 32 * 4)
+
+
+def test_with_sequence_parallelism_a_part_of_the_sequence_is_sent(four: WorkerPool):
+    """13 tokens on 2 ranks: 7 each, padded."""
+    assert four.run(_sent, "1F1B", 4, 2) == [(4, 4 * 7 * 32 * 4)] * 4
+
+
+def _step_with_an_error(schedule: str, seconds: float) -> tuple[str, str, float]:
+    """The error of a step in which a layer of rank 1 raises, and after how many seconds it came."""
+    model = _parallelized(_build(), schedule)
+    model.pipelined._pipeline._group = dist.new_group(timeout=datetime.timedelta(seconds=seconds))
+    tokens, labels = _batch(4)
+    model.forward_backward(tokens, labels)
+    if dist.get_rank() == 1:
+        layer = model.hf_model.get_submodule(model.pipelined.layers[-1])
+
+        def fail(*args) -> None:
+            raise torch.OutOfMemoryError("no memory for this layer")
+
+        layer.register_forward_hook(fail)
+    start = time.monotonic()
+    try:
+        model.forward_backward(tokens, labels)
+    except Exception as error:  # whatever it is, the test looks at it
+        kind = "peer" if is_lost_peer(error) else type(error).__name__
+        return kind, str(error), time.monotonic() - start
+    return "none", "", 0.0
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+def test_an_error_in_a_stage_is_its_own_and_others_end_with_the_timeout(schedule: str):
+    with WorkerPool(2) as pool:
+        (kind, message, waited), (own_kind, own_message, _) = pool.run(_step_with_an_error, schedule, 3.0)
+    assert (own_kind, own_message) == ("OutOfMemoryError", "no memory for this layer")
+    assert kind == "peer", message
+    assert waited < 20
+
+
+def _mistakes() -> list[str]:
+    """Messages of calls that cannot work; every rank raises them before anything is sent, and then goes on."""
+    model = _parallelized(_build(), "1F1B", pipeline_parallel_microbatch_size=2)
+    tokens, labels = _batch(4)
+    messages = []
+    for call in (
+        lambda: model.forward_backward(tokens[:3], labels[:3]),
+        lambda: model.forward_backward(tokens[:2], labels[:2]),
+        lambda: model.forward_backward(tokens, labels[:, 1:]),
+        lambda: model.hf_model(input_ids=tokens),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            assert is_meant_for_the_user(error)
+            messages.append(str(error))
+    plain = _build()
+    plain(input_ids=tokens, labels=labels).loss.backward()
+    model.forward_backward(tokens, labels)
+    _assert_same_gradients(model, plain)
+    return messages
+
+
+def test_mistakes_are_told_on_every_rank_before_anything_hangs(two: WorkerPool):
+    for messages in two.run(_mistakes):
+        assert len(messages) == 4
+        assert "The batch has 3 sequences, and parallelism.pipeline_parallel_microbatch_size = 2" in messages[0]
+        assert "the number of micro-batches is 1, and must be at least 2" in messages[1]
+        assert "labels has shape (4, 12)" in messages[2]
+        assert "this rank has only some of its layers" in messages[3]
+
+
+def _sum_copies() -> None:
+    """Ranks 0 and 2 of three hold a parameter: what a block adds is summed, what was there before is left alone."""
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (1, 3), mesh_dim_names=("shard", "pp"))
+    group = mesh.get_group("pp")
+    for dtype in (torch.float32, torch.bfloat16):
+        for sharded in (False, True):
+            if rank == 1:
+                with summed_gradients({}, group):
+                    pass
+                continue
+            value = torch.zeros(3, 2, dtype=dtype)
+            parameters = [nn.Parameter(value.clone()) for _ in range(4)]
+            if sharded:
+                parameters = [
+                    nn.Parameter(distribute_tensor(p.detach(), mesh["shard"], [Shard(0)])) for p in parameters
+                ]
+            before, on_one, on_none, spoilt = parameters
+            before.grad = torch.ones_like(before)
+            kept = before.grad
+            with summed_gradients(dict.fromkeys(parameters, (0, 2)), group):
+                before.grad = torch.full_like(before, 1.0 + rank)
+                if rank == 0:
+                    on_one.grad = torch.full_like(on_one, 5.0)
+                spoilt.grad = torch.full_like(spoilt, float("nan") if rank == 2 else 1.0)
+            full = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
+            assert all(gradient.dtype is dtype for gradient in full)
+            assert before.grad is kept, "in place, as autograd accumulates"
+            assert torch.equal(full[0], torch.full_like(full[0], 1 + 1 + 3))
+            assert torch.equal(full[1], torch.full_like(full[1], 5))
+            assert not full[2].any()
+            assert full[3].isnan().all()
+
+
+def test_copies_on_some_of_the_ranks_get_one_gradient(three: WorkerPool):
+    three.run(_sum_copies)

@@ -11,8 +11,8 @@ from accelerate.utils import TorchContextParallelConfig, TorchTensorParallelConf
 
 from parallelize.config import (
     PIPELINE_SCHEDULES,
-    ZERO_BUBBLE_SCHEDULES,
     TENSOR_PARALLEL_STYLES,
+    ZERO_BUBBLE_SCHEDULES,
     ActivationCheckpointConfig,
     CompileConfig,
     KernelConfig,
