@@ -85,7 +85,7 @@ def reduced_once(root: nn.Module) -> Iterator[None]:
 def add_up_precisely(root: nn.Module) -> None:
     """Move gradients that stand in gathered parameters into the sums that `reduced_once` reduces, in their dtype.
 
-    FSDP2 does so where a backward ends. One for weights alone (zero-bubble schedules) reaches none of its hooks, and the
+    FSDP2 does so where a backward ends. One for weights alone (zero-bubble schedules) reaches none of its hooks, so the
     gradients of several micro-batches would be added up in the dtype of the computation. Without FSDP2 it does nothing.
     """
     if not isinstance(root, FSDPModule):

@@ -7,7 +7,7 @@ two accumulated batches each are compared: losses, every gradient, norms and the
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest import mock
 
 import pytest
@@ -123,3 +123,96 @@ def _compare(case: Case) -> None:
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+
+
+_SHARDED, _REPLICATED = {"data_parallel_shard_degree": 2}, {"data_parallel_replicate_degree": 2}
+_TENSOR = {"tensor_parallel_degree": 2}  # with sequence parallelism, 13 tokens on 2 ranks
+_FREED, _HELD = ({**_SHARDED, "fsdp_reshard_after_forward": when} for when in ("always", "never"))
+_BFLOAT16 = {"param_dtype": torch.bfloat16, "tolerance": 3e-2}
+_ONE_CHUNK = 10**6
+
+ON_TWO = [
+    *(Case(schedule) for schedule in PIPELINE_SCHEDULES),
+    Case("ZBVZeroBubble", tied=False),
+    *(Case("1F1B", recompute=recompute) for recompute in ("full", "2", "op")),
+    Case("InterleavedZeroBubble", recompute="full"),
+    *(Case(schedule, **_BFLOAT16) for schedule in ("1F1B", "InterleavedZeroBubble", "DualPipeV")),
+    *(Case(schedule, cpu_offload=True) for schedule in ("Interleaved1F1B", "ZBVZeroBubble")),
+    Case("DualPipeV", compile=("loss",), chunk_elements=_ONE_CHUNK),
+]
+ON_FOUR = [
+    Case("1F1B", _FREED, recompute="full"),
+    Case("LoopedBFS", _FREED),
+    Case("Interleaved1F1B", _HELD),
+    Case("InterleavedZeroBubble", _SHARDED, recompute="2"),
+    Case("DualPipeV", _SHARDED, cpu_offload=True, **_BFLOAT16),
+    Case("1F1B", _REPLICATED, **_BFLOAT16),
+    Case("ZBVZeroBubble", _REPLICATED),
+    Case("GPipe", _TENSOR, recompute="op"),
+    Case("InterleavedZeroBubble", _TENSOR, recompute="full"),
+    Case("ZBVZeroBubble", _TENSOR, param_dtype=torch.bfloat16, tolerance=5e-2),
+]
+
+
+def _compare_all(cases: list[Case]) -> None:
+    for case in cases:
+        try:
+            _compare(case)
+        except (AssertionError, RuntimeError) as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+def test_on_two_processes(two: WorkerPool):
+    two.run(_compare_all, ON_TWO)
+
+
+def test_on_four_processes(four: WorkerPool):
+    four.run(_compare_all, ON_FOUR)
+
+
+def test_compiled_layers(two: WorkerPool):
+    schedules = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS")
+    two.run(_compare_all, [Case(schedule, compile=("model",)) for schedule in schedules])
+
+
+def _gradients_of_many(case: Case) -> dict[str, torch.Tensor]:
+    model = _parallelized(case)
+    ranks = model.dims.data_parallel_size
+    batch = _batch(0, case.rows * ranks)
+    model.forward_backward(*(tensor.chunk(ranks)[model.data_rank] for tensor in batch))
+    return model.full_gradients()
+
+
+def _compare_sums(schedule: str) -> None:
+    """16 gradients in bfloat16 are added up in float32: in whichever order, the same but for float32's rounding."""
+    case = Case(schedule, _SHARDED, param_dtype=torch.bfloat16, rows=16)
+    errors = relative_errors(_gradients_of_many(replace(case, schedule="GPipe")), _gradients_of_many(case))
+    worst = max(errors, key=errors.get)
+    assert errors[worst] < 1e-6, (schedule, worst, errors[worst])
+
+
+def test_gradients_of_micro_batches_are_added_up_in_float32(four: WorkerPool):
+    for schedule in ("1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"):
+        four.run(_compare_sums, schedule)
+
+
+def _refusals() -> list[str]:
+    messages = []
+    for case in (
+        Case("ZBVZeroBubble", compile=("model",)),
+        Case("ZBVZeroBubble", recompute="op"),
+        Case("ZBVZeroBubble", {"fsdp_reshard_after_forward": "always"}),
+    ):
+        with pytest.raises(
+            ValueError, match="computes the gradients of inputs and weights at different times"
+        ) as error:
+            _parallelized(case)
+        messages.append(str(error.value))
+    return messages
+
+
+def test_what_cannot_be_right_is_refused(two: WorkerPool):
+    for compiled, recomputed, freed in two.run(_refusals):
+        assert "in compiled layers" in compiled
+        assert "backward only once" in recomputed
+        assert "frees parameters" in freed

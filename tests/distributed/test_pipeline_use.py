@@ -103,17 +103,11 @@ def _train_frozen(frozen: str, schedule: str, tied: bool) -> None:
 
 
 def _train_all_frozen(schedule: str) -> None:
-    problems = []
-    for tied in (True, False):
-        for frozen in FROZEN:
-            try:
-                _train_frozen(frozen, schedule, tied)
-            except (AssertionError, RuntimeError) as error:
-                problems.append((frozen, tied, repr(error)[:600]))
-    assert not problems, problems
+    for frozen in FROZEN:
+        _train_frozen(frozen, schedule, tied=frozen in ("embedding", "all but a part"))
 
 
-@pytest.mark.parametrize("schedule", ["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"])
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
 def test_frozen_weights(two: WorkerPool, schedule: str):
     two.run(_train_all_frozen, schedule)
 
@@ -153,7 +147,7 @@ def _any_loop(schedule: str, pp: int) -> None:
     assert all(not gradient.any() for gradient in model.full_gradients().values())
 
 
-@pytest.mark.parametrize("schedule", ["1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "ZBVZeroBubble", "DualPipeV"])
+@pytest.mark.parametrize("schedule", ["GPipe", "Interleaved1F1B", "DualPipeV"])
 def test_any_loop_of_a_user(two: WorkerPool, schedule: str):
     two.run(_any_loop, schedule, 2)
 
@@ -226,7 +220,7 @@ def _left_over(schedule: str) -> None:
 
 
 def test_nothing_is_left_after_a_step(two: WorkerPool):
-    for schedule in ("1F1B", "Interleaved1F1B", "ZBVZeroBubble"):
+    for schedule in ("1F1B", "ZBVZeroBubble"):
         two.run(_left_over, schedule)
 
 
@@ -291,7 +285,7 @@ def test_an_error_in_a_stage_is_its_own_and_others_end_with_the_timeout(schedule
     assert waited < 20
 
 
-def _mistakes() -> list[str]:
+def _mistakes() -> list[tuple[str, bool]]:
     """Messages of calls that cannot work; every rank raises them before anything is sent, and then goes on."""
     model = _parallelized(_build(), "1F1B", pipeline_parallel_microbatch_size=2)
     tokens, labels = _batch(4)
@@ -302,11 +296,9 @@ def _mistakes() -> list[str]:
         lambda: model.forward_backward(tokens, labels[:, 1:]),
         lambda: model.hf_model(input_ids=tokens),
     ):
-        try:
+        with pytest.raises(ValueError, match=r".") as error:
             call()
-        except ValueError as error:
-            assert is_meant_for_the_user(error)
-            messages.append(str(error))
+        messages.append((str(error.value), is_meant_for_the_user(error.value)))
     plain = _build()
     plain(input_ids=tokens, labels=labels).loss.backward()
     model.forward_backward(tokens, labels)
@@ -315,12 +307,16 @@ def _mistakes() -> list[str]:
 
 
 def test_mistakes_are_told_on_every_rank_before_anything_hangs(two: WorkerPool):
+    expected = (
+        "The batch has 3 sequences, and parallelism.pipeline_parallel_microbatch_size = 2",
+        "the number of micro-batches is 1, and must be at least 2",
+        "labels has shape (4, 12)",
+        "this rank has only some of its layers",
+    )
     for messages in two.run(_mistakes):
-        assert len(messages) == 4
-        assert "The batch has 3 sequences, and parallelism.pipeline_parallel_microbatch_size = 2" in messages[0]
-        assert "the number of micro-batches is 1, and must be at least 2" in messages[1]
-        assert "labels has shape (4, 12)" in messages[2]
-        assert "this rank has only some of its layers" in messages[3]
+        for (message, is_for_the_user), part in zip(messages, expected, strict=True):
+            assert part in message
+            assert is_for_the_user
 
 
 def _sum_copies() -> None:
@@ -340,7 +336,7 @@ def _sum_copies() -> None:
                 parameters = [
                     nn.Parameter(distribute_tensor(p.detach(), mesh["shard"], [Shard(0)])) for p in parameters
                 ]
-            before, on_one, on_none, spoilt = parameters
+            before, on_one, _, spoilt = parameters
             before.grad = torch.ones_like(before)
             kept = before.grad
             with summed_gradients(dict.fromkeys(parameters, (0, 2)), group):
