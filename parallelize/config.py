@@ -227,7 +227,8 @@ def zero_bubble_problems(
     if activation_checkpoint.mode == "selective" and str(activation_checkpoint.selective_ac_option) == "op":
         found.append(
             "and what is recomputed operator by operator can run backward only once. Choose one of "
-            f'{", ".join(others)}, or set activation_checkpoint.mode = "none" ("full" is right, and recomputes a layer for each of its weights).'
+            f'{", ".join(others)}, or set activation_checkpoint.mode = "none" '
+            '("full" is right, and recomputes a layer for each of its weights).'
         )
     if parallelism.fsdp_reshard_after_forward == "always":
         found.append(
