@@ -27,7 +27,7 @@ from parallelize.config import (
     ParallelismConfig,
     async_tensor_parallel_problems,
     check,
-    zero_bubble_compile_problems,
+    zero_bubble_problems,
 )
 from parallelize.distributed import (
     are_equal,
@@ -159,7 +159,7 @@ class HFTransformerModel:
         activation_checkpoint = activation_checkpoint or ActivationCheckpointConfig()
         compile = compile or CompileConfig()
         check([*parallelism.problems(), *activation_checkpoint.problems(), *compile.problems()])
-        check(zero_bubble_compile_problems(parallelism, compile))
+        check(zero_bubble_problems(parallelism, compile, activation_checkpoint))
         check_mixed_precision(self.hf_model, param_dtype)
         if not dist.is_initialized():
             raise ValueError("parallelize needs an initialised process group: torch.distributed.init_process_group().")

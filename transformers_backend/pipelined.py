@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from parallelize.config import ParallelismConfig
-from parallelize.fsdp import reduced_once, reshard
+from parallelize.fsdp import add_up_precisely, reduced_once, reshard
 from parallelize.pipeline_parallel.runtime import Pipeline
 from parallelize.pipeline_parallel.schedules import batch_problems, build_schedule
 from parallelize.pipeline_parallel.shared import summed_gradients
@@ -82,20 +82,24 @@ class PipelinedModel:
         self._make_inputs, self._sequence_parallel_degree = make_inputs, sequence_parallel_degree
         self._stages.place_stand_ins(device, compute_dtype)
         self._stages.install()
-        self._own = dict(self._model.named_parameters())  # not the copies that modules hold while they compute
-        is_sharded = isinstance(self._model, FSDPModule)  # then modules hold gathered parameters as they compute
+        # What is trained, whatever stands in the modules as they compute: FSDP2 puts gathered parameters there, and
+        # mixed precision casts.
+        self._parameters = dict(self._model.named_parameters())
         self._pipeline = Pipeline(
             self._run_stage,
             group=self.group,
             device=device,
             rank_of_stage=self.plan.rank_of_stage,
             make_schedule=self._make_schedule,
-            parameters=lambda: [
-                parameter
-                for parameter in (self._model.parameters() if is_sharded else self._own.values())
-                if parameter.requires_grad
-            ],
+            parameters=self._trained,
+            after_weights=lambda: add_up_precisely(self._model),
         )
+
+    def _trained(self) -> list[torch.Tensor]:
+        """The trained parameters in which a backward ends: with FSDP2 those that are gathered now."""
+        gathered = isinstance(self._model, FSDPModule)
+        parameters = self._model.parameters() if gathered else self._parameters.values()
+        return [parameter for parameter in parameters if parameter.requires_grad]
 
     def _make_schedule(self, stages, micro_batches: int, loss_function: Callable):
         parallelism = self._parallelism
@@ -127,7 +131,11 @@ class PipelinedModel:
         if problems:  # before anything is sent
             raise ValueError(problems[0])
         like = self._hidden_states_like(batch, size)
-        shared = {self._own[name]: ranks for name, ranks in self._shared.items() if self._own[name].requires_grad}
+        shared = {
+            parameter: ranks
+            for name, ranks in self._shared.items()
+            if (parameter := self._parameters[name]).requires_grad
+        }
         with summed_gradients(shared, self.group), reduced_once(self._model):
             return self._pipeline.forward_backward(batch, rows // size, like, targets)
 
@@ -164,7 +172,7 @@ class PipelinedModel:
 
     def counted_elsewhere(self) -> list[torch.nn.Parameter]:
         """Parameters of this rank of which an earlier rank of the pipeline has a copy."""
-        return [self._own[name] for name, ranks in self._shared.items() if ranks[0] != self.rank]
+        return [self._parameters[name] for name, ranks in self._shared.items() if ranks[0] != self.rank]
 
     def in_order(self, names: Iterable[str]) -> list[str]:
         """Names of parameters and buffers of any rank as the whole model lists them."""

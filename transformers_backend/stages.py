@@ -146,16 +146,17 @@ class LocalStages:
             if stage is None:
                 self._refuse("the model cannot be called by itself, nor generate. Call forward_backward or evaluate")
             self._received = hidden_states
-            with self._in_place(stage):
-                if stage == self.split.last:
-                    if "targets" in inputs:
-                        return plain_forward(*args, **inputs)
-                    return plain_forward(*args, **inputs, use_cache=False).logits
-                inputs.pop("targets", None)
-                body(*args, **inputs, use_cache=False)
-            sent = self._passed if stage == _NO_STAGE else self._captured
-            self._passed = self._captured = None
-            return sent
+            try:
+                with self._in_place(stage):
+                    if stage == self.split.last:
+                        if "targets" in inputs:
+                            return plain_forward(*args, **inputs)
+                        return plain_forward(*args, **inputs, use_cache=False).logits
+                    inputs.pop("targets", None)
+                    body(*args, **inputs, use_cache=False)
+                return self._passed if stage == _NO_STAGE else self._captured
+            finally:
+                self._received = self._passed = self._captured = self._entered = None
 
         self._model.forward = forward
         self._model.save_pretrained = lambda *_, **__: self._refuse("it cannot save itself. Call save_pretrained")
@@ -178,7 +179,6 @@ class LocalStages:
         finally:
             for name in others:
                 self._put(name, self._layers[name])
-            self._received = None
 
     def _hand_in(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         assert self._received is not None

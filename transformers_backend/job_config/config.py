@@ -16,7 +16,7 @@ from parallelize.config import (
     ParallelismConfig,
     async_tensor_parallel_problems,
     check,
-    zero_bubble_compile_problems,
+    zero_bubble_problems,
 )
 from parallelize.pipeline_parallel.schedules import batch_problems, stage_count_problems
 from transformers_backend.job_config.data_sections import held_out_problems
@@ -102,7 +102,8 @@ def find_problems(config: JobConfig, world_size: int | None = None) -> list[str]
             sound.add(name)
     if {"parallelism", "compile"} <= sound:
         found += async_tensor_parallel_problems(config.parallelism, config.compile)
-        found += zero_bubble_compile_problems(config.parallelism, config.compile)
+    if {"parallelism", "compile", "activation_checkpoint"} <= sound:
+        found += zero_bubble_problems(config.parallelism, config.compile, config.activation_checkpoint)
     if {"parallelism", "training"} <= sound:
         found += _pipeline_problems(config)
     if {"training", "validation"} <= sound and config.validation.enable:
