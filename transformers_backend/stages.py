@@ -164,7 +164,7 @@ class LocalStages:
     def _refuse(self, what: str) -> NoReturn:
         raise ValueError(
             f"{self._name}: with pipeline_parallel_degree > 1 this rank has only some of its layers, so {what} of the "
-            "HFTransformerModel, on every rank. What that exports works anywhere."
+            "HFTransformerModel, on every rank. What its save_pretrained writes loads and works anywhere."
         )
 
     @contextlib.contextmanager

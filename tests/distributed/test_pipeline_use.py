@@ -308,7 +308,7 @@ def _mistakes() -> list[tuple[str, bool]]:
 
 def test_mistakes_are_told_on_every_rank_before_anything_hangs(two: WorkerPool):
     expected = (
-        "The batch has 3 sequences, and parallelism.pipeline_parallel_microbatch_size = 2",
+        "sequences of a batch = 3: must be divisible by parallelism.pipeline_parallel_microbatch_size = 2",
         "the number of micro-batches is 1, and must be at least 2",
         "labels has shape (4, 12)",
         "this rank has only some of its layers",
