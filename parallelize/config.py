@@ -206,27 +206,54 @@ def _model_part_problems(parts: list[list[str]]) -> list[str]:
     return found
 
 
-def zero_bubble_compile_problems(parallelism: ParallelismConfig, compile: CompileConfig) -> list[str]:
-    """The sentence for a backward in two halves through compiled layers, whose gradients torch 2.13 gets wrong without
-    a word; it refuses only modules that `torch.compile` has wrapped, not those compiled in place."""
-    if parallelism.pipeline_parallel_degree == 1 or not (compile.enable and "model" in compile.components):
+def zero_bubble_problems(
+    parallelism: ParallelismConfig, compile: CompileConfig, activation_checkpoint: ActivationCheckpointConfig
+) -> list[str]:
+    """The sentences for what does not go together with a backward in two halves, first for inputs, then for weights.
+
+    In compiled layers torch 2.13 gets gradients wrong without a word; it refuses only modules that `torch.compile` has
+    wrapped, not those compiled in place. Parameters that FSDP2 frees between the halves would get no gradient.
+    """
+    setting = _backward_in_halves(parallelism)
+    if setting is None:
         return []
+    others = [schedule for schedule in PIPELINE_SCHEDULES if schedule not in ZERO_BUBBLE_SCHEDULES]
+    found = []
+    if compile.enable and "model" in compile.components:
+        found.append(
+            "which torch does wrongly, without an error, in compiled layers. Choose one of "
+            f'{", ".join(others)}, or set compile.components = ["loss"].'
+        )
+    if activation_checkpoint.mode == "selective" and str(activation_checkpoint.selective_ac_option) == "op":
+        found.append(
+            "and what is recomputed operator by operator can run backward only once. Choose one of "
+            f'{", ".join(others)}, or set activation_checkpoint.mode = "none" '
+            '("full" is right, and recomputes a layer for each of its weights).'
+        )
+    if parallelism.fsdp_reshard_after_forward == "always":
+        found.append(
+            'and parallelism.fsdp_reshard_after_forward = "always" frees parameters between the two. Choose one of '
+            f'{", ".join(others)}, or set that to "default".'
+        )
+    return [
+        f"parallelism.{setting}: computes the gradients of inputs and weights at different times, {problem}"
+        for problem in found
+    ]
+
+
+def _backward_in_halves(parallelism: ParallelismConfig) -> str | None:
+    """The key and value by which a pipeline's schedule has its backward in two halves; None where it has not."""
     name, csv = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_schedule_csv
+    if parallelism.pipeline_parallel_degree == 1:
+        return None
     if csv:
         path = Path(csv).expanduser()
         if not path.is_file() or not re.search(r"\d[IW]\d", path.read_text(encoding="utf-8", errors="replace")):
-            return []
-        setting = f'pipeline_parallel_schedule_csv = "{csv}" (which has actions I and W)'
-    elif name.lower() in [schedule.lower() for schedule in ZERO_BUBBLE_SCHEDULES]:
-        setting = f'pipeline_parallel_schedule = "{name}"'
-    else:
-        return []
-    others = [schedule for schedule in PIPELINE_SCHEDULES if schedule not in ZERO_BUBBLE_SCHEDULES]
-    return [
-        f"parallelism.{setting}: computes the gradients of inputs and weights at different times, which torch does "
-        f"wrongly, without an error, in compiled layers. Choose one of {', '.join(others)}, or set compile.components "
-        '= ["loss"].'
-    ]
+            return None
+        return f'pipeline_parallel_schedule_csv = "{csv}" (which has actions I and W)'
+    if name.lower() in [schedule.lower() for schedule in ZERO_BUBBLE_SCHEDULES]:
+        return f'pipeline_parallel_schedule = "{name}"'
+    return None
 
 
 def async_tensor_parallel_problems(

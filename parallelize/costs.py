@@ -86,7 +86,23 @@ class LayerWidths:
     """Query heads whose scores are kept; 0 where attention is fused."""
 
 
-def activation_bytes_per_token(layers: Sequence[LayerWidths], *, itemsize: int, seq_len: int, recompute: str) -> float:
+@dataclass(frozen=True)
+class ActivationBytes:
+    """What the backward of layers needs, in bytes a token."""
+
+    kept: float
+    """From the forward on."""
+    recomputed: float
+    """More for a moment: what one layer computes again."""
+
+    @property
+    def together(self) -> float:
+        return self.kept + self.recomputed
+
+
+def activation_bytes_per_token(
+    layers: Sequence[LayerWidths], *, itemsize: int, seq_len: int, recompute: str
+) -> ActivationBytes:
     """What the backward of all layers needs from the forward, by the formula at the top of this file.
 
     itemsize: bytes of a number in the computation's dtype. recompute: what activation checkpointing computes again:
@@ -95,13 +111,15 @@ def activation_bytes_per_token(layers: Sequence[LayerWidths], *, itemsize: int, 
     """
     whole = [_kept_bytes(layer, itemsize, seq_len) for layer in layers]
     if recompute == "none":
-        return sum(whole)
+        return ActivationBytes(sum(whole), 0)
     if recompute == "op":
         kept = [itemsize * (2 * layer.hidden + sum(max(sizes) for sizes in layer.matrices) / 2) for layer in layers]
-        return sum(min(some, everything) for some, everything in zip(kept, whole, strict=True)) + max(whole)
+        return ActivationBytes(
+            sum(min(some, everything) for some, everything in zip(kept, whole, strict=True)), max(whole)
+        )
     every = 1 if recompute == "full" else int(recompute)
     kept = [layers[n].hidden * itemsize if n % every == 0 else whole[n] for n in range(len(layers))]
-    return sum(kept) + max(whole[::every])
+    return ActivationBytes(sum(kept), max(whole[::every]))
 
 
 def _kept_bytes(layer: LayerWidths, itemsize: int, seq_len: int) -> float:
@@ -123,7 +141,7 @@ class MemoryEstimate:
     working: float
     """Copies to compute with: gathered layers and their gradients before they are summed over ranks, or casts."""
     activations: float
-    """What the forward of one micro-batch keeps for its backward."""
+    """What forwards keep for their backwards: of one micro-batch, in a pipeline of all that are under way at once."""
     logits: float
     """The head's output for one chunk of tokens, with its loss and gradient."""
     accumulates: bool

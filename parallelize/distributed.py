@@ -142,9 +142,10 @@ def from_first_rank(value):
     return objects[0]
 
 
-def are_equal(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def are_equal(tensor: torch.Tensor, *groups: dist.ProcessGroup) -> torch.Tensor:
     """Whether every rank of the group holds the same integers, as a bool scalar on the tensor's device.
 
+    groups: dimensions of a mesh; all ranks of the block that they span get one answer.
     tensor: any number of integers, of any shape; nothing waits for the device. What is compared is a weighted sum, so
     that another order shows, too.
     """
@@ -152,7 +153,9 @@ def are_equal(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     weights = 2 * torch.arange(1, numbers.numel() + 1, device=tensor.device) + 1
     total = (weights * (numbers + 7)).sum()  # 7, so that zeros count, and with them the shape
     highest = torch.stack([total, -total])
-    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    for group in groups:
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
     return highest[0] == -highest[1]
 
 

@@ -82,6 +82,22 @@ def reduced_once(root: nn.Module) -> Iterator[None]:
         _accumulate(root, False)
 
 
+def add_up_precisely(root: nn.Module) -> None:
+    """Move gradients that stand in gathered parameters into the sums that `reduced_once` reduces, in their dtype.
+
+    FSDP2 does so where a backward ends. One for weights alone (zero-bubble schedules) reaches none of its hooks, so the
+    gradients of several micro-batches would be added up in the dtype of the computation. Without FSDP2 it does nothing.
+    """
+    if not isinstance(root, FSDPModule):
+        return
+    for unit in fully_shard.state(root)._state_ctx.all_states:
+        for group in unit._fsdp_param_groups:
+            for parameter in group.fsdp_params:
+                if hasattr(parameter, "_unsharded_param"):  # gathered before
+                    parameter.accumulate_unsharded_grad_if_needed()
+                    parameter.to_accumulated_grad_if_needed()
+
+
 def _accumulate(root: FSDPModule, accumulates: bool) -> None:
     root.set_is_last_backward(not accumulates)
     root.set_reshard_after_backward(not accumulates)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs straight from a checkout
 
-from parallelize.pipeline_parallel.schedules import bubble_share, canonical_name, timeline
+from parallelize.pipeline_parallel.schedules import bubble_share, canonical_name
 from parallelize.pipeline_parallel.split import StageShare
 from parallelize.pipeline_parallel.timeline import Slot
 from transformers_backend.decisions import proven_attention
@@ -48,8 +48,8 @@ class Plan:
 
 def make_plan(config: JobConfig) -> Plan:
     """Split the model that a config names. Raises a ValueError for what cannot be a pipeline."""
-    parallelism, pp = config.parallelism, config.parallelism.pipeline_parallel_degree
-    if pp == 1:
+    parallelism = config.parallelism
+    if parallelism.pipeline_parallel_degree == 1:
         raise ValueError(
             "parallelism.pipeline_parallel_degree = 1: there is nothing to split; set it to the number of ranks that "
             "the layers are split over."
@@ -61,21 +61,13 @@ def make_plan(config: JobConfig) -> Plan:
         config.training.seq_len,
     )  # fmt: skip
     schedule, csv = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_schedule_csv
-    stages = len(pipeline.shares)
     micro_batches = config.training.local_batch_size // parallelism.pipeline_parallel_microbatch_size
     return Plan(
         name=Path(csv).name if csv else canonical_name(schedule),
         stages=list(pipeline.shares),
         ranks=list(pipeline.rank_of_stage),
         micro_batches=micro_batches,
-        timeline=timeline(
-            schedule,
-            pp=pp,
-            stages=stages,
-            micro_batches=micro_batches,
-            forward_costs=[share.share * stages for share in pipeline.shares],
-            csv=csv,
-        ),
+        timeline=pipeline.timeline(parallelism, micro_batches),
     )
 
 

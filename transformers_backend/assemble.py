@@ -85,6 +85,7 @@ def build_model(config: JobConfig, device: torch.device) -> HFTransformerModel:
         param_dtype=None if computes_in == getattr(torch, config.training.dtype) else computes_in,
         cpu_offload=config.training.enable_cpu_offload,
         seed=config.debug.seed,
+        seq_len=config.training.seq_len,
     )
     _check_sequence_lengths(config, model)
     _choose_what_attention_sees(config.training.packing, model)
@@ -159,8 +160,9 @@ def count_tokens_per_step(config: JobConfig, data_ranks: int) -> int:
     return sequences * config.training.seq_len
 
 
-def flops_per_token(config: JobConfig, model: HFTransformerModel) -> int:
-    return model_flops_per_token(model.hf_model, model.decoder, config.training.seq_len)
+def flops_per_token(config: JobConfig, model: HFTransformerModel) -> float:
+    """FLOPs of training the whole model on one token, of which a rank of a pipeline has only some layers."""
+    return model_flops_per_token(model.blueprint, model.decoder, config.training.seq_len)
 
 
 @contextlib.contextmanager

@@ -166,7 +166,10 @@ def attention_costs(hf_config: PreTrainedConfig, layer_count: int) -> list[Atten
 def _attention_of_layers(hf_config: PreTrainedConfig, layer_count: int) -> list[AttentionCost | None]:
     """The same with None for every layer without attention."""
     fields = hf_config.to_dict()  # attribute access raises where a field differs between layers (gemma4)
-    heads = _first(fields, "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+    names = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+    if not any(fields.get(name) for name in names):  # mamba, rwkv: no attention at all
+        return [None] * layer_count
+    heads = _first(fields, *names)
     hidden_size = _first(fields, "hidden_size", "n_embd", "d_model", "embedding_dim")
     query_key_dim = fields.get("qk_head_dim") or fields.get("head_dim") or hidden_size // heads
     value_dim = fields.get("v_head_dim") or query_key_dim

@@ -97,7 +97,8 @@ def _chunked_loss(
         logits = head.forward(inputs_embeds=hidden_states[None], use_cache=False).logits
         return sum_loss(logits, targets)
 
-    if compile_backend is not None:
+    is_compiled = compile_backend is not None
+    if is_compiled:
         chunk_loss = torch.compile(chunk_loss, backend=compile_backend)
 
     def forward_loss(targets: torch.Tensor, **inputs) -> torch.Tensor:
@@ -105,7 +106,7 @@ def _chunked_loss(
         chunks = count_chunks(targets.numel(), columns, targets.device.type, chunk_elements)
         # Looked up at every call: FSDP2 swaps sharded and gathered parameters in and out of the modules.
         parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        return _chunked_sum_loss(hidden_states, targets, chunk_loss, parameters, chunks)
+        return _chunked_sum_loss(hidden_states, targets, chunk_loss, parameters, chunks, is_compiled=is_compiled)
 
     return forward_loss
 
@@ -254,17 +255,26 @@ class _ChunkedSumLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        # In place: these gradients exist for this backward only, and a second one would raise.
-        scaled = [gradient.mul_(grad_output) for gradient in ctx.saved_tensors]
+        # Nearly always in place: these gradients exist for this backward only. Where the graph is kept there is another
+        # one: zero-bubble schedules compute the gradients of inputs and of weights in two.
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        scaled = [gradient * grad_output if again else gradient.mul_(grad_output) for gradient in ctx.saved_tensors]
         return None, None, scaled[0], None, *scaled[1:]
 
 
 def _chunked_sum_loss(
-    hidden_states: torch.Tensor, targets: torch.Tensor, chunk_loss: SumLoss, parameters: list, chunks: int
+    hidden_states: torch.Tensor,
+    targets: torch.Tensor,
+    chunk_loss: SumLoss,
+    parameters: list,
+    chunks: int,
+    *,
+    is_compiled: bool,
 ) -> torch.Tensor:
     """Summed loss of hidden states (batch, seq, hidden) and targets (batch, seq), in `chunks` runs of the head."""
     hidden_states, targets = hidden_states.flatten(0, 1), targets.flatten()
-    if chunks > 1 and torch.is_grad_enabled():
+    # Compiled code runs backward once only, which zero-bubble schedules do twice: there its backward runs inside.
+    if (chunks > 1 or is_compiled) and torch.is_grad_enabled():
         return _ChunkedSumLoss.apply(chunk_loss, chunks, hidden_states, targets, *parameters)
     pieces = zip(hidden_states.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
     return torch.stack([chunk_loss(hidden, target) for hidden, target in pieces]).sum()

@@ -8,7 +8,7 @@ region gives back and what lies between regions is whole, or with sequence paral
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -39,32 +39,51 @@ def estimate_memory(
     offloaded: bool,
     device_type: str,
     sequence_parallel: bool = False,
+    stages: Sequence[Sequence[str]] | None = None,
+    most_at_once: Callable[[Sequence[float]], float] = sum,
 ) -> MemoryEstimate:
     """Estimate what training takes on this rank, whose shards are as they are in `hf_model`.
 
     is_sharded: whether FSDP2 gathers the parameters; reshards: and frees a layer again after its forward. recompute:
     as in `activation_bytes_per_token`. batch_size, seq_len: of one micro-batch. accumulates: whether there are several
     in a step. offloaded: parameters, gradients and optimizer state are kept in other memory. sequence_parallel: whether
-    tensor-parallel ranks share the sequence between regions. Left out: the CUDA context, buffers of the communication
-    library, and what the allocator cannot use.
+    tensor-parallel ranks share the sequence between regions. stages: in a pipeline the names of the layers of each
+    stage of this rank. most_at_once: from what a micro-batch keeps in each of them to the most that is kept at one
+    time. Left out: the CUDA context, buffers of the communication library, and what the allocator cannot use.
     """
+    in_pipeline, stages = stages is not None, [decoder.layers] if stages is None else stages
+    layers = [layer for stage in stages for layer in stage]
     parameters = list(hf_model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     itemsize, tokens = computes_in.itemsize, batch_size * seq_len
     vocabulary_size, *_ = _split_shape(hf_model.get_submodule(decoder.head).weight)
     chunks = count_chunks(tokens, vocabulary_size, device_type) if loss_is_chunked else 1
+    activations = [
+        activation_bytes_per_token(
+            layer_widths(hf_model, decoder, sequence_parallel, layers=stage),
+            itemsize=itemsize, seq_len=seq_len, recompute=recompute,
+        )
+        for stage in stages
+    ]  # fmt: skip
     head = sum(map(_numbers, hf_model.get_submodule(decoder.head).parameters()))
+    # Logits, their log-softmax and its gradient in fp32; over several chunks the head's gradient is summed in fp32.
+    logits = (tokens / chunks) * vocabulary_size * (itemsize + 8) + (head * (4 + itemsize) if chunks > 1 else 0)
     return MemoryEstimate(
         parameters=sum(map(local_bytes, parameters)),
         gradients=sum(map(local_bytes, trained)),
         optimizer=sum(map(_state_bytes, optimizers)),
-        working=_working_bytes(hf_model, decoder, itemsize=itemsize, is_sharded=is_sharded, reshards=reshards),
-        activations=tokens
-        * activation_bytes_per_token(
-            layer_widths(hf_model, decoder, sequence_parallel), itemsize=itemsize, seq_len=seq_len, recompute=recompute
+        working=_working_bytes(
+            hf_model,
+            decoder,
+            layers,
+            itemsize=itemsize,
+            is_sharded=is_sharded,
+            reshards=reshards,
+            sums_gradients=in_pipeline,
         ),
-        # Logits, their log-softmax and its gradient in fp32; over several chunks the head's gradient is summed in fp32.
-        logits=(tokens / chunks) * vocabulary_size * (itemsize + 8) + (head * (4 + itemsize) if chunks > 1 else 0),
+        activations=tokens
+        * (most_at_once([stage.kept for stage in activations]) + max(stage.recomputed for stage in activations)),
+        logits=logits if decoder.layers[-1] in layers else 0,
         accumulates=accumulates,
         offloaded=offloaded,
     )
@@ -75,12 +94,20 @@ def local_bytes(tensor: torch.Tensor) -> int:
     return local_part(tensor).nbytes
 
 
-def layer_widths(hf_model: PreTrainedModel, decoder: Decoder, sequence_parallel: bool = False) -> list[LayerWidths]:
-    """The widths of every decoder layer on one tensor-parallel rank, read from the shapes of its weights."""
+def layer_widths(
+    hf_model: PreTrainedModel,
+    decoder: Decoder,
+    sequence_parallel: bool = False,
+    *,
+    layers: Sequence[str] | None = None,
+) -> list[LayerWidths]:
+    """The widths of every decoder layer on one tensor-parallel rank, or of some by name, read from their weights."""
     hidden = hf_model.get_submodule(decoder.embedding).weight.shape[1]
     eager = hf_model.config._attn_implementation == "eager"
     heads = attention_costs(hf_model.config, 1)[0].heads if eager else 0
-    return [_widths(hf_model.get_submodule(name), hidden, heads, sequence_parallel) for name in decoder.layers]
+    return [
+        _widths(hf_model.get_submodule(name), hidden, heads, sequence_parallel) for name in layers or decoder.layers
+    ]
 
 
 def _widths(layer: nn.Module, hidden: int, score_heads: int, sequence_parallel: bool) -> LayerWidths:
@@ -173,17 +200,19 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _working_bytes(
-    hf_model: PreTrainedModel, decoder: Decoder, *, itemsize: int, is_sharded: bool, reshards: bool
-) -> int:
+    hf_model: PreTrainedModel, decoder: Decoder, names: Sequence[str], *, itemsize: int, is_sharded: bool,
+    reshards: bool, sums_gradients: bool,
+) -> int:  # fmt: skip
+    """names: of the layers here. sums_gradients: whether whole gradients add up until the end of a batch, in fp32."""
     total = sum(map(_numbers, hf_model.parameters()))
     own_itemsize = next(hf_model.parameters()).dtype.itemsize
     if not is_sharded:
         return total * itemsize if itemsize != own_itemsize else 0
-    layers = [sum(map(_numbers, hf_model.get_submodule(name).parameters())) for name in decoder.layers]
+    layers = [sum(map(_numbers, hf_model.get_submodule(name).parameters())) for name in names]
     root, largest = total - sum(layers), max(layers)
     if not decoder.embedding_is_tied:  # it is a unit of its own, gathered only while it is needed
-        root -= _numbers(hf_model.get_submodule(decoder.embedding).weight)
+        root -= sum(map(_numbers, hf_model.get_submodule(decoder.embedding).parameters()))
     # Gathered: the root unit throughout, a layer and the one that comes next; and a layer's gradients, once as they
     # come from the backward, once in fp32 for the sum over ranks.
     gathered = root + (2 * largest if reshards else sum(layers))
-    return gathered * itemsize + largest * (itemsize + 4)
+    return gathered * itemsize + largest * (itemsize + 4) + (4 * total if sums_gradients else 0)

@@ -27,7 +27,7 @@ from parallelize.config import (
     ParallelismConfig,
     async_tensor_parallel_problems,
     check,
-    zero_bubble_compile_problems,
+    zero_bubble_problems,
 )
 from parallelize.distributed import (
     are_equal,
@@ -63,8 +63,8 @@ from transformers_backend.proof import check_recomputation, prove
 from transformers_backend.tensor_proof import vocabulary_shard
 from transformers_backend.weights import (
     DEFAULT_FILE_SIZE,
+    LiveTensors,
     allocate,
-    full_tensor,
     init_buffers,
     init_weights,
     load_hf_weights,
@@ -159,7 +159,7 @@ class HFTransformerModel:
         activation_checkpoint = activation_checkpoint or ActivationCheckpointConfig()
         compile = compile or CompileConfig()
         check([*parallelism.problems(), *activation_checkpoint.problems(), *compile.problems()])
-        check(zero_bubble_compile_problems(parallelism, compile))
+        check(zero_bubble_problems(parallelism, compile, activation_checkpoint))
         check_mixed_precision(self.hf_model, param_dtype)
         if not dist.is_initialized():
             raise ValueError("parallelize needs an initialised process group: torch.distributed.init_process_group().")
@@ -342,16 +342,18 @@ class HFTransformerModel:
                 )
 
     def _check_same_batch(self, *batch: torch.Tensor | None) -> None:
-        """Ranks that split a model's matrices must work on the same tokens; raises at once on a CPU, later on CUDA."""
+        """Ranks that split a model must work on the same tokens; raises at once on a CPU, later on CUDA."""
         if self.dims.tp == 1 and self.dims.pp == 1:
             return
         tensors = [tensor.to(self.device) for tensor in batch if tensor is not None]
         shape = torch.tensor(tensors[0].shape, device=self.device)
         contents = torch.cat([shape, *(tensor.flatten() for tensor in tensors)])
-        same = are_equal(contents, self.mesh.get_group("tp"))
+        same = are_equal(contents, self.mesh.get_group("tp"), self.mesh.get_group("pp"))
+        kinds = (("tensor-parallel group", self.dims.tp), ("pipeline", self.dims.pp))
         message = (
-            f"input_ids, labels or position_ids differ between ranks of one tensor-parallel group of {self.dims.tp}, "
-            "which compute on the same tokens. Give each rank the batch of its data_rank, of dims.data_parallel_size."
+            "input_ids, labels or position_ids differ between ranks of one "
+            f"{' or '.join(f'{kind} of {size}' for kind, size in kinds if size > 1)}, which compute on the same "
+            "tokens. Give each rank the batch of its data_rank, of dims.data_parallel_size."
         )
         if same.device.type == "cpu" and not same:
             raise ValueError(message)
@@ -404,6 +406,13 @@ class HFTransformerModel:
         return self.mesh.get_local_rank("dp_replicate") * self.dims.dp_shard + self.mesh.get_local_rank("dp_shard")
 
     @property
+    def dropout_rank(self) -> int:
+        """What seeds of this rank's random numbers in training are to differ by: they are other ones for other data and
+        in other stages, whose layers drop different things, and the same on tensor-parallel ranks."""
+        stage = 0 if self.mesh is None else self.mesh.get_local_rank("pp")
+        return stage * self.dims.data_parallel_size + self.data_rank
+
+    @property
     def vocabulary_size(self) -> int:
         return self.hf_model.get_submodule(self.decoder.embedding).weight.shape[0]
 
@@ -431,14 +440,22 @@ class HFTransformerModel:
         )
 
     def find_nonfinite(self) -> str:
-        """A sentence on the latest step: ranks with a non-finite loss, and parameters with such gradients."""
+        """A sentence on the latest step: ranks with a non-finite loss, and parameters with such gradients.
+
+        In a pipeline the rank with the last stage knows of the loss, and any rank may be the cause.
+        """
         gradients = {name: p.grad for name, p in self.hf_model.named_parameters() if p.grad is not None}
         bad = [name for name, gradient in gradients.items() if not local_part(gradient).isfinite().all()]
         finite = bool(self._step_was_finite) and bool(self._local_losses_are_finite)
-        reports = gather_objects((finite, bad))
-        ranks = [rank for rank, (is_finite, _) in enumerate(reports) if not is_finite]
-        names = sorted({name for _, found in reports for name in found})
-        on_ranks = f"Non-finite loss on rank {', '.join(map(str, ranks))}" if ranks else "Finite loss on every rank"
+        pipeline = [] if self.pipelined is None else dist.get_process_group_ranks(self.pipelined.group)
+        reports = gather_objects((finite, bad, pipeline))
+        ranks = [
+            f"{rank} (the end of a pipeline of ranks {', '.join(map(str, pipeline))})" if pipeline else str(rank)
+            for rank, (is_finite, _, pipeline) in enumerate(reports)
+            if not is_finite
+        ]
+        names = sorted({name for _, found, _ in reports for name in found})
+        on_ranks = f"Non-finite loss on rank {', '.join(ranks)}" if ranks else "Finite loss on every rank"
         listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         return f"{on_ranks}; non-finite gradients of {listed or 'no parameter'}."
 
@@ -446,21 +463,23 @@ class HFTransformerModel:
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """{Transformers parameter name: full gradient on the CPU} of parameters that have one, on every rank."""
-        gradients = {
-            name: self._full(name, parameter.grad)
-            for name, parameter in self.hf_model.named_parameters()
-            if parameter.grad is not None
-        }
-        return gradients if self.pipelined is None else self.pipelined.of_all_stages(gradients)
+        parameters = self.hf_model.named_parameters()
+        return self._full({name: parameter.grad for name, parameter in parameters if parameter.grad is not None})
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """{Transformers name: full CPU tensor} of parameters and persistent buffers, on every rank."""
         self._fill_if_meta()
-        tensors = {name: self._full(name, tensor) for name, tensor in named_tensors(self.hf_model).items()}
-        return tensors if self.pipelined is None else self.pipelined.of_all_stages(tensors)
+        return self._full(named_tensors(self.hf_model))
 
-    def _full(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return full_tensor(self.hf_model, name, tensor).to("cpu", copy=True)
+    def _full(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """{name: full CPU tensor} of those of all stages, in the order of the model; `tensors` are this rank's."""
+        live = LiveTensors(self.hf_model, tensors, self._pipeline_group)
+        names = live.names if self.pipelined is None else self.pipelined.in_order(live.names)
+        return live.read(tuple(names), keep=True)
+
+    @property
+    def _pipeline_group(self) -> dist.ProcessGroup | None:
+        return None if self.pipelined is None else self.pipelined.group
 
     def save_pretrained(
         self,
@@ -484,4 +503,5 @@ class HFTransformerModel:
             generation_config=self.hf_model.generation_config,
             dtype=dtype,
             max_file_size=max_file_size,
+            pipeline_group=self._pipeline_group,
         )

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from parallelize.config import ParallelismConfig
-from parallelize.pipeline_parallel.schedules import rank_of_stage, stage_count
+from parallelize.pipeline_parallel.schedules import rank_of_stage, stage_count, timeline
 from parallelize.pipeline_parallel.split import (
     StageShare,
     first_and_last_cost,
@@ -21,6 +22,7 @@ from parallelize.pipeline_parallel.split import (
     split_layers,
     stage_shares,
 )
+from parallelize.pipeline_parallel.timeline import Slot
 from transformers_backend.decoder import Decoder
 from transformers_backend.flops import ModelFlops, layer_flops
 from transformers_backend.stage_proof import TallTwin
@@ -40,6 +42,17 @@ class PipelinePlan:
     def ranks_of(self, parameter: str) -> tuple[int, ...]:
         """The pipeline ranks that hold a parameter (by the first of its names, where it is tied), ascending."""
         return tuple(sorted({self.rank_of_stage[stage] for stage in self.split.stages_of(parameter)}))
+
+    def timeline(self, parallelism: ParallelismConfig, micro_batches: int) -> list[list[Slot]]:
+        """For each rank what it computes when; a unit of time is the mean forward of a stage."""
+        return timeline(
+            parallelism.pipeline_parallel_schedule,
+            pp=parallelism.pipeline_parallel_degree,
+            stages=len(self.shares),
+            micro_batches=micro_batches,
+            forward_costs=[share.share * len(self.shares) for share in self.shares],
+            csv=parallelism.pipeline_parallel_schedule_csv,
+        )
 
     def stages_of_rank(self, rank: int) -> list[int]:
         return [stage for stage, owner in enumerate(self.rank_of_stage) if owner == rank]
@@ -63,6 +76,7 @@ def plan_pipeline(
     facts = twin.look_at_layers()
     flops = layer_flops(hf_model, decoder, seq_len)
     ranges = _split(hf_model, decoder, parallelism, flops, facts.forbidden_cuts)
+    _refuse_shared_parameters(hf_model, decoder, ranges)
     split = twin.prove_stages([[decoder.layers[index] for index in layers] for layers in ranges], facts)
     shares = stage_shares(
         ranges,
@@ -78,6 +92,28 @@ def plan_pipeline(
     return PipelinePlan(split, tuple(ranks), tuple(shares))
 
 
+def _refuse_shared_parameters(hf_model: PreTrainedModel, decoder: Decoder, ranges: Sequence[range]) -> None:
+    """A ValueError for a parameter of a layer that is used elsewhere, too, unless that is in the same stage (zamba's).
+
+    Each stage would train a copy of its own. Parameters that lie in no layer are held where they are needed.
+    """
+    stage_of = {decoder.layers[index]: stage for stage, layers in enumerate(ranges) for index in layers}
+    names_of: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in hf_model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(parameter, []).append(name)
+    for names in names_of.values():
+        layers = [next((layer for layer in decoder.layers if name.startswith(f"{layer}.")), None) for name in names]
+        stages = {stage_of.get(layer) for layer in layers}
+        if len(stages) > 1:
+            other = next(name for name, layer in zip(names, layers, strict=True) if layer != layers[0])
+            raise ValueError(
+                f"{type(hf_model).__name__}: {names[0]} and {other} are one parameter and would be in different stages "
+                "of the pipeline, each with a copy of its own, so this split is refused. Name the stages in "
+                "parallelism.module_fqns_per_model_part so that layers which share parameters are together, or set "
+                "parallelism.pipeline_parallel_degree = 1."
+            )
+
+
 def _split(
     hf_model: PreTrainedModel,
     decoder: Decoder,
@@ -85,7 +121,7 @@ def _split(
     flops: ModelFlops,
     forbidden_cuts: frozenset[int],
 ) -> list[range]:
-    """The layers of each stage, by cost or as `module_fqns_per_model_part` names them."""
+    """The numbers of each stage's layers, by cost or as `module_fqns_per_model_part` names them."""
     parts = parallelism.module_fqns_per_model_part
     first_less = parallelism.pipeline_parallel_first_stage_less_layers
     last_less = parallelism.pipeline_parallel_last_stage_less_layers
@@ -113,7 +149,7 @@ def _split(
 
 
 def _places(hf_model: PreTrainedModel, decoder: Decoder) -> dict[str, str]:
-    """In which part modules beside the layers may be named."""
+    """Modules beside the layers by name, and in which part they may be named: "first", "last" or "any"."""
     in_layers = tuple(f"{layer}." for layer in decoder.layers)
     beside = [name for name, _ in hf_model.named_modules() if name and not f"{name}.".startswith(in_layers)]
     known = {decoder.embedding: "first", decoder.head: "last", decoder.final_norm: "last"}

@@ -7,24 +7,25 @@ cut (constructor), parallelised like any other, made ready (`start`), and then r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from parallelize.config import ParallelismConfig
-from parallelize.distributed import gather_objects
-from parallelize.fsdp import reduced_once, reshard
+from parallelize.fsdp import add_up_precisely, reduced_once, reshard
 from parallelize.pipeline_parallel.runtime import Pipeline
-from parallelize.pipeline_parallel.schedules import build_schedule
+from parallelize.pipeline_parallel.schedules import batch_problems, build_schedule
 from parallelize.pipeline_parallel.shared import summed_gradients
 from parallelize.tensor_parallel import Stack
 from transformers_backend.decoder import Decoder
 from transformers_backend.evaluation import evaluation_mode
 from transformers_backend.pipeline_plan import PipelinePlan
 from transformers_backend.stages import LocalStages
+from transformers_backend.weights import named_tensors
 
 Batch = dict[str, torch.Tensor]
 """`input_ids`, `targets` and possibly `position_ids` on the rank's device, all (batch, seq)."""
@@ -45,6 +46,7 @@ class PipelinedModel:
         self.plan = plan
         self.rank, self.group = mesh.get_local_rank("pp"), mesh.get_group("pp")
         self._model, self._parallelism = hf_model, parallelism
+        self._places = {name: place for place, name in enumerate(named_tensors(hf_model))}
         self._stages = LocalStages(hf_model, decoder, plan.split, plan.stages_of_rank(self.rank))
         self._stages.drop_the_rest()
         self._shared = {name: ranks for name, _ in hf_model.named_parameters() if len(ranks := plan.ranks_of(name)) > 1}
@@ -80,16 +82,24 @@ class PipelinedModel:
         self._make_inputs, self._sequence_parallel_degree = make_inputs, sequence_parallel_degree
         self._stages.place_stand_ins(device, compute_dtype)
         self._stages.install()
-        own = list(self._model.parameters())
-        is_sharded = isinstance(self._model, FSDPModule)  # then modules hold gathered parameters as they compute
+        # What is trained, whatever stands in the modules as they compute: FSDP2 puts gathered parameters there, and
+        # mixed precision casts.
+        self._parameters = dict(self._model.named_parameters())
         self._pipeline = Pipeline(
             self._run_stage,
             group=self.group,
             device=device,
             rank_of_stage=self.plan.rank_of_stage,
             make_schedule=self._make_schedule,
-            parameters=lambda: [p for p in (self._model.parameters() if is_sharded else own) if p.requires_grad],
+            parameters=self._trained,
+            after_weights=lambda: add_up_precisely(self._model),
         )
+
+    def _trained(self) -> list[torch.Tensor]:
+        """The trained parameters in which a backward ends: with FSDP2 those that are gathered now."""
+        gathered = isinstance(self._model, FSDPModule)
+        parameters = self._model.parameters() if gathered else self._parameters.values()
+        return [parameter for parameter in parameters if parameter.requires_grad]
 
     def _make_schedule(self, stages, micro_batches: int, loss_function: Callable):
         parallelism = self._parallelism
@@ -99,25 +109,33 @@ class PipelinedModel:
         )  # fmt: skip
 
     def _run_stage(
-        self, stage: int, hidden_states: torch.Tensor | None, *, targets: torch.Tensor, **micro_batch
+        self, stage: int, hidden_states: torch.Tensor | None, *, targets: torch.Tensor | None = None, **micro_batch
     ) -> torch.Tensor:
         inputs = self._make_inputs(**micro_batch)
-        targets = targets.view_as(inputs["input_ids"])
-        return self._model(stage=stage, hidden_states=hidden_states, targets=targets, **inputs)
+        if targets is not None:
+            inputs["targets"] = targets.view_as(inputs["input_ids"])
+        return self._model(stage=stage, hidden_states=hidden_states, **inputs)
 
     # -- running --------------------------------------------------------------------------------------------------
 
     def forward_backward(self, batch: Batch, targets: torch.Tensor) -> torch.Tensor:
         """Add the gradients of a batch and return its loss divided by `targets`; 0 on ranks without the last stage."""
         rows, size = batch["input_ids"].shape[0], self._parallelism.pipeline_parallel_microbatch_size
-        if rows % size:
-            raise ValueError(
-                f"The batch has {rows} sequences, and parallelism.pipeline_parallel_microbatch_size = {size} does not "
-                "divide that. Change the batch, or set the key to a number that divides it."
-            )
+        problems = batch_problems(
+            {"The number of sequences of a batch": rows},
+            microbatch_size=size,
+            schedule=self._parallelism.pipeline_parallel_schedule,
+            pp=self._parallelism.pipeline_parallel_degree,
+            csv=self._parallelism.pipeline_parallel_schedule_csv,
+        )
+        if problems:  # before anything is sent
+            raise ValueError(problems[0])
         like = self._hidden_states_like(batch, size)
-        parameters = dict(self._model.named_parameters())
-        shared = {parameters[name]: ranks for name, ranks in self._shared.items() if parameters[name].requires_grad}
+        shared = {
+            parameter: ranks
+            for name, ranks in self._shared.items()
+            if (parameter := self._parameters[name]).requires_grad
+        }
         with summed_gradients(shared, self.group), reduced_once(self._model):
             return self._pipeline.forward_backward(batch, rows // size, like, targets)
 
@@ -127,6 +145,15 @@ class PipelinedModel:
         micro_batches = rows // math.gcd(rows, self._parallelism.pipeline_parallel_microbatch_size)
         losses = self._pipeline.forward(batch, micro_batches, self._hidden_states_like(batch, rows // micro_batches))
         return sum(losses, torch.zeros((), device=batch["input_ids"].device))
+
+    def next_token_logits(self, input_ids: torch.Tensor, position: int) -> torch.Tensor:
+        """Logits of the token after a position of one row (1, seq): fp32 (vocabulary,) on every rank's CPU."""
+        outputs = self._pipeline.forward(
+            {"input_ids": input_ids}, 1, self._hidden_states_like({"input_ids": input_ids}, 1)
+        )
+        found = [logits[0, position].float().cpu() for logits in outputs] or [None]
+        dist.broadcast_object_list(found, group=self.group, group_src=self.plan.rank_of_stage[-1])
+        return found[0]
 
     def _hidden_states_like(self, batch: Batch, rows: int) -> torch.Tensor:
         """Hidden states of a micro-batch as they travel between stages, for their shape and dtype."""
@@ -145,10 +172,8 @@ class PipelinedModel:
 
     def counted_elsewhere(self) -> list[torch.nn.Parameter]:
         """Parameters of this rank of which an earlier rank of the pipeline has a copy."""
-        parameters = dict(self._model.named_parameters())
-        return [parameters[name] for name, ranks in self._shared.items() if ranks[0] != self.rank]
+        return [self._parameters[name] for name, ranks in self._shared.items() if ranks[0] != self.rank]
 
-    def of_all_stages(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """CPU tensors by name, of this rank's parameters, together with those of all other ranks of the pipeline."""
-        parts = gather_objects(tensors, self.group)
-        return {name: tensor for part in parts for name, tensor in part.items()}
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """Names of parameters and buffers of any rank as the whole model lists them."""
+        return sorted(names, key=self._places.__getitem__)

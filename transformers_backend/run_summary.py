@@ -16,9 +16,12 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from parallelize.config import ActivationCheckpointConfig
 from parallelize.costs import MemoryEstimate
-from parallelize.model import needs_fsdp
+from parallelize.distributed import gather_objects
+from parallelize.model import needs_fsdp, reshards_after_forward
 from parallelize.parallel_dims import MESH_DIMENSIONS
+from parallelize.pipeline_parallel.schedules import bubble_share, canonical_name
 from parallelize.pipeline_parallel.split import StageShare
+from parallelize.pipeline_parallel.timeline import peak_in_flight
 from transformers_backend.checkpoint import is_remote, locate_folder
 from transformers_backend.decoder import parameter_kind
 from transformers_backend.job_config import JobConfig
@@ -44,18 +47,22 @@ def describe_run(
 ) -> str:
     """Model, mesh, placements, expected memory, data, schedule and checkpoints; lines of at most 100 columns.
 
+    In a pipeline parameters are this rank's, and memory that of the rank with most; all ranks call it together.
     computes_in: dtype of the computation. data_name: where the text comes from, e.g. 'dataset_path = "x.jsonl"'.
     """
     memory = estimate_run_memory(
         config, model, optimizers=optimizers, computes_in=computes_in, accumulates=accumulation_steps > 1
     )
+    if model.pipelined is not None:  # the rank that needs most
+        memory = max(gather_objects(memory, model.pipelined.group), key=lambda estimate: estimate.peak)
     rows = [
         ("run", _run_lines(config)),
         ("model", _model_lines(model)),
         ("mesh", _mesh_lines(config, model, computes_in)),
+        ("pipeline", _pipeline_lines(config, model)),
         ("plan", _plan_lines(model)),
-        ("parameters", parameter_table(model)),
-        ("memory", _memory_lines(memory, model.device.type)),
+        ("parameters", [*_whose_parameters(model), *parameter_table(model)]),
+        ("memory", _memory_lines(memory, model.device.type, *_pipeline_memory(config, model))),
         ("data", _data_lines(config, model, data_name, accumulation_steps, tokens_per_step, flops_per_token)),
         ("schedule", _schedule_lines(config)),
         ("checkpoints", _checkpoint_lines(config)),
@@ -73,21 +80,32 @@ def estimate_run_memory(
     accumulates: bool,
 ) -> MemoryEstimate:
     """What this rank will need, by `transformers_backend/memory.py`."""
+    rows, in_pipeline = config.training.local_batch_size, {}
+    if model.pipelined is not None:
+        micro_batches, rows = _micro_batches(config)
+        timeline, rank = model.pipelined.plan.timeline(config.parallelism, micro_batches), model.pipelined.rank
+        numbers = model.pipelined.plan.stages_of_rank(rank)
+        in_pipeline = {
+            "stages": [model.pipelined.plan.split.stages[stage] for stage in numbers],
+            "most_at_once": lambda sizes: peak_in_flight(timeline[rank], dict(zip(numbers, sizes, strict=True))),
+        }
+        accumulates = accumulates or micro_batches > 1
     return estimate_memory(
         model.hf_model,
         model.decoder,
         optimizers=optimizers,
         computes_in=computes_in,
         is_sharded=model.mesh is not None and needs_fsdp(model.mesh, config.training.enable_cpu_offload),
-        reshards=config.parallelism.fsdp_reshard_after_forward != "never",
+        reshards=reshards_after_forward(config.parallelism),
         recompute=_recompute(config.activation_checkpoint),
-        batch_size=config.training.local_batch_size,
+        batch_size=rows,
         seq_len=config.training.seq_len,
         loss_is_chunked=model.loss_is_chunked,
         accumulates=accumulates,
         offloaded=config.training.enable_cpu_offload and model.device.type != "cpu",
         device_type=model.device.type,
         sequence_parallel=_shares_sequence(model),
+        **in_pipeline,
     )
 
 
@@ -194,9 +212,8 @@ def _run_lines(config: JobConfig) -> list[str]:
 
 
 def _model_lines(model: HFTransformerModel) -> list[str]:
-    decoder, parameters = model.decoder, list(model.hf_model.parameters())
-    total = sum(parameter.numel() for parameter in parameters)
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    decoder = model.decoder
+    total, trained = _count_parameters(model)
     weights = model.model_args.model if model.model_args.init == "pretrained" else "new, random"
     return [
         f"{model.model_class.__name__}: {total:,} parameters, "
@@ -208,6 +225,19 @@ def _model_lines(model: HFTransformerModel) -> list[str]:
     ]
 
 
+def _count_parameters(model: HFTransformerModel) -> tuple[int, int]:
+    """Numbers of parameters of the whole model, and of those that are trained."""
+    parameters = list(model.hf_model.parameters())
+    if model.pipelined is not None:
+        elsewhere = set(map(id, model.pipelined.counted_elsewhere()))
+        parameters = [parameter for parameter in parameters if id(parameter) not in elsewhere]
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    counts = [(sum(parameter.numel() for parameter in parameters), trained)]
+    if model.pipelined is not None:
+        counts = gather_objects(counts[0], model.pipelined.group)
+    return tuple(map(sum, zip(*counts, strict=True)))
+
+
 def _mesh_lines(config: JobConfig, model: HFTransformerModel, computes_in: torch.dtype) -> list[str]:
     compiled = f"compiled: {', '.join(config.compile.components)}" if config.compile.enable else "not compiled"
     recompute = _recompute(config.activation_checkpoint)
@@ -217,6 +247,35 @@ def _mesh_lines(config: JobConfig, model: HFTransformerModel, computes_in: torch
         f"computation in {str(computes_in).removeprefix('torch.')}",
         f"{compiled}; computed again in the backward: {names.get(recompute, f'one layer in {recompute}')}",
     ]
+
+
+def _micro_batches(config: JobConfig) -> tuple[int, int]:
+    """How many micro-batches are in a pipeline one after the other, and the sequences of one."""
+    size = config.parallelism.pipeline_parallel_microbatch_size
+    return config.training.local_batch_size // size, size
+
+
+def _pipeline_lines(config: JobConfig, model: HFTransformerModel) -> list[str]:
+    """The stages, and how long ranks are idle; nothing without a pipeline."""
+    if model.pipelined is None:
+        return []
+    plan, parallelism = model.pipelined.plan, config.parallelism
+    micro_batches, size = _micro_batches(config)
+    csv = parallelism.pipeline_parallel_schedule_csv
+    idle = bubble_share(plan.timeline(parallelism, micro_batches))
+    return [
+        f"{Path(csv).name if csv else canonical_name(parallelism.pipeline_parallel_schedule)}: {len(plan.shares)} "
+        f"stages on {model.dims.pp} ranks, {micro_batches} micro-batches of {size} sequence{'s' * (size > 1)}; ranks "
+        f"are idle for {idle:.1%} of their time, not counting communication",
+        *stage_table(plan.shares, plan.rank_of_stage),
+    ]
+
+
+def _whose_parameters(model: HFTransformerModel) -> list[str]:
+    if model.pipelined is None:
+        return []
+    stages = ", ".join(map(str, model.pipelined.plan.stages_of_rank(model.pipelined.rank)))
+    return [f"of rank {model.pipelined.rank} of the pipeline (stage {stages})"]
 
 
 def _shares_sequence(model: HFTransformerModel) -> bool:
@@ -238,20 +297,32 @@ def _recompute(activation_checkpoint: ActivationCheckpointConfig) -> str:
     return str(activation_checkpoint.selective_ac_option) if is_selective else activation_checkpoint.mode
 
 
-def _memory_lines(memory: MemoryEstimate, device_type: str) -> list[str]:
+def _pipeline_memory(config: JobConfig, model: HFTransformerModel) -> tuple[bool, bool]:
+    """Whether there is a pipeline, and whether its backwards come in two halves."""
+    if model.pipelined is None:
+        return False, False
+    timeline = model.pipelined.plan.timeline(config.parallelism, _micro_batches(config)[0])
+    return True, any(slot.kind == "backward_input" for slots in timeline for slot in slots)
+
+
+def _memory_lines(
+    memory: MemoryEstimate, device_type: str, in_pipeline: bool = False, backward_in_halves: bool = False
+) -> list[str]:
     left_out = {"cuda": "CUDA itself, communication buffers, fragmentation"}.get(device_type, "the program itself")
+    if backward_in_halves:  # twice the activations, measured on torch 2.13
+        left_out += "; what torch keeps of backwards in two halves until the end of a batch"
     together = "" if memory.accumulates else "  (gradients take the place of activations)"
     parts = {
         "parameters": memory.parameters,
         "gradients": memory.gradients,
         "optimizer state": memory.optimizer,
         "gathered or cast weights": memory.working,
-        "activations of a micro-batch": memory.activations,
+        f"activations of {'micro-batches' if in_pipeline else 'a micro-batch'}": memory.activations,
         "logits of a chunk": memory.logits,
     }
     place = ["parameters, gradients and optimizer state are in host memory"] if memory.offloaded else []
     return [
-        f"{'estimated for a rank':<30} {'MiB':>10}",
+        f"{'estimated for the fullest rank' if in_pipeline else 'estimated for a rank':<30} {'MiB':>10}",
         *(f"{name:<30} {value / _MIB:>10,.1f}" for name, value in parts.items()),
         f"{'at the peak of a step':<30} {memory.peak / _MIB:>10,.1f}{together}",
         *place,

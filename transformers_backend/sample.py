@@ -39,7 +39,10 @@ def sample_text(
     length = len(start)
     with evaluation_mode(hf_model), model.computing():
         while length < window.shape[1]:
-            logits = hf_model(input_ids=window, use_cache=False).logits[0, length - 1].float().cpu()
+            if model.pipelined is not None:
+                logits = model.pipelined.next_token_logits(window, length - 1)
+            else:
+                logits = hf_model(input_ids=window, use_cache=False).logits[0, length - 1].float().cpu()
             token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).item()
             token = from_first_rank(token)  # ranks that rounded otherwise must not stop at another time
             if token == tokenizer.eos_token_id:

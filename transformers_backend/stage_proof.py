@@ -51,22 +51,34 @@ class TallTwin:
             return build_twin(hf_config, model_class, attn_implementation=attn_implementation, all_layers=True)
 
         self._build = build
-        self._plain = build()
+        self._name = model_class.__name__
+        try:
+            self._plain = build()
+        except MODEL_ERRORS as error:
+            raise self._unproven("be built", error) from error
         self.decoder = describe_decoder(self._plain)
         self._input_ids, self._labels = example_batch()
-        self._name = model_class.__name__
+
+    def _unproven(self, what: str, error: Exception) -> ValueError:
+        return ValueError(
+            f"{self._name}: a small twin with all of its layers cannot {what} ({_in_a_line(error)}), so nothing about "
+            "its stages can be proven and a pipeline is refused. Set parallelism.pipeline_parallel_degree = 1."
+        )
 
     @torch.enable_grad()
     def look_at_layers(self) -> LayerFacts:
         """Run the unsplit twin once; a ValueError where its layers do not run one after the other."""
         layers = self.decoder.layers
         watch = _Watch(self._plain, layers)
-        self._expected = _loss_and_gradients(self._plain, self._input_ids, self._labels)
+        try:
+            self._expected = _loss_and_gradients(self._plain, self._input_ids, self._labels)
+        except MODEL_ERRORS as error:
+            raise self._unproven("run", error) from error
         watch.remove()
         if watch.ran != list(range(len(layers))):
             raise ValueError(
-                f"{self._name} does not run its layers once, one after the other (it runs {len(watch.ran)} for "
-                f"{len(layers)}), so they cannot be stages of a pipeline. Set parallelism.pipeline_parallel_degree = 1."
+                f"{self._name} does not run its layers once, one after the other ({_how(watch.ran, len(layers))}), "
+                "so they cannot be stages of a pipeline. Set parallelism.pipeline_parallel_degree = 1."
             )
         return LayerFacts(
             containers=dict(zip(layers, watch.containers, strict=True)), forbidden_cuts=frozenset(watch.forbidden_cuts)
@@ -80,22 +92,23 @@ class TallTwin:
         stages = tuple(tuple(stage) for stage in stages)
         of_all = StageSplit(stages, (everything,) * len(stages), facts.containers)
         try:
-            needed = tuple(
-                _outer_parameters_with_gradient(_Run(twin, self.decoder, of_all, self._input_ids, self._labels))
-            )
+            for parameter in twin.parameters():  # also a table of sines that is never trained has a value (RoFormer's)
+                parameter.requires_grad_(parameter.is_floating_point())
+            needed = tuple(_outer_parameters_with_gradient(self._run(twin, of_all)))
             chosen = StageSplit(stages, needed, facts.containers)
             for split in (chosen, of_all):
                 reason = self._difference(split)
                 if reason is None:
                     return split
         except MODEL_ERRORS as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            reason = _in_a_line(error)
         raise ValueError(
             f"{self._name}: cut into {len(stages)} pipeline stages it computes something else ({reason}), so it is "
             "refused. Set parallelism.pipeline_parallel_degree = 1."
         )
 
     def _difference(self, split: StageSplit) -> str | None:
+        """How the loss and the gradients of a split differ from those of the unsplit twin, or None."""
         run = self._run(self._build(), split)
         loss = run.forward()
         run.backward()
@@ -105,7 +118,17 @@ class TallTwin:
         return _Run(twin, self.decoder, split, self._input_ids, self._labels)
 
 
-def _loss_and_gradients(twin: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor):
+def _how(ran: Sequence[int], layers: int) -> str:
+    return f"it runs {len(ran)} for {layers}" if len(ran) != layers else "it runs them in another order, or some twice"
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
+
+
+def _loss_and_gradients(
+    twin: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor
+) -> tuple[float, dict[str, torch.Tensor]]:
     install_loss(twin, describe_decoder(twin), chunked=False)
     loss = twin(input_ids=input_ids, targets=shift_labels(labels)) / count_targets(labels)
     loss.backward()
@@ -115,7 +138,9 @@ def _loss_and_gradients(twin: PreTrainedModel, input_ids: torch.Tensor, labels: 
 class _Run:
     """One forward and backward of a twin stage by stage, in one process.
 
-    Weights that a stage does not hold are NaN while it runs, so that a value which is needed all the same shows.
+    Weights that a stage does not hold are NaN while it runs, so that a value which is needed all the same shows. After
+    each stage another micro-batch goes through it, as in a schedule, so that what a stage leaves behind for a later one
+    beside the hidden states, which other ranks would not have, is of the wrong tokens.
     """
 
     def __init__(
@@ -138,12 +163,19 @@ class _Run:
                 self.twin, [name for name in self.outer if name not in self.split.held[stage]], value=float("nan")
             )
             output = self.twin(stage=stage, hidden_states=hidden_states, **self._inputs)
+            self._run_another_micro_batch(stage, hidden_states)
             restore_parameters(replaced)
             self.received.append(hidden_states)
             self.sent.append(output)
             hidden_states = output.detach().requires_grad_()
         self.sent[-1] = output / self._count
         return self.sent[-1].item()
+
+    @torch.no_grad()
+    def _run_another_micro_batch(self, stage: int, hidden_states: torch.Tensor | None) -> None:
+        other = {name: tensor.flip(1) for name, tensor in self._inputs.items()}
+        received = None if hidden_states is None else hidden_states.flip(-2)
+        self.twin(stage=stage, hidden_states=received, **other)
 
     def backward(self) -> None:
         gradient = None
@@ -153,7 +185,7 @@ class _Run:
 
 
 def _outer_parameters_with_gradient(run: _Run) -> list[frozenset[str]]:
-    """For each stage, the parameters outside the layers that its output depends on."""
+    """For each stage, the parameters outside the layers that its output, and so the loss, depends on."""
     run.forward()
     parameters = dict(run.twin.named_parameters())
     found, gradient = [], None

@@ -20,6 +20,7 @@ import contextlib
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -64,6 +65,7 @@ class LocalStages:
     def __init__(self, hf_model: PreTrainedModel, decoder: Decoder, split: StageSplit, local: Sequence[int]) -> None:
         """local: the numbers of this rank's stages. Changes nothing yet."""
         self._model, self._decoder, self.split, self.local = hf_model, decoder, split, tuple(local)
+        self._name = type(hf_model).__name__
         self._layers = {name: hf_model.get_submodule(name) for name in decoder.layers}
         self._stand_ins = {name: self._stand_in(name) for name in decoder.layers}
         self._received: torch.Tensor | None = None
@@ -125,7 +127,7 @@ class LocalStages:
     # -- running --------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Let `hf_model(stage=..., hidden_states=..., **inputs)` run one stage.
+        """Let `hf_model(stage=..., hidden_states=..., **inputs)` run one stage; the last yields logits without targets.
 
         Call it once, after everything else that wraps layers or registers hooks on them: what a layer gets is what was
         received, whatever other hooks made of the stand-in for it, and what is sent on is what leaves the last of them.
@@ -142,22 +144,28 @@ class LocalStages:
 
         def forward(*args, stage: int | None = None, hidden_states: torch.Tensor | None = None, **inputs):
             if stage is None:
-                raise ValueError(
-                    f"{type(self._model).__name__}: with pipeline_parallel_degree > 1 this rank has only some of its "
-                    "layers, so the model cannot be called by itself. Call forward_backward or evaluate of the "
-                    "HFTransformerModel on every rank, or export it with save_pretrained and load that."
-                )
+                self._refuse("the model cannot be called by itself, nor generate. Call forward_backward or evaluate")
             self._received = hidden_states
-            with self._in_place(stage):
-                if stage == self.split.last:
-                    return plain_forward(*args, **inputs)
-                inputs.pop("targets", None)
-                body(*args, **inputs, use_cache=False)
-            sent = self._passed if stage == _NO_STAGE else self._captured
-            self._passed = self._captured = None
-            return sent
+            try:
+                with self._in_place(stage):
+                    if stage == self.split.last:
+                        if "targets" in inputs:
+                            return plain_forward(*args, **inputs)
+                        return plain_forward(*args, **inputs, use_cache=False).logits
+                    inputs.pop("targets", None)
+                    body(*args, **inputs, use_cache=False)
+                return self._passed if stage == _NO_STAGE else self._captured
+            finally:
+                self._received = self._passed = self._captured = self._entered = None
 
         self._model.forward = forward
+        self._model.save_pretrained = lambda *_, **__: self._refuse("it cannot save itself. Call save_pretrained")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(
+            f"{self._name}: with pipeline_parallel_degree > 1 this rank has only some of its layers, so {what} of the "
+            "HFTransformerModel, on every rank. What its save_pretrained writes loads and works anywhere."
+        )
 
     @contextlib.contextmanager
     def _in_place(self, stage: int) -> Iterator[None]:
@@ -171,7 +179,6 @@ class LocalStages:
         finally:
             for name in others:
                 self._put(name, self._layers[name])
-            self._received = None
 
     def _hand_in(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         assert self._received is not None

@@ -85,7 +85,7 @@ class Trainer:
         torch.use_deterministic_algorithms(config.debug.deterministic, warn_only=config.debug.deterministic_warn_only)
         with patience(None, then_seconds=config.comm.init_timeout_seconds):  # one rank may download or convert for all
             self.model = build_model(config, self.device)
-            torch.manual_seed(config.debug.seed + 1 + self.model.data_rank)  # dropout: different on different data only
+            torch.manual_seed(config.debug.seed + 1 + self.model.dropout_rank)
             self.tokenizer = find_tokenizer(config)
             self.data = opened.enter_context(open_data(config, self.model, self.tokenizer, validation=False))
             self.validation_data = None

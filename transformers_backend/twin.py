@@ -47,6 +47,9 @@ _SMALL_VALUES: dict[str, int] = {
     **dict.fromkeys(("num_experts_per_tok", "top_k_experts"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     "chunk_size": WINDOW,
+    "attention_hidden_size": 2 * HIDDEN_SIZE,  # zamba, zamba2: attention is twice as wide as the model
+    "attention_head_dim": 2 * HEAD_DIM,
+    "mamba_headdim": HEAD_DIM,
     "dim_model_base": HIDDEN_SIZE // 4,  # minicpm3 divides logits by hidden_size / dim_model_base
     "block_multiple_of": 32,
 }
@@ -58,7 +61,7 @@ _DIVIDED_FIELDS = (*_HIDDEN_SIZES, *_HEAD_COUNTS, *_INTERMEDIATE_SIZES, "word_em
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 # gpt_neo's ("global" | "local") list is derived from its `attention_types` and must not be passed beside it.
 _DERIVED_FIELDS = ("attention_layers", "head_dim_total")
-_LAYER_INDICES = ("full_attn_idxs",)  # lists of layer numbers rather than of one value a layer
+_LAYER_INDICES = ("full_attn_idxs", "hybrid_layer_ids")  # lists of layer numbers rather than of one value a layer
 _MINIMUM_LAYERS = 2
 
 

@@ -6,6 +6,8 @@ hidden states and their gradients between ranks. Every rank has the micro-batche
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -33,12 +35,14 @@ class Pipeline:
         rank_of_stage: Sequence[int],
         make_schedule: MakeSchedule,
         parameters: Callable[[], Iterable[nn.Parameter]],
+        after_weights: Callable[[], None],
     ) -> None:
         """group: the ranks of the pipeline. rank_of_stage: for every stage, the rank (of `group`) that runs it.
 
         parameters: gives the trainable parameters of this rank as they are at the time, for schedules that compute
-        their gradients separately.
+        their gradients separately. after_weights: called each time they have done so.
         """
+        self._after_weights = after_weights
         self._run_stage, self._group, self._device = run_stage, group, device
         self._rank_of_stage, self._make_schedule, self._parameters = list(rank_of_stage), make_schedule, parameters
         rank = dist.get_rank(group)
@@ -64,7 +68,8 @@ class Pipeline:
         schedule = self._schedule_for(micro_batches, like)
         self._targets = targets
         losses: list[torch.Tensor] = []
-        schedule.step(**inputs, target=next(iter(inputs.values())), losses=losses, return_outputs=False)
+        with _plain_errors():
+            schedule.step(**inputs, target=next(iter(inputs.values())), losses=losses, return_outputs=False)
         total = torch.zeros((), device=self._device)
         for loss in losses:
             total += loss.detach()
@@ -81,7 +86,7 @@ class Pipeline:
 
     def _stage(self, stage: int, like: torch.Tensor) -> PipelineStage:
         travelling = torch.empty_like(like).requires_grad_()
-        return PipelineStage(
+        return _Stage(
             _StageModule(self._run_stage, stage, self._parameters),
             stage,
             len(self._rank_of_stage),
@@ -89,6 +94,7 @@ class Pipeline:
             input_args=travelling if stage > 0 else (),
             output_args=travelling if stage < self._last else torch.empty((), device=self._device),
             group=self._group,
+            after_weights=self._after_weights,
         )
 
     @torch.no_grad()
@@ -101,13 +107,13 @@ class Pipeline:
         kept: dict[int, list[torch.Tensor]] = {}  # outputs for a next stage on this rank
         outputs, sends = [], []
         for stage in self.local:
+            # Asked for before anything is sent on: where two ranks send to each other, NCCL needs one order on both.
+            receives = [] if stage == 0 or stage - 1 in self.local else [self._receive(stage, like) for _ in pieces]
             for index, piece in enumerate(pieces):
-                received = None
-                if stage - 1 in self.local:
-                    received = kept[stage - 1][index]
-                elif stage > 0:
-                    received = torch.empty_like(like)
-                    dist.recv(received, group=self._group, group_src=self._rank_of_stage[stage - 1])
+                received = kept[stage - 1][index] if stage - 1 in self.local else None
+                if receives:
+                    received, arrival = receives[index]
+                    arrival.wait()
                 output = self._run_stage(stage, received, **piece)
                 if stage == self._last:
                     outputs.append(output)
@@ -121,6 +127,85 @@ class Pipeline:
         for _, send in sends:
             send.wait()
         return outputs
+
+    def _receive(self, stage: int, like: torch.Tensor) -> tuple[torch.Tensor, dist.Work]:
+        received = torch.empty_like(like)
+        return received, dist.irecv(received, group=self._group, group_src=self._rank_of_stage[stage - 1])
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Errors of a stage as they were raised: torch wraps them in a RuntimeError, and logs the whole schedule first."""
+    log = logging.getLogger("torch.distributed.pipelining.schedules")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__cause__, Exception):
+            raise error.__cause__ from None
+        raise
+    finally:
+        log.disabled = was_disabled
+
+
+class _Stage(PipelineStage):
+    """torch's stage, with memory for what is received only while it is needed: torch keeps that of all micro-batches.
+
+    What is received then lives as long as the activations that were computed from it.
+    """
+
+    def __init__(self, *args, after_weights: Callable[[], None], **options) -> None:
+        super().__init__(*args, **options)
+        self._after_weights = after_weights
+
+    def _prepare_forward_infra(self, *args, **kwargs):
+        result = super()._prepare_forward_infra(*args, **kwargs)
+        for received in self.args_recv_info.values():
+            _free(received)
+        return result
+
+    def _prepare_backward_infra(self, *args, **kwargs):
+        result = super()._prepare_backward_infra(*args, **kwargs)
+        for received in self.grad_recv_info.values():
+            _free(received)
+        return result
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._allocate(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        if self.has_backward and not self.is_last:
+            self._allocate(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[torch.Tensor | None, ...], mb_index: int) -> None:
+        self._allocate(self.grad_recv_info[mb_index])  # torch makes it zero where there is no gradient
+        super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+    def _retrieve_recv_activations(self, fwd_chunk_id: int):
+        activations = super()._retrieve_recv_activations(fwd_chunk_id)
+        _free(self.args_recv_info[fwd_chunk_id])
+        return activations
+
+    def _retrieve_recv_grads(self, bwd_chunk_id: int):
+        gradients = super()._retrieve_recv_grads(bwd_chunk_id)
+        _free(self.grad_recv_info[bwd_chunk_id])
+        return gradients
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        self._after_weights()
+
+    def _allocate(self, received: Iterable) -> None:
+        for info in received:
+            if not info.is_root_arg and info.tensor_meta is not None:
+                info.buffer = torch.empty(info.tensor_meta.shape, dtype=info.tensor_meta.dtype, device=self.device)
+
+
+def _free(received: Iterable) -> None:
+    for info in received:
+        info.buffer = None
 
 
 class _StageModule(nn.Module):

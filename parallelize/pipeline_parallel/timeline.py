@@ -7,7 +7,7 @@ a lower bound of the idle time that a run will have, and what the papers draw.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,6 +105,22 @@ def _deadlock(order: Sequence[Sequence[Action]], done: Sequence[int]) -> str:
         if count < len(actions)
     ]
     return f"the ranks would wait without end: {', '.join(waiting)}; change the order of the actions."
+
+
+def peak_in_flight(slots: Sequence[Slot], sizes: Mapping[int, float]) -> float:
+    """The most that a rank keeps at one time for backwards that are to come.
+
+    slots: of the rank. sizes: what a micro-batch keeps of its forward through each of its stages, until its backward is
+    over, or both halves of it.
+    """
+    kept, peak = 0.0, 0.0
+    for slot in slots:
+        if slot.kind == "forward":
+            kept += sizes[slot.stage]
+        elif slot.kind != "backward_input":
+            kept -= sizes[slot.stage]
+        peak = max(peak, kept)
+    return peak
 
 
 def bubble_share(timeline: Sequence[Sequence[Slot]]) -> float:

@@ -19,15 +19,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from parallelize.config import ParallelismConfig
+from tests.distributed.stored_run import StoredRun
 from tests.distributed.workers import WorkerPool
 from tests.jobs import restored_process, tiny_job
 from transformers_backend import JobConfig, Trainer
-from transformers_backend.checkpoint import Checkpointer
-from transformers_backend.checkpoint.local import LocalStorage
 from transformers_backend.export import main as export
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.model_args import HFTransformerModelArgs
-from transformers_backend.optimizer import build_optimizer
 
 # Four ranks share the two key and value heads; 27 tokens are 14 + 13 rows on two ranks and 7 + 7 + 7 + 6 on four.
 _USUAL = {"vocab_size": 27, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -40,7 +38,6 @@ SIZES: dict[str, dict[str, Any]] = {
              "eos_token_id": 1, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }  # fmt: skip
 MESHES = {"fsdp 2 x tp 2": (1, 2, 2), "replicas 2 x tp 2": (2, 1, 2), "tp 4": (1, 1, 4)}  # dp_replicate, dp_shard, tp
-BATCH, SEQUENCE = 4, 9  # which neither degree divides
 
 
 @pytest.fixture(scope="module")
@@ -150,61 +147,13 @@ def test_no_rank_holds_the_whole_model(four: WorkerPool, tmp_path: Path):
 
 # -- checkpoints ----------------------------------------------------------------------------------------------------
 
-_CONFIG_TEXT = "[training]\nlocal_batch_size = 1\nglobal_batch_size = 4\n"
 
-
-class _NoData:
-    """Stands for the batches of a run: a position that is always the same."""
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": 0}
-
-    def load_state_dict(self, positions: list[dict[str, int]]) -> None:
-        assert {position["position"] for position in positions} == {0}
-
-
-class _Run:
-    """Steps of a model on the batches of their numbers, and its checkpoints."""
-
-    def __init__(self, model_type: str, mesh_name: str | None, folder: str, mode: str) -> None:
-        """mesh_name: None trains on one device."""
-        self.model = HFTransformerModel(_arguments(model_type, tied=model_type in ("gpt2", "gpt_neox")))
-        if mesh_name is not None:
-            _split(self.model, mesh_name)
-        else:
-            self.model.full_state_dict()  # fills the parameters before an optimizer takes them
-        self.optimizers = build_optimizer(
-            self.model.hf_model.named_parameters(), name="AdamW", lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8,
-            weight_decay=0.1, implementation="foreach",
-        )  # fmt: skip
-        schedulers = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: 1.0) for one in self.optimizers]
-        self.checkpointer = Checkpointer(
-            LocalStorage(Path(folder)), model=self.model, optimizers=self.optimizers, schedulers=schedulers,
-            data=_NoData(), data_rank=self.model.data_rank, config_text=_CONFIG_TEXT, async_mode=mode,
-        )  # fmt: skip
-
-    def train(self, step: int) -> float:
-        """One step of two micro-batches, clipped, on the part of its batch that is this data rank's."""
-        tokens = torch.randint(27, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(step))
-        mine = tokens.chunk(self.model.dims.data_parallel_size)[self.model.data_rank].chunk(2)
-        targets = BATCH * (SEQUENCE - 1)
-        loss = sum(self.model.forward_backward(part, part, num_items_in_batch=targets).item() for part in mine)
-        self.model.clip_grad_norm_(1.0)
-        self.checkpointer.wait_until_staged()
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss
-
-    def averages(self) -> dict[str, torch.Tensor]:
-        """AdamW's, full, in Transformers' order."""
-        averages, (optimizer,) = {}, self.optimizers
-        for kind in ("exp_avg", "exp_avg_sq"):
-            for parameter in self.model.hf_model.parameters():
-                parameter.grad = optimizer.state[parameter][kind]
-            averages |= {f"{name} {kind}": value for name, value in self.model.full_gradients().items()}
-        optimizer.zero_grad()
-        return averages
+def _run(model_type: str, mesh_name: str | None, folder: str, mode: str) -> StoredRun:
+    """mesh_name: None trains on one device."""
+    model = HFTransformerModel(_arguments(model_type, tied=model_type in ("gpt2", "gpt_neox")))
+    if mesh_name is not None:
+        _split(model, mesh_name)
+    return StoredRun(model, folder, mode=mode, accumulation_steps=2)
 
 
 _Outcome = tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]
@@ -212,7 +161,7 @@ _Outcome = tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 def _train(model_type: str, mesh_name: str | None, folder: str, mode: str, first: int, last: int) -> _Outcome:
     """Losses of the steps first < step <= last, after the newest checkpoint, and weights and averages at the end."""
-    run = _Run(model_type, mesh_name, folder, mode)
+    run = _run(model_type, mesh_name, folder, mode)
     assert (run.checkpointer.load(-1) or 0) == first
     losses = []
     for step in range(first + 1, last + 1):
@@ -264,7 +213,7 @@ def _job(folder: Path, name: str, *, steps: int, degree: int = 1) -> JobConfig:
     return config
 
 
-def _run(config: JobConfig, live: str) -> None:
+def _run_job(config: JobConfig, live: str) -> None:
     with contextlib.closing(Trainer(config)) as trainer:
         trainer.train()
         trainer.model.save_pretrained(live, tokenizer=trainer.tokenizer)
@@ -281,11 +230,11 @@ def test_a_job_on_four_ranks_is_exported_and_goes_on_on_one(four: WorkerPool, tm
     for number in range(8):
         text = "".join(f"{number}: line {line} of some text\n" for line in range(12))
         (tmp_path / "text" / f"{number}.txt").write_text(text)
-    four.run(_run, _job(tmp_path, "parts", steps=3, degree=4), str(tmp_path / "live"))
+    four.run(_run_job, _job(tmp_path, "parts", steps=3, degree=4), str(tmp_path / "live"))
     with restored_process():
         assert export([str(tmp_path / "parts" / "checkpoint" / "step-3"), str(tmp_path / "exported")]) == 0
         assert _contents(tmp_path / "exported") == _contents(tmp_path / "live")
         for name in ("parts", "alone"):
-            _run(_job(tmp_path, name, steps=6), str(tmp_path / f"{name}-hf"))
+            _run_job(_job(tmp_path, name, steps=6), str(tmp_path / f"{name}-hf"))
     losses = _losses(_job(tmp_path, "parts", steps=6))
     assert losses == pytest.approx(_losses(_job(tmp_path, "alone", steps=6)), rel=1e-5)

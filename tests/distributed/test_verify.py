@@ -11,6 +11,7 @@ import torch
 from tests.distributed.workers import quick_context
 from transformers_backend.verify import DENSE_MODEL_TYPES, PRETRAINED_LOSS_TOLERANCE, Report, main, verify
 from transformers_backend.verify.command import parse
+from transformers_backend.verify.pipeline import parallelism_of
 from transformers_backend.verify.report import with_section
 
 # The promise of the project, written out here so that a loosened tolerance in the sources shows.
@@ -32,6 +33,8 @@ def test_every_dense_type_passes_or_is_refused_with_a_reason():
             assert report.loss_difference <= LOSS, report
             assert report.gradient_error <= GRADIENT, report
             assert report.norm_error <= GRADIENT, report
+            assert report.evaluation_difference <= LOSS, report
+            assert report.stages == report.held_by_several == "", "that is of pipelines"
             assert report.sharded is None is report.sequence_parallel, "that is of tensor parallelism"
             assert report.pretrained_loss_difference <= LOADED_LOSS, report
             assert report.export == "bit-equal", report
@@ -115,7 +118,8 @@ def test_the_document_has_a_section_for_every_mesh():
     refused = Report("bert", verdict="refused", reason="a | b")
     document = ""
     for fsdp, tp, reports in [(2, 1, [refused]), (1, 2, [passed]), (2, 2, [refused]), (1, 2, [passed, refused])]:
-        document = with_section(document, reports, fsdp=fsdp, tp=tp, compile=False, command=f"--tp {tp}")
+        mesh = parallelism_of(fsdp=fsdp, tp=tp)
+        document = with_section(document, reports, parallelism=mesh, compile=False, command=f"--tp {tp}")
     assert document.startswith("# Models\n")
     introduction, *sections = document.split("\n## ")
     assert [section.splitlines()[0] for section in sections] == ["fsdp 2", "tp 2", "fsdp 2 x tp 2"]
@@ -124,4 +128,5 @@ def test_the_document_has_a_section_for_every_mesh():
     assert "| llama | - | - | - | - | - | 50.0% of the twin | no | pass; because |" in sections[1]
     assert "**1 pass, 1 refused, 0 fail.**" in sections[1]
     assert "| bert | - | - | - | - | - | refused (a \\| b) |" in sections[0]
-    assert document == with_section(document, [passed, refused], fsdp=1, tp=2, compile=False, command="--tp 2")
+    mesh = parallelism_of(tp=2)
+    assert document == with_section(document, [passed, refused], parallelism=mesh, compile=False, command="--tp 2")

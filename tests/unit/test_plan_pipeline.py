@@ -11,11 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from parallelize.pipeline_parallel.schedules import bubble_share
+from parallelize.config import PIPELINE_SCHEDULES
+from parallelize.pipeline_parallel.schedules import bubble_share, timeline
+from parallelize.pipeline_parallel.timeline import Slot
 from scripts import plan_pipeline
 from transformers_backend import load_job_config
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "plan_pipeline.py"
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "scripts" / "plan_pipeline.py"
 DEGREE = "--parallelism.pipeline_parallel_degree"
 SCHEDULE = "--parallelism.pipeline_parallel_schedule"
 
@@ -114,3 +117,42 @@ def test_mistakes_are_told(arguments: list[str], message: str, capsys: pytest.Ca
     output = capsys.readouterr()
     assert output.out == ""
     assert re.search(f"error: .*{message}", output.err, re.DOTALL)
+
+
+# --- docs/how_it_works.md
+
+
+def documented() -> str:
+    return (REPOSITORY / "docs" / "how_it_works.md").read_text().partition("\n## Pipeline parallelism\n")[2]
+
+
+def most_kept(slots: list[Slot]) -> int:
+    """Forwards of a rank whose backward, or half of it, is to come."""
+    changes = [{"forward": 1, "backward_input": 0}.get(slot.kind, -1) for slot in slots]
+    return max(sum(changes[:end]) for end in range(1, len(changes) + 1))
+
+
+@pytest.mark.parametrize("schedule", PIPELINE_SCHEDULES)
+def test_the_documented_numbers_are_the_scripts(schedule: str):
+    """Of 8 layers on 4 ranks with 8 micro-batches."""
+    row = next(line for line in documented().splitlines() if line.startswith(f"| `{schedule}` "))
+    even, uneven, kept = (cell.strip() for cell in row.split("|")[2:5])
+    layers = ("--hf_transformers.config_overrides.num_hidden_layers", "8")
+    plan = plan_pipeline.make_plan(load_job_config([DEGREE, "4", SCHEDULE, schedule, *layers]))
+    stages = len(plan.stages)
+    assert even == f"{bubble_share(timeline(schedule, pp=4, stages=stages, micro_batches=8)):.1%}"
+    assert uneven == f"{bubble_share(plan.timeline):.1%}"
+    of_ranks = [most_kept(slots) * 4 / stages for slots in plan.timeline]
+    assert float(kept.partition(",")[0]) == max(of_ranks)
+    assert ("on the last rank 1" in kept) == (of_ranks[-1] == 1)
+
+
+def test_the_documented_pictures_and_the_schedule_are_there():
+    commands = re.findall(r"pipeline_parallel_schedule (\w+) .*?--plot docs/(\S+)", documented(), re.DOTALL)
+    assert [picture for _, picture in commands] == re.findall(r"^!\[.*\]\((.*)\)$", documented(), re.MULTILINE)
+    assert len(commands) == 4
+    for schedule, picture in commands:
+        assert picture == f"pipelines/{schedule.lower()}.png"
+        assert (REPOSITORY / "docs" / picture).stat().st_size < 100_000
+    schedule = (REPOSITORY / "docs" / "pipelines" / "zero_bubble_h1.csv").read_text()
+    assert f"```text\n{schedule}```\n" in documented()

@@ -15,9 +15,10 @@ from parallelize.distributed import same_outcome
 from transformers_backend.checkpoint.reading import (
     CONFIG_FILE,
     DamagedCheckpoint,
-    count_ranks,
+    check_fits,
     find_changes,
     find_new_batch_size,
+    find_ranks,
     is_same_job,
     read_config,
     read_metadata,
@@ -33,6 +34,9 @@ from transformers_backend.checkpoint.state import (
     get_optimizer_state,
     get_random_state,
     get_schedulers_state,
+    get_whole_model_state,
+    random_key,
+    random_keys,
     set_optimizer_state,
     set_random_state,
     set_schedulers_state,
@@ -164,13 +168,13 @@ class Checkpointer:
 
     def _state(self, step: int) -> dict[str, Any]:
         model = get_model_state(self._model)
-        return {
+        schedulers = {"schedulers": get_schedulers_state(self._schedulers)} if self._schedulers else {}
+        return schedulers | {
             "model": without_live_buffers(model) if self._is_async else model,
             "optimizer": get_optimizer_state(self._model, self._optimizers),
-            "schedulers": get_schedulers_state(self._schedulers),
             "step": step,
             f"{DATA_KEY}{self._data_rank}": json.dumps(self._data.state_dict()),
-            f"{RANDOM_KEY}{self._data_rank}": get_random_state(),
+            random_key(self._model): get_random_state(),
         }
 
     def _clean_up(self, left_behind: int | None) -> None:
@@ -279,14 +283,16 @@ class Checkpointer:
             lambda: (read_metadata(storage, name), read_config(storage, name)), storage.locate(name), group
         )
         if parts != {"model"} and config_text is not None:
-            self._warn_of_changes(config_text, count_ranks(metadata, DATA_KEY), storage.locate(name))
+            self._warn_of_changes(config_text, len(find_ranks(metadata, DATA_KEY)), storage.locate(name))
         state = self._wanted(metadata, parts)
-        read_state(state, find_packings(self._model, state), storage, name, metadata, group)
+        with same_outcome(ValueError, group=group):  # what does not fit may be known to some stages only
+            check_fits(self._whole(state), storage.locate(name), metadata)
+        read_state(state, find_packings(self._model, state), storage, name, group)
         self._put_back(state)
-        if "step" in state and (saved := count_ranks(metadata, RANDOM_KEY)) != (ranks := self._data_ranks):
+        if "step" in state and (saved := find_ranks(metadata, RANDOM_KEY)) != (ranks := random_keys(self._model)):
             logger.info(
-                "%s holds the random states of %d ranks, and this run has %d: those without one are seeded anew.",
-                storage.locate(name), saved, ranks,
+                "%s holds the random states of %d ranks, and this run has %d%s: those without one are seeded anew.",
+                storage.locate(name), len(saved), len(ranks), "" if len(saved) != len(ranks) else " others",
             )  # fmt: skip
         logger.info("resumed from %s", storage.locate(name))
         return state.get("step", 0)
@@ -307,16 +313,22 @@ class Checkpointer:
             prefix = "optimizer."
             keys = {key.removeprefix(prefix) for key in metadata.state_dict_metadata if key.startswith(prefix)}
             state["optimizer"] = blank_optimizer_state(self._model, self._optimizers, keys)
-        if "lr_scheduler" in parts:
+        if "lr_scheduler" in parts and self._schedulers:
             state["schedulers"] = ""
         if "dataloader" in parts:
-            state |= {f"{DATA_KEY}{rank}": "" for rank in range(count_ranks(metadata, DATA_KEY))}
+            state |= dict.fromkeys(sorted(find_ranks(metadata, DATA_KEY)), "")
         if "train_state" in parts:
             state["step"] = 0
-            key = f"{RANDOM_KEY}{self._data_rank}"
+            key = random_key(self._model)
             saved = metadata.state_dict_metadata
             state[key] = {kind: value for kind, value in get_random_state().items() if f"{key}.{kind}" in saved}
         return state
+
+    def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
+        """`state` with the whole model's tensors, on the meta device, for those of the stages that are here."""
+        if "model" not in state or self._model.pipelined is None:
+            return state
+        return {**state, "model": get_whole_model_state(self._model)}
 
     def _put_back(self, state: dict[str, Any]) -> None:
         """Hand on what is not filled in place."""
@@ -327,7 +339,7 @@ class Checkpointer:
         if positions := [json.loads(state[key]) for key in _in_order(state, DATA_KEY)]:
             self._set_position(positions)
         if "step" in state:
-            random = state[f"{RANDOM_KEY}{self._data_rank}"]
+            random = state[random_key(self._model)]
             set_random_state(random)
             if not random:
                 torch.manual_seed(torch.initial_seed() + state["step"])  # not the numbers of the first steps again

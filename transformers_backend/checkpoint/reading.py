@@ -59,21 +59,23 @@ def read_metadata(storage: Storage, name: str) -> Metadata:
     return metadata
 
 
-def read_state(
-    state: dict[str, Any], packings: Mapping[str, Packing], storage: Storage, name: str, metadata: Metadata, group
-) -> None:
-    """Fill `state` from a checkpoint, on all ranks. ValueError if it does not fit, DamagedCheckpoint if it is damaged
-    after all, LoadError if storage fails.
-
-    packings: of the fused tensors in `state`, by key of the flattened state.
-    """
-    location = storage.locate(name)
+def check_fits(state: dict[str, Any], location: str, metadata: Metadata) -> None:
+    """Raise a ValueError that says what of `state` is not in the checkpoint at `location`; see `find_misfits`."""
     if misfits := find_misfits(state, metadata):
         raise ValueError(
             f"{location} cannot be resumed from ({misfits}): it was saved by another model or optimizer. Give the "
             "settings that it was saved with, another checkpoint.load_step or job.dump_folder, or name what to leave "
             "out in checkpoint.exclude_from_loading."
         )
+
+
+def read_state(state: dict[str, Any], packings: Mapping[str, Packing], storage: Storage, name: str, group) -> None:
+    """Fill `state` from a checkpoint that it fits, on all ranks. DamagedCheckpoint if it is damaged after all,
+    LoadError if storage fails.
+
+    packings: of the fused tensors in `state`, by key of the flattened state.
+    """
+    location = storage.locate(name)
     try:
         dcp.load(state, storage_reader=storage.reader(name), planner=PackedLoadPlanner(packings), process_group=group)
     except CheckpointException as error:
@@ -118,9 +120,9 @@ def find_misfits(state: dict[str, Any], metadata: Metadata) -> str:
     return "; ".join(texts)
 
 
-def count_ranks(metadata: Metadata, prefix: str) -> int:
-    """Number of ranks that saved a state under `prefix`N."""
-    return len({key[len(prefix) :].split(".")[0] for key in metadata.state_dict_metadata if key.startswith(prefix)})
+def find_ranks(metadata: Metadata, prefix: str) -> set[str]:
+    """The keys of a checkpoint's state that begin with `prefix`; one a rank."""
+    return {key.split(".")[0] for key in metadata.state_dict_metadata if key.startswith(prefix)}
 
 
 def find_changes(saved_toml: str, now_toml: str) -> list[str]:

@@ -3,7 +3,8 @@
 Keys: `model` and `optimizer` by Hugging Face parameter name (sharded tensors, which torch.distributed.checkpoint lays
 out anew for any mesh; fused ones in Transformers' order, see `planners.py`), `schedulers` and `data_rank_N` as JSON,
 `random_rank_N`, `step`. N is a data rank: ranks that differ only in tensor parallelism have the same position and the
-same random state, which is saved once.
+same random state, which is saved once. Stages of a pipeline draw different random numbers, so that there the key is
+`random_rank_N_pipeline_P`. Each rank of a pipeline saves what it has of the rest; what several have is written once.
 """
 
 from __future__ import annotations
@@ -30,9 +31,33 @@ _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 def get_model_state(model: HFTransformerModel) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name; tied ones are there once, under the first of their names."""
+    return _once(named_tensors(model.hf_model))
+
+
+def get_whole_model_state(model: HFTransformerModel) -> dict[str, torch.Tensor]:
+    """What `get_model_state` gives of the model on one rank, on the meta device: the same on every rank."""
+    return _once(named_tensors(model.blueprint))
+
+
+def _once(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     first_names: dict[int, str] = {}
-    tensors = named_tensors(model.hf_model)
     return {name: tensor for name, tensor in tensors.items() if first_names.setdefault(id(tensor), name) == name}
+
+
+def random_key(model: HFTransformerModel) -> str:
+    """Under which this rank's random state is saved."""
+    return _random_key(model, model.data_rank, 0 if model.pipelined is None else model.pipelined.rank)
+
+
+def random_keys(model: HFTransformerModel) -> set[str]:
+    """Those of all ranks."""
+    dims = model.dims
+    return {_random_key(model, data, stage) for data in range(dims.data_parallel_size) for stage in range(dims.pp)}
+
+
+def _random_key(model: HFTransformerModel, data_rank: int, pipeline_rank: int) -> str:
+    key = f"{RANDOM_KEY}{data_rank}"
+    return key if model.dims.pp == 1 else f"{key}_pipeline_{pipeline_rank}"
 
 
 def find_packings(model: HFTransformerModel, state: dict[str, Any]) -> dict[str, Packing]:
@@ -62,7 +87,8 @@ def without_live_buffers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def get_optimizer_state(model: HFTransformerModel, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
-    return get_optimizer_state_dict(model.hf_model, optimizers, options=_OPTIONS)
+    """Empty on a rank of a pipeline that trains none of its parameters."""
+    return get_optimizer_state_dict(model.hf_model, optimizers, options=_OPTIONS) if optimizers else {}
 
 
 def blank_optimizer_state(
@@ -87,6 +113,8 @@ def set_optimizer_state(
 
     state: what `blank_optimizer_state` returned, filled. Parameters that it leaves out have no state afterwards.
     """
+    if not optimizers:
+        return
     chosen = [_hyperparameters(optimizer) for optimizer in optimizers]
     everything = get_optimizer_state(model, optimizers) | state  # torch wants all parameters
     set_optimizer_state_dict(model.hf_model, optimizers, optim_state_dict=everything, options=_OPTIONS)
@@ -118,8 +146,8 @@ def get_schedulers_state(schedulers: Sequence[torch.optim.lr_scheduler.LambdaLR]
 
 def set_schedulers_state(schedulers: Sequence[torch.optim.lr_scheduler.LambdaLR], state: str) -> None:
     """Put this job's schedules at the saved step; learning rates are what the schedules say there."""
-    for scheduler, saved in zip(schedulers, json.loads(state), strict=True):
-        step = saved["last_epoch"]
+    step = json.loads(state)[0]["last_epoch"]  # of all; a rank of a pipeline may have another number of optimizers
+    for scheduler in schedulers:
         scheduler.last_epoch = step
         scheduler._step_count = step + 1
         rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]

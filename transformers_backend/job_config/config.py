@@ -16,7 +16,7 @@ from parallelize.config import (
     ParallelismConfig,
     async_tensor_parallel_problems,
     check,
-    zero_bubble_compile_problems,
+    zero_bubble_problems,
 )
 from parallelize.pipeline_parallel.schedules import batch_problems, stage_count_problems
 from transformers_backend.job_config.data_sections import held_out_problems
@@ -102,8 +102,9 @@ def find_problems(config: JobConfig, world_size: int | None = None) -> list[str]
             sound.add(name)
     if {"parallelism", "compile"} <= sound:
         found += async_tensor_parallel_problems(config.parallelism, config.compile)
-        found += zero_bubble_compile_problems(config.parallelism, config.compile)
-    if {"parallelism", "training", "validation"} <= sound:
+    if {"parallelism", "compile", "activation_checkpoint"} <= sound:
+        found += zero_bubble_problems(config.parallelism, config.compile, config.activation_checkpoint)
+    if {"parallelism", "training"} <= sound:
         found += _pipeline_problems(config)
     if {"training", "validation"} <= sound and config.validation.enable:
         found += held_out_problems("validation", config.validation, config.training.sources or [config.training])
@@ -129,17 +130,14 @@ def _tokenizer_problems(config: JobConfig) -> list[str]:
 
 
 def _pipeline_problems(config: JobConfig) -> list[str]:
-    parallelism, validation = config.parallelism, config.validation
+    parallelism = config.parallelism
     pp, csv = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule_csv
     schedule, parts = parallelism.pipeline_parallel_schedule, parallelism.module_fqns_per_model_part
     if pp == 1:
         return []
-    batch_sizes = {"training.local_batch_size": config.training.local_batch_size}
-    if validation.enable and validation.local_batch_size is not None:
-        batch_sizes["validation.local_batch_size"] = validation.local_batch_size
     try:
         found = batch_problems(
-            batch_sizes,
+            {"training.local_batch_size": config.training.local_batch_size},  # forward only, any batch will do
             microbatch_size=parallelism.pipeline_parallel_microbatch_size,
             schedule=schedule,
             pp=pp,

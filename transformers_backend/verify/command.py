@@ -12,8 +12,11 @@ from pathlib import Path
 import transformers
 from transformers import CONFIG_MAPPING
 
+from parallelize.config import PIPELINE_SCHEDULES
+from parallelize.pipeline_parallel.schedules import is_zero_bubble
 from transformers_backend.job_config.rules import model_source_problems
 from transformers_backend.verify.compare import DENSE_MODEL_TYPES, is_model_type, verify
+from transformers_backend.verify.pipeline import parallelism_of
 from transformers_backend.verify.report import print_header, print_report, summary, with_section
 
 
@@ -21,14 +24,15 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     options = parse(given)
     models = [*options.models, *(DENSE_MODEL_TYPES if options.all_dense else ())]
+    mesh = {"fsdp": options.fsdp, "tp": options.tp, "pp": options.pp, "schedule": options.schedule}
+    parallelism = parallelism_of(**mesh)
     if not options.json:
-        print_header(options.tp)
+        print_header(parallelism)
     reports = verify(
         models,
-        fsdp=options.fsdp,
-        tp=options.tp,
+        **mesh,
         compile=options.compile,
-        on_report=None if options.json else lambda report: print_report(report, options.tp),
+        on_report=None if options.json else lambda report: print_report(report, parallelism),
     )
     print(
         json.dumps([dataclasses.asdict(report) for report in reports], indent=2) if options.json else summary(reports)
@@ -36,25 +40,30 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write_docs is not None:
         document = options.write_docs.read_text() if options.write_docs.is_file() else ""
         command = f"scripts/verify.sh {' '.join(given)}"
-        document = with_section(
-            document, reports, fsdp=options.fsdp, tp=options.tp, compile=options.compile, command=command
-        )
+        document = with_section(document, reports, parallelism=parallelism, compile=options.compile, command=command)
         options.write_docs.write_text(document)
     return 1 if any(report.verdict == "fail" for report in reports) else 0
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options; --fsdp is 2 where no degree is given, and 1 beside --tp. Ends the process for bad ones."""
+    """The options; --fsdp is 2 where no degree is given, and 1 beside another. Ends the process for bad ones."""
     parser = argparse.ArgumentParser(prog="scripts/verify.sh", description="Compare with plain Transformers.")
     parser.add_argument("models", nargs="*", help="model types, hub ids or folders (only their config is read)")
     parser.add_argument("--all-dense", action="store_true", help="all dense causal LM types of Transformers")
     parser.add_argument(
-        "--fsdp", type=int, metavar="N", help="data-parallel shard degree (default 2, or 1 where --tp is given)"
+        "--fsdp", type=int, metavar="N", help="data-parallel shard degree (default 2, or 1 where --tp or --pp is given)"
     )
     parser.add_argument(
         "--tp", type=int, metavar="N",
-        help="tensor-parallel degree (default 1); runs fsdp x tp processes, and shows how much is split",
+        help="tensor-parallel degree (default 1); shows how much is split",
     )  # fmt: skip
+    parser.add_argument(
+        "--pp", type=int, metavar="N",
+        help="pipeline-parallel degree (default 1); shows the stages. There are fsdp x tp x pp processes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--schedule", default="1F1B", metavar="NAME", help=f"of the pipeline: {', '.join(PIPELINE_SCHEDULES)}"
+    )
     parser.add_argument("--compile", action="store_true", help="compile layers and loss")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
@@ -62,18 +71,29 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     if options.fsdp is None:
-        options.fsdp = 2 if options.tp is None else 1
-    if options.tp is None:
-        options.tp = 1
+        options.fsdp = 2 if options.tp is None and options.pp is None else 1
+    options.tp, options.pp = (1 if degree is None else degree for degree in (options.tp, options.pp))
     if not options.models and not options.all_dense:
         parser.error("name at least one model type, hub id or folder, or give --all-dense")
-    for name, degree in (("--fsdp", options.fsdp), ("--tp", options.tp)):
+    for name, degree in (("--fsdp", options.fsdp), ("--tp", options.tp), ("--pp", options.pp)):
         if degree < 1:
             parser.error(f"{name} {degree}: must be at least 1")
+    _check_schedule(parser, options)
     unknown = [problem for name in options.models for problem in _name_problems(name)]
     if unknown:
         parser.error("\n".join(unknown))
     return options
+
+
+def _check_schedule(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.schedule.lower() not in map(str.lower, PIPELINE_SCHEDULES):
+        parser.error(f"--schedule {options.schedule}: must be one of {', '.join(PIPELINE_SCHEDULES)}")
+    if options.schedule != parser.get_default("schedule") and options.pp == 1:
+        parser.error(f"--schedule {options.schedule}: is that of a pipeline; give --pp, too")
+    if options.compile and options.pp > 1 and is_zero_bubble(options.schedule):
+        parser.error(
+            f"--schedule {options.schedule}: with --compile its gradients would be wrong; leave one of them out"
+        )
 
 
 def _name_problems(name: str) -> list[str]:

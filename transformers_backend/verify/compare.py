@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 import transformers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from parallelize.compile import COMPILE_ERRORS
 from parallelize.config import CompileConfig, ParallelismConfig
@@ -30,6 +30,14 @@ from transformers_backend.model_args import HFTransformerModelArgs
 from transformers_backend.proof import GRADIENT_TOLERANCE, LOSS_TOLERANCE, MODEL_ERRORS, gradients, relative_errors
 from transformers_backend.tensor_plan import DegreeError
 from transformers_backend.twin import VOCABULARY_SIZE, build_twin
+from transformers_backend.verify.pipeline import (
+    held_by_several,
+    layers_per_stage,
+    minimum_layers,
+    parallelism_of,
+    rows_of_a_call,
+    seen_gradients,
+)
 from transformers_backend.verify.report import PRETRAINED_LOSS_TOLERANCE, Report
 from transformers_backend.verify.share import sharded_share, share_of_real_sizes
 
@@ -45,7 +53,8 @@ DENSE_MODEL_TYPES = tuple(
     starcoder2 vaultgemma xglm xlstm youtu
     """.split()
 )
-_ROWS, _SEQUENCE = 2, 24  # of one rank's micro-batch; two micro-batches
+_SEQUENCE = 24
+_ROWS_TO_EVALUATE = 3  # of a data rank; no micro-batch of two rows divides that
 _TIMEOUT = datetime.timedelta(minutes=5)
 
 
@@ -59,16 +68,22 @@ def verify(
     *,
     fsdp: int = 2,
     tp: int = 1,
+    pp: int = 1,
+    schedule: str = "1F1B",
     compile: bool = False,
     on_report: Callable[[Report], None] | None = None,
 ) -> list[Report]:
-    """Verify models on `fsdp` x `tp` local processes and return their reports; `on_report` sees each as it comes."""
+    """Verify models on `fsdp` x `tp` x `pp` local processes and return their reports.
+
+    schedule: of the pipeline, where `pp` is above 1. on_report: sees each as it comes.
+    """
     context = mp.get_context("spawn")
     queue = context.Queue()
-    parallelism = ParallelismConfig(data_parallel_shard_degree=fsdp, tensor_parallel_degree=tp)
+    parallelism = parallelism_of(fsdp=fsdp, tp=tp, pp=pp, schedule=schedule)
+    processes = fsdp * tp * pp
     with tempfile.TemporaryDirectory() as folder:
         workers = mp.spawn(
-            _worker, (fsdp * tp, models, parallelism, compile, folder, queue), nprocs=fsdp * tp, join=False
+            _worker, (processes, models, parallelism, compile, folder, queue), nprocs=processes, join=False
         )
         reports = []
         while len(reports) < len(models):
@@ -149,27 +164,33 @@ def _compare_training(
 
     twin_degree: the tensor-parallel degree for which the twin is wide enough.
     """
-    input_ids, labels = global_batch(2 * _ROWS * parallelism.data_parallel_shard_degree)
-    plain = build_twin(hf_config, model_class, degree=twin_degree)
+    rows = rows_of_a_call(parallelism)
+    input_ids, labels = global_batch(2 * rows * parallelism.data_parallel_shard_degree)
+    sizes = {"degree": twin_degree, "minimum_layers": minimum_layers(parallelism)}
+    plain = build_twin(hf_config, model_class, **sizes)
     plain_loss = plain(input_ids=input_ids, labels=labels, use_cache=False).loss
     plain_loss.backward()
-    model = HFTransformerModel.wrap(build_twin(hf_config, model_class, degree=twin_degree))
+    model = HFTransformerModel.wrap(build_twin(hf_config, model_class, **sizes))
     model.parallelize(parallelism, compile=CompileConfig(enable=compile), mesh=mesh)
-    mine = slice(model.data_rank * 2 * _ROWS, (model.data_rank + 1) * 2 * _ROWS)
-    micro_batches = list(zip(input_ids[mine].split(_ROWS), labels[mine].split(_ROWS), strict=True))
-    targets = sum(model.count_targets(micro_labels) for _, micro_labels in micro_batches)
-    loss = sum(model.forward_backward(*batch, num_items_in_batch=targets) for batch in micro_batches)
+    mine = slice(model.data_rank * 2 * rows, (model.data_rank + 1) * 2 * rows)
+    halves = list(zip(input_ids[mine].split(rows), labels[mine].split(rows), strict=True))
+    targets = sum(model.count_targets(labels_of_half) for _, labels_of_half in halves)
+    loss = sum(model.forward_backward(*half, num_items_in_batch=targets) for half in halves)
     report.loss_difference = max(gather_objects(abs(loss.item() - plain_loss.item())))
     if not report.loss_difference <= LOSS_TOLERANCE:
         report.fail(f"loss {loss.item():.6f} instead of {plain_loss.item():.6f}")
     _compare_gradients(report, plain, model)
     _compare_clipping(report, plain, model)
+    _compare_evaluation(report, plain, model)
+    if model.pipelined is not None:
+        plan = model.pipelined.plan
+        report.stages, report.held_by_several = layers_per_stage(plan), held_by_several(plan, plain)
     return model
 
 
 def _compare_gradients(report: Report, plain: nn.Module, model: HFTransformerModel, when: str = "") -> None:
     """Keep the worst relative error, of any rank: what is replicated may be right on one and wrong on another."""
-    errors = relative_errors(gradients(plain), model.full_gradients())
+    errors = relative_errors(gradients(plain), seen_gradients(model))
     worst = max(errors, key=errors.get)
     error, worst = max(gather_objects((errors[worst], worst)))
     if report.gradient_error is None or error > report.gradient_error:
@@ -189,16 +210,31 @@ def _compare_clipping(report: Report, plain: nn.Module, model: HFTransformerMode
     _compare_gradients(report, plain, model, " after clipping")
 
 
+def _compare_evaluation(report: Report, plain: PreTrainedModel, model: HFTransformerModel) -> None:
+    """The mean loss of another batch in evaluation mode."""
+    rows = _ROWS_TO_EVALUATE
+    input_ids, labels = global_batch(rows * model.dims.data_parallel_size)
+    with torch.no_grad():
+        expected = plain.eval()(input_ids=input_ids, labels=labels, use_cache=False).loss.item()
+    mine = slice(model.data_rank * rows, (model.data_rank + 1) * rows)
+    loss_sum, targets = model.evaluate(input_ids[mine], labels[mine])
+    found = (loss_sum / targets).item()
+    report.evaluation_difference = max(gather_objects(abs(found - expected)))
+    if not report.evaluation_difference <= LOSS_TOLERANCE:
+        report.fail(f"evaluation finds a loss of {found:.6f} instead of {expected:.6f}")
+
+
 def _describe_split(report: Report, hf_config, model_class, model: HFTransformerModel) -> None:
     """What tensor parallelism splits, and whether the sequence, too."""
     split = model.tensor_parallelism
     report.sequence_parallel = split.sequence_parallel
     if not split.sequence_parallel:
         report.notes.append(f"no sequence parallelism: {split.sequence_parallel_because}")
+    share_of_twin = sharded_share(model.hf_model, model.mesh.get_group("pp"))
     if dist.get_rank() == 0:
         report.sharded = share_of_real_sizes(hf_config, model_class, split.recipe, model.mesh["tp"])
         if report.sharded is None:
-            report.sharded, report.sharded_of_twin = sharded_share(model.hf_model), True
+            report.sharded, report.sharded_of_twin = share_of_twin, True
 
 
 def _compare_weights(
@@ -212,23 +248,26 @@ def _compare_weights(
 ) -> None:
     """Folder -> sharded parameters -> first loss; sharded parameters -> folder -> bit-equal weights."""
     pretrained, exported = folder / "pretrained", folder / "exported"
-    original = build_twin(hf_config, model_class, degree=twin_degree, seed=1)
+    layers = minimum_layers(parallelism)
+    original = build_twin(hf_config, model_class, degree=twin_degree, minimum_layers=layers, seed=1)
     if dist.get_rank() == 0:
         original.save_pretrained(pretrained, max_shard_size="100KB")
     dist.barrier()
-    input_ids, labels = global_batch(parallelism.data_parallel_shard_degree)
+    rows = 1 if layers is None else rows_of_a_call(parallelism)
+    input_ids, labels = global_batch(rows * parallelism.data_parallel_shard_degree)
     with torch.no_grad():
         plain_loss = original(input_ids=input_ids, labels=labels, use_cache=False).loss
     model = HFTransformerModel.from_pretrained(str(pretrained))
     model.parallelize(parallelism, mesh=mesh)
-    row = slice(model.data_rank, model.data_rank + 1)
-    loss = model.forward_backward(input_ids[row], labels[row])
+    mine = slice(model.data_rank * rows, (model.data_rank + 1) * rows)
+    loss = model.forward_backward(input_ids[mine], labels[mine])
     report.pretrained_loss_difference = abs(loss.item() - plain_loss.item())
     model.save_pretrained(exported, max_file_size=100_000)
     differing = _differing(original, AutoModelForCausalLM.from_pretrained(exported))
     report.export = "bit-equal" if not differing else f"differs: {', '.join(differing[:3])}"
-    # Ranks that split a sum add in another order; else the computation is the same one.
-    tolerance = PRETRAINED_LOSS_TOLERANCE if parallelism.tensor_parallel_degree == 1 else LOSS_TOLERANCE
+    # Ranks that split a sum add in another order, and so do micro-batches; else the computation is the same one.
+    same_order = parallelism.tensor_parallel_degree == parallelism.pipeline_parallel_degree == 1
+    tolerance = PRETRAINED_LOSS_TOLERANCE if same_order else LOSS_TOLERANCE
     if not report.pretrained_loss_difference <= tolerance:
         report.fail(f"loss of the loaded folder {loss.item():.7f} instead of {plain_loss.item():.7f}")
     if differing:

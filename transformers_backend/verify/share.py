@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from parallelize.distributed import gather_objects
 from parallelize.tensor_parallel.apply import check_complete
 from parallelize.tensor_parallel.distribute import distribute_parameters
 from transformers_backend.decoder import describe_decoder
@@ -14,14 +16,28 @@ from transformers_backend.proof import MODEL_ERRORS
 from transformers_backend.tensor_plan import Recipe, make_plan
 
 
-def sharded_share(model: nn.Module) -> float:
+def sharded_share(model: nn.Module, pipeline_group: dist.ProcessGroup) -> float:
     """Of all numbers in `model`'s parameters with two dimensions or more (each tied one once), the share that is split.
 
-    Over the last dimension of their meshes, which is the tensor-parallel one.
+    pipeline_group: the ranks that have other parameters of the same model, or copies; all of them call this.
     """
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    split = [matrix.numel() for matrix in matrices if isinstance(matrix, DTensor) and matrix.placements[-1].is_shard()]
-    return sum(split) / sum(matrix.numel() for matrix in matrices)
+    parts = gather_objects(_matrices(model), pipeline_group)
+    return _share({name: size for part in parts for name, size in part.items()})
+
+
+def _matrices(model: nn.Module) -> dict[str, tuple[int, bool]]:
+    """By name: how many numbers, and whether they are split over the last dimension of their mesh, the tensor-parallel
+    one."""
+    return {
+        name: (parameter.numel(), isinstance(parameter, DTensor) and parameter.placements[-1].is_shard())
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2
+    }
+
+
+def _share(matrices: dict[str, tuple[int, bool]]) -> float:
+    split = sum(count for count, is_split in matrices.values() if is_split)
+    return split / sum(count for count, _ in matrices.values())
 
 
 def share_of_real_sizes(hf_config, model_class, recipe: Recipe, mesh: DeviceMesh) -> float | None:
@@ -36,4 +52,4 @@ def share_of_real_sizes(hf_config, model_class, recipe: Recipe, mesh: DeviceMesh
         distribute_parameters(model, plan, mesh)
     except MODEL_ERRORS:  # sizes that do not fit, or a config class whose defaults cannot be built at all
         return None
-    return sharded_share(model)
+    return _share(_matrices(model))

@@ -2,7 +2,7 @@
 
 The files are dealt to the ranks in turn. In a round every rank collects one file and writes it, so that a rank holds
 one file at a time; then the ranks tell each other how it went, and an error on one stops all. Where the tensors come
-from is a `TensorSource`: the live (sharded) model below, or a checkpoint on disk (`saved_checkpoint.py`). The folder
+from is a `TensorSource`: the live model (`live.py`), or a checkpoint on disk (`saved_checkpoint.py`). The folder
 appears under its name only when it is whole.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -28,7 +29,8 @@ from parallelize.distributed import rank_and_world_size, same_outcome
 from transformers_backend.decoder import Decoder
 from transformers_backend.folders import replace_folder
 from transformers_backend.weights.layout import INDEX_FILE, Layout, convert_group, plan_layout
-from transformers_backend.weights.shards import full_tensor, named_tensors
+from transformers_backend.weights.live import LiveTensors
+from transformers_backend.weights.shards import named_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -53,25 +55,6 @@ class TensorSource(Protocol):
         not `keep` the tensors get nothing."""
 
 
-class LiveTensors:
-    """The tensors of a (sharded) model: ranks gather them together, and the ones that do not keep them drop them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._tensors = model, named_tensors(model)
-
-    def meta(self, name: str) -> torch.Tensor:
-        tensor = self._tensors[name]
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-    def read(self, names: tuple[str, ...], *, keep: bool) -> dict[str, torch.Tensor]:
-        kept = {}
-        for name in names:
-            full = full_tensor(self._model, name, self._tensors[name])
-            if keep:
-                kept[name] = full.to("cpu", copy=True)
-        return kept
-
-
 def save_hf_weights(
     model: nn.Module,
     blueprint: PreTrainedModel,
@@ -82,10 +65,14 @@ def save_hf_weights(
     generation_config: GenerationConfig | None = None,
     dtype: torch.dtype | None = None,
     max_file_size: int = DEFAULT_FILE_SIZE,
+    pipeline_group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Export the live `model`; every rank calls it. See `write_export`."""
+    """Export the live `model`; every rank calls it. See `write_export`.
+
+    pipeline_group: the ranks that have the rest of the model; None where it is whole on this rank.
+    """
     write_export(
-        LiveTensors(model),
+        LiveTensors(model, named_tensors(model), pipeline_group),
         blueprint,
         decoder,
         folder,

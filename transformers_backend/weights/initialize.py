@@ -52,6 +52,8 @@ def init_weights(
 ) -> None:
     """Initialise an allocated (sharded) `model` with the architecture's own scheme.
 
+    A stage of a pipeline has some of the blueprint's parameters only, and gets the same values as the whole model.
+
     The peak beside the model's shards is the largest group: one decoder layer, or one embedding table. Random numbers
     are drawn on `device`, so a CPU and a GPU start from different weights.
     """
@@ -60,6 +62,8 @@ def init_weights(
     names = [name for name, _ in blueprint.named_parameters()]
     left: list[str] = []
     for index, group in enumerate(group_by_layer(names, decoder)):
+        if targets.keys().isdisjoint(group):
+            continue
         # A prime far above any number of groups, so that runs with neighbouring seeds share no group's seed.
         drawn = _initialised(blueprint, group, device, seed * 1_000_003 + index)
         left += _undefined(drawn)
@@ -71,9 +75,10 @@ def init_weights(
 
 def init_buffers(model: nn.Module, blueprint: PreTrainedModel, *, device: torch.device) -> None:
     """Fill every buffer (rotary frequencies, masks ...), persistent or not; `to_empty` left them undefined."""
+    buffers = dict(model.named_buffers())
     computed = _initialised(blueprint, [name for name, _ in blueprint.named_buffers()], device, seed=0)
-    computed |= _constructed(blueprint, _undefined(computed), seed=0)
-    for name, buffer in model.named_buffers():
+    computed |= _constructed(blueprint, [name for name in _undefined(computed) if name in buffers], seed=0)
+    for name, buffer in buffers.items():
         buffer.copy_(computed[name])
 
 

@@ -47,8 +47,9 @@ class _LoadPlan:
 def load_hf_weights(model: nn.Module, blueprint: PreTrainedModel, name: str, *, revision: str | None = None) -> None:
     """Load a folder or hub id of safetensors into the allocated (sharded) `model`.
 
-    blueprint: the same model, unsharded, on the meta device; its Transformers class declares the key conversion.
-    Raises a ValueError that lists what is missing, unexpected, misshapen, truncated or not safetensors.
+    blueprint: the same model, unsharded, on the meta device; its Transformers class declares the key conversion. A
+    stage of a pipeline has some of its tensors only, and the others are not read. Raises a ValueError, the same on
+    every rank, that lists what is missing, unexpected, misshapen, truncated or not safetensors.
     """
     folder = resolve_folder(name, revision)
     files = find_weight_files(folder)
@@ -57,7 +58,8 @@ def load_hf_weights(model: nn.Module, blueprint: PreTrainedModel, name: str, *, 
     _check_plan(plan, blueprint, folder)
     by_file: dict[Path, list[tuple[str, str]]] = {}
     for target, (file, key) in plan.direct.items():
-        by_file.setdefault(file, []).append((target, key))
+        if target in targets:
+            by_file.setdefault(file, []).append((target, key))
     for file, entries in by_file.items():
         with _open(file) as opened:  # one file mapped at a time bounds the host memory
             for target, key in entries:
@@ -68,6 +70,8 @@ def load_hf_weights(model: nn.Module, blueprint: PreTrainedModel, name: str, *, 
                     packing_of(model, target),
                 )
     for first, conversion in plan.conversions.items():
+        if targets.keys().isdisjoint(_convert(first, conversion, blueprint, shapes_only=True)):
+            continue
         for target, full in _convert(first, conversion, blueprint).items():
             fill_local(targets[target], lambda region, full=full: full[region], packing_of(model, target))
 

@@ -12,6 +12,7 @@ from accelerate.utils import TorchContextParallelConfig, TorchTensorParallelConf
 from parallelize.config import (
     PIPELINE_SCHEDULES,
     TENSOR_PARALLEL_STYLES,
+    ZERO_BUBBLE_SCHEDULES,
     ActivationCheckpointConfig,
     CompileConfig,
     KernelConfig,
@@ -19,7 +20,7 @@ from parallelize.config import (
     async_tensor_parallel_problems,
     check,
     choice_problems,
-    zero_bubble_compile_problems,
+    zero_bubble_problems,
 )
 
 
@@ -127,14 +128,34 @@ def test_a_module_belongs_to_one_part():
 def test_a_backward_in_halves_and_compiled_layers_are_refused(name: str):
     compiled = CompileConfig(enable=True)
     config = ParallelismConfig(pipeline_parallel_degree=2, pipeline_parallel_schedule=name.lower())
-    problems = zero_bubble_compile_problems(config, compiled)
+    eager, kept = CompileConfig(), ActivationCheckpointConfig()
+    problems = zero_bubble_problems(config, compiled, kept)
     assert bool(problems) == (name in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"))
     for problem in problems:
         assert problem.startswith(f'parallelism.pipeline_parallel_schedule = "{name.lower()}": computes the gradients')
         assert "one of GPipe, 1F1B, Interleaved1F1B, LoopedBFS, or set compile.components = [" in problem
-    assert zero_bubble_compile_problems(config, CompileConfig()) == []
-    assert zero_bubble_compile_problems(config, CompileConfig(enable=True, components=["loss"])) == []
-    assert zero_bubble_compile_problems(dataclasses.replace(config, pipeline_parallel_degree=1), compiled) == []
+    assert zero_bubble_problems(config, eager, kept) == []
+    assert zero_bubble_problems(config, CompileConfig(enable=True, components=["loss"]), kept) == []
+    assert zero_bubble_problems(dataclasses.replace(config, pipeline_parallel_degree=1), compiled, kept) == []
+
+
+@pytest.mark.parametrize("name", PIPELINE_SCHEDULES)
+def test_a_backward_in_halves_needs_activations_twice_and_parameters_until_then(name: str):
+    config = ParallelismConfig(pipeline_parallel_degree=2, pipeline_parallel_schedule=name)
+    for mode, option, refused in (
+        ("selective", "op", True),
+        ("selective", "2", False),
+        ("full", "op", False),
+        ("none", "op", False),
+    ):
+        recompute = ActivationCheckpointConfig(mode=mode, selective_ac_option=option)
+        problems = zero_bubble_problems(config, CompileConfig(), recompute)
+        assert bool(problems) == (refused and name in ZERO_BUBBLE_SCHEDULES)
+        assert all('or set activation_checkpoint.mode = "none"' in problem for problem in problems)
+    freed = dataclasses.replace(config, fsdp_reshard_after_forward="always")
+    problems = zero_bubble_problems(freed, CompileConfig(), ActivationCheckpointConfig())
+    assert bool(problems) == (name in ZERO_BUBBLE_SCHEDULES)
+    assert all('"always" frees parameters between the two' in problem for problem in problems)
 
 
 @pytest.mark.parametrize(("actions", "refused"), [("0F0,0B0\n1F0,1B0\n", False), ("0F0,0I0,0W0\n1F0,1B0\n", True)])
@@ -144,7 +165,7 @@ def test_a_file_says_itself_whether_its_backward_is_in_halves(tmp_path: Path, ac
     config = ParallelismConfig(
         pipeline_parallel_degree=2, pipeline_parallel_schedule="DualPipeV", pipeline_parallel_schedule_csv=str(path)
     )
-    problems = zero_bubble_compile_problems(config, CompileConfig(enable=True))
+    problems = zero_bubble_problems(config, CompileConfig(enable=True), ActivationCheckpointConfig())
     assert len(problems) == refused
     assert all(f'schedule_csv = "{path}" (which has actions I and W)' in problem for problem in problems)
 

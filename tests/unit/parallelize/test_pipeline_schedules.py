@@ -26,7 +26,7 @@ from parallelize.pipeline_parallel.schedules import (
     stages_of_rank,
     timeline,
 )
-from parallelize.pipeline_parallel.timeline import Action
+from parallelize.pipeline_parallel.timeline import Action, Slot, peak_in_flight
 
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 HALVES = ("backward_input", "backward_weight")
@@ -279,3 +279,27 @@ def test_an_uneven_stage_costs_everyone():
     assert bubble_share(even) == pytest.approx(1 / 5)
     # The second rank works 4 x 9 without a pause, after the first's 1 and before its last 2: 39. Work is 4 x 12.
     assert bubble_share(uneven) == pytest.approx(1 - 48 / (2 * 39))
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "micro_batches", "expected"),
+    [
+        ("1F1B", 4, 8, [4, 3, 2, 1]),
+        ("1F1B", 4, 4, [4, 3, 2, 1]),
+        ("GPipe", 4, 8, [8, 8, 8, 8]),
+        ("LoopedBFS", 8, 4, [8, 8, 8, 8]),
+        # Warm-up of Interleaved1F1B (https://arxiv.org/abs/2104.04473), and the forward that follows it:
+        # 2 x (ranks - rank - 1) + (stages a rank - 1) x ranks + 1.
+        ("Interleaved1F1B", 8, 8, [11, 9, 7, 5]),
+    ],
+)
+def test_what_a_rank_keeps_at_one_time(name: str, stages: int, micro_batches: int, expected: list[int]):
+    slots = timeline(name, pp=4, stages=stages, micro_batches=micro_batches)
+    assert [peak_in_flight(of_rank, dict.fromkeys(range(stages), 1.0)) for of_rank in slots] == expected
+
+
+def test_a_micro_batch_is_kept_until_both_halves_of_its_backward_are_over():
+    kinds = ["forward", "forward", "backward_input", "forward", "backward_weight", "backward", "backward"]
+    slots = [Slot(3, 0, kind, time, time + 1) for time, kind in enumerate(kinds)]
+    assert peak_in_flight(slots, {3: 2.0}) == 6.0
+    assert peak_in_flight([slots[place] for place in (0, 1, 2, 4, 3, 5, 6)], {3: 2.0}) == 4.0

@@ -87,10 +87,10 @@ def test_activations_are_what_autograd_keeps(model_type, attention, lowest, high
     decoder = describe_decoder(hf_model)
     input_ids = torch.randint(0, 384, (2, SEQ_LEN))
     measured = _kept_bytes(hf_model, hf_model.get_submodule(decoder.base), input_ids)
-    estimate = input_ids.numel() * activation_bytes_per_token(
+    per_token = activation_bytes_per_token(
         layer_widths(hf_model, decoder), itemsize=dtype.itemsize, seq_len=SEQ_LEN, recompute="none"
     )
-    assert lowest < estimate / measured < highest
+    assert lowest < input_ids.numel() * per_token.together / measured < highest
 
 
 def test_widths_of_queries_that_are_normalised_a_head():
@@ -107,7 +107,7 @@ def test_activations_by_hand():
 
     def estimate(recompute: str, score_heads: int = 0) -> float:
         layers = [LayerWidths(layer.hidden, layer.matrices, layer.norms, score_heads)] * 3
-        return activation_bytes_per_token(layers, itemsize=2, seq_len=5, recompute=recompute)
+        return activation_bytes_per_token(layers, itemsize=2, seq_len=5, recompute=recompute).together
 
     assert estimate("none") == 3 * 28
     assert estimate("none", score_heads=2) == 3 * (28 + 2 * 5 * (4 + 2))
@@ -166,6 +166,38 @@ def test_state_gradients_and_casts_by_hand():
     layer = sum(p.numel() for p in hf_model.model.layers[0].parameters())
     root = 384 * 128 + 128  # the head and the final norm; the embedding is a unit of its own
     assert sharded.working == 2 * (root + 2 * layer) + (2 + 4) * layer
+
+
+# --- stages of a pipeline
+
+
+def test_a_rank_of_a_pipeline_keeps_several_micro_batches_of_its_layers():
+    hf_model = _build("llama", "sdpa")
+    decoder = describe_decoder(hf_model)
+    options = {
+        "optimizers": [], "computes_in": torch.bfloat16, "is_sharded": False, "reshards": False, "recompute": "none",
+        "batch_size": 1, "seq_len": SEQ_LEN, "loss_is_chunked": True, "accumulates": True, "offloaded": False,
+        "device_type": "cpu",
+    }  # fmt: skip
+    whole = estimate_memory(hf_model, decoder, **options)
+    first, middle, last = decoder.layers
+    options |= {"stages": [[first], [middle]], "most_at_once": lambda sizes: 4 * sizes[0] + 2 * sizes[1]}
+    estimate = estimate_memory(hf_model, decoder, **options)
+    assert estimate.activations == pytest.approx((4 + 2) / 3 * whole.activations)
+    assert estimate.logits == 0, "of the last stage only"
+    recomputing = estimate_memory(hf_model, decoder, **(options | {"recompute": "full"}))
+    inputs = SEQ_LEN * 2 * 128  # bytes of what enters a layer
+    assert recomputing.activations == pytest.approx(6 * inputs + whole.activations / 3), "one layer at a time is whole"
+    with_last = estimate_memory(hf_model, decoder, **(options | {"stages": [[last]], "most_at_once": sum}))
+    assert with_last.logits == whole.logits
+    # Sharded, all layers stay gathered in bf16, and their gradients add up in fp32; the embedding may be elsewhere.
+    options |= {"is_sharded": True}
+    held = sum(p.numel() for p in hf_model.parameters()) - 384 * 128
+    layer = sum(p.numel() for p in hf_model.model.layers[0].parameters())
+    hf_model.model.embed_tokens._parameters.clear()
+    hf_model.model.embed_tokens.weight = torch.zeros(()).expand(384, 128)
+    sharded = estimate_memory(hf_model, decoder, **(options | {"stages": [decoder.layers], "most_at_once": sum}))
+    assert sharded.working == 2 * held + 4 * held + (2 + 4) * layer
 
 
 # --- tensor parallelism

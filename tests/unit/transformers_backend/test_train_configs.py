@@ -19,6 +19,7 @@ RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
 # Tied embeddings count once. Those of model types, by hand: embedding + layers x (attention + MLP + norms) + norm.
 PARAMETERS = {
     "default": 384 * 256 + 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 704 + 2 * 256) + 256,
+    "llama3_1_405b": 405_853_388_800,
     "llama3_1_70b": 70_553_706_496,
     "llama3_1_8b": 8_030_261_248,
     "qwen2_5_7b": 7_615_616_512,
@@ -43,7 +44,8 @@ def test_every_recipe_has_a_known_size() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_loads_and_builds(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = load_job_config([str(path)])
-    validate(config, world_size=8)
+    mesh = config.parallelism
+    validate(config, world_size=8 * mesh.tensor_parallel_degree * mesh.pipeline_parallel_degree)
     assert caplog.text == ""  # no key without meaning
     hf_config = hf_config_of(path.stem, config.hf_transformers)
     with torch.device("meta"):

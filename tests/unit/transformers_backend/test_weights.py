@@ -23,14 +23,19 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from parallelize.config import ParallelismConfig
 from transformers_backend.decoder import describe_decoder
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
+from transformers_backend.pipeline_plan import plan_pipeline
+from transformers_backend.stages import LocalStages
 from transformers_backend.twin import build_twin, twin_config
 from transformers_backend.verify import DENSE_MODEL_TYPES
 from transformers_backend.weights import (
     allocate,
     init_buffers,
     init_weights,
+    initialize,
+    load,
     load_hf_weights,
     named_tensors,
     save_hf_weights,
@@ -535,3 +540,42 @@ def test_the_written_files_are_marked_for_torch(tmp_path: Path):
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
     shutil.rmtree(tmp_path / "out")
+
+
+def test_a_pipeline_stage_draws_and_reads_its_own_weights_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
+    )  # fmt: skip
+    whole = _initialise(config)
+    expected = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    whole.save_pretrained(tmp_path, max_shard_size="6KB")
+    stored_in = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+
+    stage, blueprint = _on_meta(config), _on_meta(config)
+    decoder = describe_decoder(stage)
+    plan = plan_pipeline(stage, decoder, None, ParallelismConfig(pipeline_parallel_degree=2), seq_len=8)
+    LocalStages(stage, decoder, plan.split, [1]).drop_the_rest()
+    allocate(stage, CPU, buffer_device=CPU)
+    own = {name for name, _ in stage.named_parameters()}
+    assert "model.layers.3.mlp.up_proj.weight" in own
+    assert "model.layers.0.mlp.up_proj.weight" not in own
+
+    drawn, draw = [], initialize._initialised
+
+    def noted(blueprint: PreTrainedModel, names: list[str], *arguments, **keywords) -> dict[str, torch.Tensor]:
+        drawn.extend(names)
+        return draw(blueprint, names, *arguments, **keywords)
+
+    monkeypatch.setattr(initialize, "_initialised", noted)
+    init_weights(stage, blueprint, decoder, device=CPU, seed=0)
+    assert {name for name in drawn if name in expected} == own
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stage.named_parameters())
+
+    for parameter in stage.parameters():
+        parameter.data.fill_(float("nan"))
+    opened, open_file = [], load._open
+    monkeypatch.setattr(load, "_open", lambda file: opened.append(file.name) or open_file(file))
+    load_hf_weights(stage, blueprint, str(tmp_path))
+    again = {name for name in opened if opened.count(name) > 1}  # every header is read once
+    assert again == {stored_in[name] for name in own} < set(opened)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stage.named_parameters())
