@@ -128,12 +128,6 @@ class ParallelismConfig:
                 f"parallelism.data_parallel_shard_degree = {self.data_parallel_shard_degree}: must be at least 1, or "
                 "-1 for the rest of the world."
             )
-        if self.context_parallel_degree > 1:
-            found.append(
-                f"parallelism.context_parallel_degree = {self.context_parallel_degree}: this version does not split "
-                "the attention's sequence over ranks; set it to 1 and use data_parallel_shard_degree, "
-                "data_parallel_replicate_degree, tensor_parallel_degree or pipeline_parallel_degree."
-            )
         found += choice_problems("parallelism", self, "fsdp_reshard_after_forward", ("default", "always", "never"))
         found += choice_problems("parallelism", self, "sequence_parallel", ("auto", "always", "never"))
         for pattern, style in self.tensor_parallel_plan.items():

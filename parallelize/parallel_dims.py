@@ -89,5 +89,12 @@ class ParallelDims:
 
 
 def data_parallel_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh that FSDP2 shards over: 1-D (dp_shard), or 2-D (dp_replicate, dp_shard) for HSDP."""
-    return mesh["dp_replicate", "dp_shard"] if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
+    """The mesh that FSDP2 shards over: 1-D (dp_shard), or 2-D (dp_replicate, dp_shard) for HSDP.
+
+    Ranks that share sequences hold shards like those with other data: both have a part of the loss.
+    """
+    shards = "dp_shard"
+    if mesh["cp"].size() > 1:
+        shards = "dp_shard_cp"
+        mesh["dp_shard", "cp"]._flatten(shards)
+    return mesh["dp_replicate", shards] if mesh["dp_replicate"].size() > 1 else mesh[shards]

@@ -42,6 +42,7 @@ from parallelize.grad_norm import clip_grad_norm_
 from parallelize.mixed_precision import parameters_cast_to
 from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
+from transformers_backend.context import SharedContext
 from transformers_backend.decisions import (
     TensorParallelism,
     check_every_layer_runs,
@@ -118,6 +119,8 @@ class HFTransformerModel:
         self.tensor_parallelism: TensorParallelism | None = None
         """How the model is split over tensor-parallel ranks; None without tensor parallelism."""
         self._cast_to: torch.dtype | None = None  # what FSDP2 does not cast, see parallelize/mixed_precision.py
+        self.context: SharedContext | None = None
+        """How ranks share sequences; None without context parallelism."""
         self.loss_is_chunked = True
         """Whether the head runs chunk by chunk and full logits never exist; known once the loss is installed."""
         self._ready = False
@@ -172,6 +175,8 @@ class HFTransformerModel:
             check_same_weights(self.hf_model)
         attention = proven_attention(self.model_args.attn_implementation)
         pipeline_plan = plan_pipeline(self.hf_model, self.decoder, attention, parallelism, seq_len)
+        if self.dims.cp > 1:
+            self.context = SharedContext(self.hf_model, self.decoder, self.mesh["cp"])
         split = choose_tensor_parallelism(self.hf_model, self.decoder, attention, self.mesh["tp"], parallelism)
         check_recomputation(self.hf_model.config, self.model_class, attention, activation_checkpoint)
         compile = without_wrong_compilation(
@@ -301,7 +306,7 @@ class HFTransformerModel:
         # A batch without a single target has loss 0 and no gradient, rather than 0 / 0.
         targets = torch.as_tensor(num_items_in_batch, device=self.device).clamp(min=1)
         batch = self._batch(input_ids, labels, position_ids)
-        with self.computing():
+        with self.computing(), self._sharing(batch):
             if self.pipelined is not None:
                 loss = self.pipelined.forward_backward(batch, targets)
             else:
@@ -319,10 +324,13 @@ class HFTransformerModel:
         self._check_shapes(input_ids, labels, position_ids)
         self._check_same_batch(input_ids, labels, position_ids)
         batch = self._batch(input_ids, labels, position_ids)
-        with evaluation_mode(self.hf_model), self.computing():
+        with evaluation_mode(self.hf_model), self.computing(), self._sharing(batch):
             loss = self._sum_loss(**batch) if self.pipelined is None else self.pipelined.sum_loss(batch)
         reshard(self.hf_model)
         return sum_over(loss, self._loss_meshes), self.count_targets(labels)
+
+    def _sharing(self, batch: dict[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.context is None else self.context.sharing(batch)
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """The context in which `hf_model` computes in the `param_dtype` of `.parallelize`, forward and backward."""
@@ -343,13 +351,17 @@ class HFTransformerModel:
 
     def _check_same_batch(self, *batch: torch.Tensor | None) -> None:
         """Ranks that split a model must work on the same tokens; raises at once on a CPU, later on CUDA."""
-        if self.dims.tp == 1 and self.dims.pp == 1:
+        if self.dims.tp == self.dims.pp == self.dims.cp == 1:
             return
         tensors = [tensor.to(self.device) for tensor in batch if tensor is not None]
         shape = torch.tensor(tensors[0].shape, device=self.device)
         contents = torch.cat([shape, *(tensor.flatten() for tensor in tensors)])
-        same = are_equal(contents, self.mesh.get_group("tp"), self.mesh.get_group("pp"))
-        kinds = (("tensor-parallel group", self.dims.tp), ("pipeline", self.dims.pp))
+        same = are_equal(contents, *(self.mesh.get_group(name) for name in ("cp", "tp", "pp")))
+        kinds = (
+            ("context-parallel group", self.dims.cp),
+            ("tensor-parallel group", self.dims.tp),
+            ("pipeline", self.dims.pp),
+        )
         message = (
             "input_ids, labels or position_ids differ between ranks of one "
             f"{' or '.join(f'{kind} of {size}' for kind, size in kinds if size > 1)}, which compute on the same "
@@ -363,7 +375,9 @@ class HFTransformerModel:
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         batch = {"input_ids": input_ids.to(self.device), "targets": shift_labels(labels.to(self.device))}
-        return batch if position_ids is None else {**batch, "position_ids": position_ids.to(self.device)}
+        if position_ids is not None:
+            batch["position_ids"] = position_ids.to(self.device)
+        return batch if self.context is None else self.context.share(batch)
 
     def _sum_loss(self, *, targets: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
         inputs = self._inputs(**batch)
@@ -371,6 +385,8 @@ class HFTransformerModel:
 
     def _inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> dict:
         """What the model is called with for tokens, and positions where there are some, both (batch, seq)."""
+        if self.context is not None:
+            return self.context.inputs(input_ids, position_ids)
         if position_ids is None:
             return {"input_ids": input_ids}
         if self._isolation is None and not self.decoder.accepts_position_ids:
@@ -422,8 +438,8 @@ class HFTransformerModel:
 
     @property
     def _loss_meshes(self) -> list[DeviceMesh]:
-        """Over which losses add up: different data, and stages of which only the last has one."""
-        return self._data_meshes if self.pipelined is None else [*self._data_meshes, self.mesh["pp"]]
+        """Over which losses add up: different data, parts of sequences, and stages of which only the last has one."""
+        return [] if self.mesh is None else [*self._data_meshes, self.mesh["cp"], self.mesh["pp"]]
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their global 2-norm is at most `max_norm`; returns the norm before (fp32)."""

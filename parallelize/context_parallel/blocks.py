@@ -23,7 +23,14 @@ class BlockAttention(Protocol):
     name: str
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask, *, scale: float, softcap: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: BlockMask,
+        *,
+        scale: float,
+        softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def backward(
@@ -76,7 +83,11 @@ class ReferenceBlocks:
             grad_scores = grad_scores * scale if slope is None else grad_scores * slope * scale
             grad_query[:, :, first:last] = (grad_scores @ wide_key).to(query.dtype)
             grad_key += grad_scores.transpose(-1, -2) @ piece
-        return grad_query, _sum_groups(grad_key, key_heads).to(key.dtype), _sum_groups(grad_value, key_heads).to(value.dtype)
+        return (
+            grad_query,
+            _sum_groups(grad_key, key_heads).to(key.dtype),
+            _sum_groups(grad_value, key_heads).to(value.dtype),
+        )
 
     def _pieces(self, query: torch.Tensor):
         length = query.shape[2]

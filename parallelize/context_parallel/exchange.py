@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from parallelize.context_parallel.layout import Chunk, SequenceLayout
+from parallelize.context_parallel.layout import SequenceLayout
 from parallelize.context_parallel.masks import MaskRule
 
 
@@ -46,9 +46,7 @@ def plan_steps(layout: SequenceLayout, rule: MaskRule, rank: int) -> list[Step]:
             continue
         source, target = (rank - distance) % degree, (rank + distance) % degree
         steps.append(
-            Step(
-                source, needed_chunks(layout, rule, rank, source), target, needed_chunks(layout, rule, target, rank)
-            )
+            Step(source, needed_chunks(layout, rule, rank, source), target, needed_chunks(layout, rule, target, rank))
         )
     return steps
 
@@ -61,6 +59,10 @@ class RingCommunication:
         self._operations: list[dist.P2POp] = []
         self._works: list[dist.Work] | None = None
         self._kept: list[torch.Tensor] = []  # sent tensors, alive until they are sent
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._works is not None
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         tensor = tensor.contiguous()
@@ -84,7 +86,3 @@ class RingCommunication:
         for work in self._works:
             work.wait()
         self._works, self._kept = None, []
-
-
-def chunk_of(layout: SequenceLayout, rank: int, number: int) -> Chunk:
-    return layout.chunks(rank)[number]

@@ -47,14 +47,14 @@ class MaskRule:
             return False
         return self.chunk is None or queries.start // self.chunk == (queries.stop - 1) // self.chunk
 
-    def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """bool (queries, keys), from the places of both in the whole sequence, int64 (queries,) and (keys,)."""
-        distance = queries[:, None] - keys[None, :]
+    def sees(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Whether queries see keys, bool, by their places in the whole sequence, of shapes that broadcast."""
+        distance = queries - keys
         seen = distance >= 0
         if self.window is not None:
-            seen &= distance < self.window
+            seen = seen & (distance < self.window)
         if self.chunk is not None:
-            seen &= queries[:, None] // self.chunk == keys[None, :] // self.chunk
+            seen = seen & (queries // self.chunk == keys // self.chunk)
         return seen
 
 
@@ -84,7 +84,7 @@ class BlockMask:
         """bool, (queries, keys) or with documents (batch, 1, queries, keys), of the queries from `first` to `last`."""
         last = len(self.queries) if last is None else last
         places = torch.arange(self.queries.start + first, self.queries.start + last, device=device)
-        seen = self.rule.visible(places, torch.arange(self.keys.start, self.keys.stop, device=device))
+        seen = self.rule.sees(places[:, None], torch.arange(self.keys.start, self.keys.stop, device=device))
         if self.query_documents is None:
             return seen
         same = self.query_documents[:, first:last, None] == self.key_documents[:, None, :]
