@@ -46,7 +46,8 @@ class ParallelismConfig:
 
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """When a layer's gathered parameters are freed: "default" and "always" after its forward (gathered again in the
-    backward, least memory), "never" keeps them until the backward (less communication)."""
+    backward, least memory), "never" keeps them until the backward (less communication). With a pipeline "default" keeps
+    them until the last micro-batch."""
 
     tensor_parallel_degree: int = 1
     """Number of ranks that each weight matrix is split over. 1 means disabled, and then none of the four keys below

@@ -291,6 +291,11 @@ class HFTransformerModel:
         Returns an fp32 scalar, the same on every rank; under accumulation the losses of the micro-batches add up to
         the loss of the batch.
         """
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                "forward_backward computes gradients, and it was called under torch.no_grad() or inference_mode(). "
+                "Call it outside of that, or evaluate() for the loss only."
+            )
         self._make_ready()
         self._check_shapes(input_ids, labels, position_ids)
         self._check_same_batch(input_ids, labels, position_ids)

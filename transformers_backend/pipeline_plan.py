@@ -129,8 +129,9 @@ def _split(
         parallelism.pipeline_parallel_schedule,
         parallelism.pipeline_parallel_degree,
         len(decoder.layers),
-        0 if parts else parallelism.pipeline_parallel_layers_per_stage,
+        parallelism.pipeline_parallel_layers_per_stage,
         less_layers=max(0, first_less) + max(0, last_less),
+        parts=len(parts),
         csv=parallelism.pipeline_parallel_schedule_csv,
     )
     if parts:
@@ -142,6 +143,7 @@ def _split(
         last_cost=flops.after_layers,
         first_stage_less_layers=first_less,
         last_stage_less_layers=last_less,
+        stages=stages,
     )
     return split_layers(
         flops.layers, first_cost=first_cost, last_cost=last_cost, stages=stages, forbidden_cuts=forbidden_cuts

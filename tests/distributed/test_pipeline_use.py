@@ -11,6 +11,7 @@ import gc
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -295,6 +296,7 @@ def _mistakes() -> list[tuple[str, bool]]:
         lambda: model.forward_backward(tokens[:2], labels[:2]),
         lambda: model.forward_backward(tokens, labels[:, 1:]),
         lambda: model.hf_model(input_ids=tokens),
+        lambda: torch.no_grad()(model.forward_backward)(tokens, labels),
     ):
         with pytest.raises(ValueError, match=r".") as error:
             call()
@@ -312,11 +314,29 @@ def test_mistakes_are_told_on_every_rank_before_anything_hangs(two: WorkerPool):
         "the number of micro-batches is 1, and must be at least 2",
         "labels has shape (4, 12)",
         "this rank has only some of its layers",
+        "it was called under torch.no_grad()",
     )
     for messages in two.run(_mistakes):
         for (message, is_for_the_user), part in zip(messages, expected, strict=True):
             assert part in message
             assert is_for_the_user
+
+
+def _train_by_file(path: str) -> None:
+    model, plain = _parallelized(_build(tied=False), pipeline_parallel_schedule_csv=path), _build(tied=False)
+    tokens, labels = _batch(3)
+    expected = plain(input_ids=tokens, labels=labels).loss
+    expected.backward()
+    torch.testing.assert_close(model.forward_backward(tokens, labels), expected.detach())
+    _assert_same_gradients(model, plain)
+
+
+def test_a_file_may_have_any_order_but_that_of_the_last_forwards(two: WorkerPool, tmp_path: Path):
+    path = tmp_path / "schedule.csv"
+    path.write_text(
+        "0F2,0F0,0F1,2F1,2F0,2F2,2B1,2B2,2B0,0B0,0B2,0B1\n1F1,1F2,1F0,3F0,3F1,3F2,3B2,3I0,3B1,3W0,1B1,1I2,1B0,1W2\n"
+    )
+    two.run(_train_by_file, str(path))
 
 
 def _sum_copies() -> None:
