@@ -132,7 +132,8 @@ def refuse_gradient_checkpointing(hf_model: PreTrainedModel) -> None:
     if recomputes_layers(hf_model):
         raise ValueError(
             f"{type(hf_model).__name__}: gradient checkpointing of Transformers is on, which does not go together with "
-            'a pipeline. Call gradient_checkpointing_disable() and set activation_checkpoint.mode = "full", which recomputes layers.'
+            "a pipeline. Call gradient_checkpointing_disable() and set "
+            'activation_checkpoint.mode = "full", which recomputes layers.'
         )
 
 

@@ -50,7 +50,7 @@ class PipelinedModel:
         self._stages = LocalStages(hf_model, decoder, plan.split, plan.stages_of_rank(self.rank))
         self._stages.drop_the_rest()
         self._shared = {name: ranks for name, _ in hf_model.named_parameters() if len(ranks := plan.ranks_of(name)) > 1}
-        # Of hidden states: dtype and device, dimensions before (batch, seq, hidden), which a few models have, and width.
+        # Of hidden states: dtype and device, dimensions before (batch, seq, hidden) (few have some), and width.
         self._hidden: tuple[torch.Tensor, torch.Size, int] | None = None
 
     @property
