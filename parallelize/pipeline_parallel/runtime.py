@@ -85,7 +85,7 @@ class Pipeline:
         return self._schedule
 
     def _stage(self, stage: int, like: torch.Tensor) -> PipelineStage:
-        travelling = torch.empty_like(like).requires_grad_()
+        travelling = torch.empty_like(like, device="meta").requires_grad_()
         return _Stage(
             _StageModule(self._run_stage, stage, self._parameters),
             stage,
@@ -160,6 +160,12 @@ class _Stage(PipelineStage):
         """like: what travels, hidden states and their gradients, for their shape and dtype."""
         super().__init__(*args, **options)
         self._like, self._after_weights = like, after_weights
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """Without those to another stage of this rank, which gloo cannot do and torch 2.11 asks for."""
+        return [
+            exchange for exchange in super()._get_init_p2p_neighbors_ops() if exchange.group_peer != self.group_rank
+        ]
 
     def _prepare_forward_infra(self, *args, **kwargs):
         result = super()._prepare_forward_infra(*args, **kwargs)
