@@ -44,6 +44,7 @@ from transformers_backend.decisions import (
     choose_tensor_parallelism,
     proven_attention,
     refuse_inner_outputs,
+    warn_of_repeated_recomputation,
     without_wrong_compilation,
 )
 from transformers_backend.decoder import check_is_plain, describe_decoder, has_dropout
@@ -145,6 +146,7 @@ class HFTransformerModel:
         compile = compile or CompileConfig()
         check([*parallelism.problems(), *activation_checkpoint.problems(), *compile.problems()])
         check(zero_bubble_problems(parallelism, compile, activation_checkpoint))
+        warn_of_repeated_recomputation(parallelism, activation_checkpoint)
         check_mixed_precision(self.hf_model, param_dtype)
         if not dist.is_initialized():
             raise ValueError("parallelize needs an initialised process group: torch.distributed.init_process_group().")
@@ -163,7 +165,6 @@ class HFTransformerModel:
             compile, activation_checkpoint, self.hf_model, attention, self.device, split
         )
         self.tensor_parallelism = split
-        random = has_dropout(self.hf_model)
         if pipeline_plan is not None:
             self.pipelined = PipelinedModel(self.hf_model, self.decoder, pipeline_plan, self.mesh, parallelism)
         if self.pipelined is None or self.pipelined.has_last_stage:
@@ -176,7 +177,7 @@ class HFTransformerModel:
             mesh=self.mesh,
             tensor_plan=None if split is None else split.plan.of_part(self.hf_model),
             sequence_parallel=split is not None and split.sequence_parallel,
-            has_dropout=random,
+            has_dropout=has_dropout(self.hf_model),
             parallelism=parallelism,
             activation_checkpoint=activation_checkpoint,
             compile=compile,
