@@ -1,6 +1,6 @@
 """Pipelines together with everything else: every schedule x what changes a backward, against plain Transformers.
 
-The reference is the same model of Transformers in one process, not split, run micro-batch by micro-batch. Compared are a
+The reference is the same model of Transformers in one process, not split, run micro-batch by micro-batch. Compared: a
 step of two accumulated batches, and one of a batch with the weights that it left: losses, every gradient and norms.
 """
 
