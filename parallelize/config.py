@@ -215,7 +215,7 @@ def zero_bubble_problems(
     In compiled layers torch 2.13 gets gradients wrong without a word; it refuses only modules that `torch.compile` has
     wrapped, not those compiled in place. Parameters that FSDP2 frees between the halves would get no gradient.
     """
-    setting = _backward_in_halves(parallelism)
+    setting = backward_in_halves(parallelism)
     if setting is None:
         return []
     others = [schedule for schedule in PIPELINE_SCHEDULES if schedule not in ZERO_BUBBLE_SCHEDULES]
@@ -242,7 +242,7 @@ def zero_bubble_problems(
     ]
 
 
-def _backward_in_halves(parallelism: ParallelismConfig) -> str | None:
+def backward_in_halves(parallelism: ParallelismConfig) -> str | None:
     """The key and value by which a pipeline's schedule has its backward in two halves; None where it has not."""
     name, csv = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_schedule_csv
     if parallelism.pipeline_parallel_degree == 1:

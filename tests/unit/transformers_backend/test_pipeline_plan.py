@@ -228,6 +228,26 @@ def test_parameters_of_layers_in_different_stages_are_refused_by_name():
     assert sizes(plan(SharesAnMlp(config), module_fqns_per_model_part=together)) == [3, 1]
 
 
+def test_hooks_that_would_get_what_stands_for_other_layers_are_refused():
+    model = on_meta(SMALL_HEAD)
+    for layer in (0, 3, 5):
+        model.model.layers[layer].register_forward_pre_hook(lambda *_: None)
+    assert sizes(plan(model)) == [4, 4]
+    model.model.layers[4].register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.4 begins a stage .* has a forward pre-hook.* after parallelize"
+    ):
+        plan(model)
+
+
+def test_gradient_checkpointing_of_transformers_is_refused():
+    model = on_meta(SMALL_HEAD)
+    for layer in model.model.layers:  # as gradient_checkpointing_enable() does, whose name changes
+        layer.gradient_checkpointing = True
+    with pytest.raises(ValueError, match=r'gradient_checkpointing_disable\(\) .*activation_checkpoint\.mode = "full"'):
+        plan(model)
+
+
 def test_a_parameter_shared_by_hand_with_the_head_is_refused():
     """The twin of a class does not know what was done to one instance."""
     hf_model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 64}, num_hidden_layers=4))
