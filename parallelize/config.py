@@ -46,7 +46,8 @@ class ParallelismConfig:
 
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """When a layer's gathered parameters are freed: "default" and "always" after its forward (gathered again in the
-    backward, least memory), "never" keeps them until the backward (less communication)."""
+    backward, least memory), "never" keeps them until the backward (less communication). With a pipeline "default" keeps
+    them until the last micro-batch."""
 
     tensor_parallel_degree: int = 1
     """Number of ranks that each weight matrix is split over. 1 means disabled, and then none of the four keys below
@@ -208,7 +209,7 @@ def zero_bubble_problems(
     In compiled layers torch 2.13 gets gradients wrong without a word; it refuses only modules that `torch.compile` has
     wrapped, not those compiled in place. Parameters that FSDP2 frees between the halves would get no gradient.
     """
-    setting = _backward_in_halves(parallelism)
+    setting = backward_in_halves(parallelism)
     if setting is None:
         return []
     others = [schedule for schedule in PIPELINE_SCHEDULES if schedule not in ZERO_BUBBLE_SCHEDULES]
@@ -235,7 +236,7 @@ def zero_bubble_problems(
     ]
 
 
-def _backward_in_halves(parallelism: ParallelismConfig) -> str | None:
+def backward_in_halves(parallelism: ParallelismConfig) -> str | None:
     """The key and value by which a pipeline's schedule has its backward in two halves; None where it has not."""
     name, csv = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_schedule_csv
     if parallelism.pipeline_parallel_degree == 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,9 +75,8 @@ def reduced_once(root: nn.Module) -> Iterator[None]:
         # What the last backward of a usual step does by itself, as torch.distributed.pipelining does it.
         _accumulate(root, False)
         state = fully_shard.state(root)
-        for unit in state._state_ctx.all_states:
-            for group in unit._fsdp_param_groups:
-                group.post_backward()
+        for group in _parameter_groups(root):
+            group.post_backward()
         state._root_post_backward_final_callback()
     finally:
         _accumulate(root, False)
@@ -90,12 +90,20 @@ def add_up_precisely(root: nn.Module) -> None:
     """
     if not isinstance(root, FSDPModule):
         return
+    for group in _parameter_groups(root):
+        for parameter in group.fsdp_params:
+            if hasattr(parameter, "_unsharded_param"):  # gathered before
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
+
+
+def _parameter_groups(root: FSDPModule) -> Iterator[Any]:
+    """FSDP2's own record of the parameters of every unit, as torch.distributed.pipelining walks through it."""
     for unit in fully_shard.state(root)._state_ctx.all_states:
-        for group in unit._fsdp_param_groups:
-            for parameter in group.fsdp_params:
-                if hasattr(parameter, "_unsharded_param"):  # gathered before
-                    parameter.accumulate_unsharded_grad_if_needed()
-                    parameter.to_accumulated_grad_if_needed()
+        if hasattr(unit, "_fsdp_param_groups"):  # torch 2.13; before, there was one or none
+            yield from unit._fsdp_param_groups
+        elif unit._fsdp_param_group is not None:
+            yield unit._fsdp_param_group
 
 
 def _accumulate(root: FSDPModule, accumulates: bool) -> None:

@@ -25,7 +25,7 @@ def parallelize_model(
     model: nn.Module,
     *,
     layers: Sequence[str],
-    stacks: Sequence[Stack],
+    stacks: Sequence[Stack] = (),
     separate_units: Sequence[str],
     mesh: DeviceMesh,
     tensor_plan: TensorPlan | None,

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
+from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig, backward_in_halves
 from parallelize.distributed import gather_objects
 from parallelize.tensor_parallel import TensorPlan
 from transformers_backend.decoder import Decoder, drops_layers, has_dropout
@@ -23,6 +23,21 @@ from transformers_backend.tensor_plan import Recipe, make_plan
 from transformers_backend.tensor_proof import prove_tensor_plan
 
 logger = logging.getLogger(__name__)
+
+
+def warn_of_repeated_recomputation(
+    parallelism: ParallelismConfig, activation_checkpoint: ActivationCheckpointConfig
+) -> None:
+    """Say so where layers are recomputed many times: torch runs the backward of weights once for each group of them."""
+    setting = backward_in_halves(parallelism)
+    if setting is not None and activation_checkpoint.mode != "none":
+        logger.warning(
+            'parallelism.%s: with activation_checkpoint.mode = "%s" a layer is recomputed for nearly each of its '
+            "weights (a layer of Llama runs forward 11 times a micro-batch instead of twice), which is exact and slow. "
+            'Set that to "none", or choose a schedule whose backward is whole, such as 1F1B.',
+            setting,
+            activation_checkpoint.mode,
+        )
 
 
 def check_same_weights(hf_model: PreTrainedModel) -> None:

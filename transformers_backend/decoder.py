@@ -155,6 +155,11 @@ def parameter_kind(name: str, hf_model: PreTrainedModel, decoder: Decoder) -> st
     return "attention" if "attn" in within or "attention" in within else "mlp" if "." in within else "other"
 
 
+def recomputes_layers(hf_model: PreTrainedModel) -> bool:
+    """Whether Transformers' own gradient checkpointing is on; its property has another name in newer versions."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in hf_model.modules())
+
+
 def has_dropout(hf_model: PreTrainedModel) -> bool:
     """Whether the model draws random numbers in training: in modules, or in functions with a probability of the config.
 

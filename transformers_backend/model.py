@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parallelize.config import (
     ActivationCheckpointConfig,
@@ -29,19 +29,13 @@ from parallelize.config import (
     check,
     zero_bubble_problems,
 )
-from parallelize.distributed import (
-    are_equal,
-    first_rank_first,
-    gather_objects,
-    pick_device,
-    share_random_state,
-    sum_over,
-)
+from parallelize.distributed import pick_device, share_random_state, sum_over
 from parallelize.fsdp import reshard
 from parallelize.grad_norm import clip_grad_norm_
 from parallelize.mixed_precision import parameters_cast_to
 from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
+from transformers_backend.batch_checks import check_same_batch, check_shapes
 from transformers_backend.context import SharedContext
 from transformers_backend.decisions import (
     TensorParallelism,
@@ -51,29 +45,21 @@ from transformers_backend.decisions import (
     choose_tensor_parallelism,
     proven_attention,
     refuse_inner_outputs,
+    warn_of_repeated_recomputation,
     without_wrong_compilation,
 )
 from transformers_backend.decoder import check_is_plain, describe_decoder, has_dropout
 from transformers_backend.evaluation import evaluation_mode
+from transformers_backend.filling import fill
 from transformers_backend.isolation import Isolation, find_isolation, packed_inputs, usual_way
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
+from transformers_backend.nonfinite import describe_nonfinite
 from transformers_backend.pipeline_plan import plan_pipeline
 from transformers_backend.pipelined import PipelinedModel
 from transformers_backend.proof import check_recomputation, prove
 from transformers_backend.tensor_proof import vocabulary_shard
-from transformers_backend.weights import (
-    DEFAULT_FILE_SIZE,
-    LiveTensors,
-    allocate,
-    init_buffers,
-    init_weights,
-    load_hf_weights,
-    local_part,
-    named_tensors,
-    resolve_folder,
-    save_hf_weights,
-)
+from transformers_backend.weights import DEFAULT_FILE_SIZE, LiveTensors, named_tensors, save_hf_weights
 
 __all__ = ["HFTransformerModel", "HFTransformerModelArgs"]
 
@@ -150,9 +136,9 @@ class HFTransformerModel:
         param_dtype: dtype of the computation (bfloat16 for mixed precision); None is the parameters' own dtype, in
         which they are kept and updated either way. Gradients are summed over ranks in fp32.
         cpu_offload: keep shards and optimizer state in host memory. seed: of the initial weights, where they are not
-        loaded. seq_len: tokens of a sequence, by which layers are shared out among the
-        stages of a pipeline. mesh: that of another model of this process, to share its process groups; None makes a new
-        one. Raises a ValueError that lists every bad value.
+        loaded. seq_len: tokens of a sequence, by which layers are shared out among the stages of a pipeline. mesh: that
+        of another model of this process, to share its process groups; None makes a new one. Raises a ValueError that
+        lists every bad value.
         """
         if self._ready:
             raise ValueError(
@@ -163,6 +149,7 @@ class HFTransformerModel:
         compile = compile or CompileConfig()
         check([*parallelism.problems(), *activation_checkpoint.problems(), *compile.problems()])
         check(zero_bubble_problems(parallelism, compile, activation_checkpoint))
+        warn_of_repeated_recomputation(parallelism, activation_checkpoint)
         check_mixed_precision(self.hf_model, param_dtype)
         if not dist.is_initialized():
             raise ValueError("parallelize needs an initialised process group: torch.distributed.init_process_group().")
@@ -183,7 +170,6 @@ class HFTransformerModel:
             compile, activation_checkpoint, self.hf_model, attention, self.device, split
         )
         self.tensor_parallelism = split
-        random = has_dropout(self.hf_model)
         if pipeline_plan is not None:
             self.pipelined = PipelinedModel(self.hf_model, self.decoder, pipeline_plan, self.mesh, parallelism)
         if self.pipelined is None or self.pipelined.has_last_stage:
@@ -196,7 +182,7 @@ class HFTransformerModel:
             mesh=self.mesh,
             tensor_plan=None if split is None else split.plan.of_part(self.hf_model),
             sequence_parallel=split is not None and split.sequence_parallel,
-            has_dropout=random,
+            has_dropout=has_dropout(self.hf_model),
             parallelism=parallelism,
             activation_checkpoint=activation_checkpoint,
             compile=compile,
@@ -245,17 +231,10 @@ class HFTransformerModel:
         """Allocate a meta model on `device` and load or initialise its weights; a real model is left alone."""
         if not self._is_meta:
             return
-        allocate(self.hf_model, device, buffer_device=self.device)
-        blueprint = self.blueprint
-        if self.model_args.init == "pretrained":
-            with first_rank_first():
-                folder = resolve_folder(self.model_args.model, self.model_args.revision)  # downloads a hub id
-            if (folder / "generation_config.json").is_file():
-                self.hf_model.generation_config = GenerationConfig.from_pretrained(folder)
-            init_buffers(self.hf_model, blueprint, device=device)
-            load_hf_weights(self.hf_model, blueprint, self.model_args.model, revision=self.model_args.revision)
-        else:
-            init_weights(self.hf_model, blueprint, self.decoder, device=device, seed=seed)
+        fill(
+            self.hf_model, self.blueprint, self.decoder, self.model_args,
+            device=device, buffer_device=self.device, seed=seed,
+        )  # fmt: skip
 
     def _make_ready(self) -> None:
         """What `.parallelize` does, for one device: called by the first step of a model that was not parallelised."""
@@ -296,9 +275,13 @@ class HFTransformerModel:
         Returns an fp32 scalar, the same on every rank; under accumulation the losses of the micro-batches add up to
         the loss of the batch.
         """
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                "forward_backward computes gradients, and it was called under torch.no_grad() or inference_mode(). "
+                "Call it outside of that, or evaluate() for the loss only."
+            )
         self._make_ready()
-        self._check_shapes(input_ids, labels, position_ids)
-        self._check_same_batch(input_ids, labels, position_ids)
+        self._check(input_ids, labels, position_ids)
         if not self.hf_model.training:  # from_pretrained gives a model in evaluation mode
             self.hf_model.train()
         if num_items_in_batch is None:
@@ -321,8 +304,7 @@ class HFTransformerModel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss (fp32) and number of target tokens of one batch over all data ranks, without dropout."""
         self._make_ready()
-        self._check_shapes(input_ids, labels, position_ids)
-        self._check_same_batch(input_ids, labels, position_ids)
+        self._check(input_ids, labels, position_ids)
         batch = self._batch(input_ids, labels, position_ids)
         with evaluation_mode(self.hf_model), self.computing(), self._sharing(batch):
             loss = self._sum_loss(**batch) if self.pipelined is None else self.pipelined.sum_loss(batch)
@@ -340,36 +322,9 @@ class HFTransformerModel:
         """Number of target tokens of this batch over all data ranks: labels that are not -100, after the shift."""
         return sum_over(count_targets(labels.to(self.device)), self._data_meshes)
 
-    @staticmethod
-    def _check_shapes(input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None) -> None:
-        for name, tensor in (("input_ids", input_ids), ("labels", labels), ("position_ids", position_ids)):
-            if tensor is not None and (tensor.shape != input_ids.shape or tensor.dim() != 2):
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}: input_ids, labels and position_ids must all be "
-                    f"(batch, seq); input_ids is {tuple(input_ids.shape)}."
-                )
-
-    def _check_same_batch(self, *batch: torch.Tensor | None) -> None:
-        """Ranks that split a model must work on the same tokens; raises at once on a CPU, later on CUDA."""
-        if self.dims.tp == self.dims.pp == self.dims.cp == 1:
-            return
-        tensors = [tensor.to(self.device) for tensor in batch if tensor is not None]
-        shape = torch.tensor(tensors[0].shape, device=self.device)
-        contents = torch.cat([shape, *(tensor.flatten() for tensor in tensors)])
-        same = are_equal(contents, *(self.mesh.get_group(name) for name in ("cp", "tp", "pp")))
-        kinds = (
-            ("context-parallel group", self.dims.cp),
-            ("tensor-parallel group", self.dims.tp),
-            ("pipeline", self.dims.pp),
-        )
-        message = (
-            "input_ids, labels or position_ids differ between ranks of one "
-            f"{' or '.join(f'{kind} of {size}' for kind, size in kinds if size > 1)}, which compute on the same "
-            "tokens. Give each rank the batch of its data_rank, of dims.data_parallel_size."
-        )
-        if same.device.type == "cpu" and not same:
-            raise ValueError(message)
-        torch._assert_async(same, message)
+    def _check(self, *batch: torch.Tensor | None) -> None:
+        check_shapes(*batch)
+        check_same_batch(*batch, mesh=self.mesh, device=self.device)
 
     def _batch(
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None
@@ -456,24 +411,12 @@ class HFTransformerModel:
         )
 
     def find_nonfinite(self) -> str:
-        """A sentence on the latest step: ranks with a non-finite loss, and parameters with such gradients.
-
-        In a pipeline the rank with the last stage knows of the loss, and any rank may be the cause.
-        """
-        gradients = {name: p.grad for name, p in self.hf_model.named_parameters() if p.grad is not None}
-        bad = [name for name, gradient in gradients.items() if not local_part(gradient).isfinite().all()]
-        finite = bool(self._step_was_finite) and bool(self._local_losses_are_finite)
-        pipeline = [] if self.pipelined is None else dist.get_process_group_ranks(self.pipelined.group)
-        reports = gather_objects((finite, bad, pipeline))
-        ranks = [
-            f"{rank} (the end of a pipeline of ranks {', '.join(map(str, pipeline))})" if pipeline else str(rank)
-            for rank, (is_finite, _, pipeline) in enumerate(reports)
-            if not is_finite
-        ]
-        names = sorted({name for _, found, _ in reports for name in found})
-        on_ranks = f"Non-finite loss on rank {', '.join(ranks)}" if ranks else "Finite loss on every rank"
-        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        return f"{on_ranks}; non-finite gradients of {listed or 'no parameter'}."
+        """A sentence on the latest step: ranks with a non-finite loss, and parameters with such gradients."""
+        return describe_nonfinite(
+            {name: p.grad for name, p in self.hf_model.named_parameters() if p.grad is not None},
+            loss_is_finite=bool(self._step_was_finite) and bool(self._local_losses_are_finite),
+            pipeline=() if self.pipelined is None else dist.get_process_group_ranks(self.pipelined.group),
+        )
 
     # -- looking at and saving it ---------------------------------------------------------------------------------
 

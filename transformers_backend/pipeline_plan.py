@@ -23,7 +23,7 @@ from parallelize.pipeline_parallel.split import (
     stage_shares,
 )
 from parallelize.pipeline_parallel.timeline import Slot
-from transformers_backend.decoder import Decoder
+from transformers_backend.decoder import Decoder, recomputes_layers
 from transformers_backend.flops import ModelFlops, layer_flops
 from transformers_backend.stage_proof import TallTwin
 from transformers_backend.stages import StageSplit
@@ -77,6 +77,8 @@ def plan_pipeline(
     flops = layer_flops(hf_model, decoder, seq_len)
     ranges = _split(hf_model, decoder, parallelism, flops, facts.forbidden_cuts)
     _refuse_shared_parameters(hf_model, decoder, ranges)
+    _refuse_hooks(hf_model, [decoder.layers[layers[0]] for layers in ranges[1:]])
+    refuse_gradient_checkpointing(hf_model)
     split = twin.prove_stages([[decoder.layers[index] for index in layers] for layers in ranges], facts)
     shares = stage_shares(
         ranges,
@@ -114,6 +116,27 @@ def _refuse_shared_parameters(hf_model: PreTrainedModel, decoder: Decoder, range
             )
 
 
+def _refuse_hooks(hf_model: PreTrainedModel, first_layers: Sequence[str]) -> None:
+    """A ValueError for a hook that would see, or change in vain, what stands for the layers of an earlier stage."""
+    for name in first_layers:
+        if hf_model.get_submodule(name)._forward_pre_hooks:
+            raise ValueError(
+                f"{type(hf_model).__name__}: {name} begins a stage of the pipeline and has a forward pre-hook, which "
+                "would get other hidden states than the layer. Register it after parallelize, from when on it gets "
+                "those that the layer computes with, or set parallelism.pipeline_parallel_degree = 1."
+            )
+
+
+def refuse_gradient_checkpointing(hf_model: PreTrainedModel) -> None:
+    """A ValueError where Transformers recomputes layers itself, when what a stage received has gone."""
+    if recomputes_layers(hf_model):
+        raise ValueError(
+            f"{type(hf_model).__name__}: gradient checkpointing of Transformers is on, which does not go together with "
+            "a pipeline. Call gradient_checkpointing_disable() and set "
+            'activation_checkpoint.mode = "full", which recomputes layers.'
+        )
+
+
 def _split(
     hf_model: PreTrainedModel,
     decoder: Decoder,
@@ -129,8 +152,9 @@ def _split(
         parallelism.pipeline_parallel_schedule,
         parallelism.pipeline_parallel_degree,
         len(decoder.layers),
-        0 if parts else parallelism.pipeline_parallel_layers_per_stage,
+        parallelism.pipeline_parallel_layers_per_stage,
         less_layers=max(0, first_less) + max(0, last_less),
+        parts=len(parts),
         csv=parallelism.pipeline_parallel_schedule_csv,
     )
     if parts:
@@ -142,6 +166,7 @@ def _split(
         last_cost=flops.after_layers,
         first_stage_less_layers=first_less,
         last_stage_less_layers=last_less,
+        stages=stages,
     )
     return split_layers(
         flops.layers, first_cost=first_cost, last_cost=last_cost, stages=stages, forbidden_cuts=forbidden_cuts

@@ -23,7 +23,7 @@ from parallelize.pipeline_parallel.shared import summed_gradients
 from parallelize.tensor_parallel import Stack
 from transformers_backend.decoder import Decoder
 from transformers_backend.evaluation import evaluation_mode
-from transformers_backend.pipeline_plan import PipelinePlan
+from transformers_backend.pipeline_plan import PipelinePlan, refuse_gradient_checkpointing
 from transformers_backend.stages import LocalStages
 from transformers_backend.weights import named_tensors
 
@@ -50,7 +50,8 @@ class PipelinedModel:
         self._stages = LocalStages(hf_model, decoder, plan.split, plan.stages_of_rank(self.rank))
         self._stages.drop_the_rest()
         self._shared = {name: ranks for name, _ in hf_model.named_parameters() if len(ranks := plan.ranks_of(name)) > 1}
-        self._like: tuple[tuple, torch.Tensor] | None = None
+        # Of hidden states: dtype and device, dimensions before (batch, seq, hidden) (few have some), and width.
+        self._hidden: tuple[torch.Tensor, torch.Size, int] | None = None
 
     @property
     def layers(self) -> list[str]:
@@ -130,6 +131,7 @@ class PipelinedModel:
         )
         if problems:  # before anything is sent
             raise ValueError(problems[0])
+        refuse_gradient_checkpointing(self._model)
         like = self._hidden_states_like(batch, size)
         shared = {
             parameter: ranks
@@ -156,17 +158,23 @@ class PipelinedModel:
         return found[0]
 
     def _hidden_states_like(self, batch: Batch, rows: int) -> torch.Tensor:
-        """Hidden states of a micro-batch as they travel between stages, for their shape and dtype."""
+        """Hidden states of the first `rows` rows as they travel between stages, for their shape and dtype; no memory.
+
+        The model is run for the first batch alone, which is everyone's first. Later ones may have another shape on some
+        data ranks only, and what FSDP2 gathers for a run all of these have to gather.
+        """
         micro_batch = {name: tensor[:rows] for name, tensor in batch.items() if name != "targets"}
-        key = (rows, batch["input_ids"].shape[1], len(batch))
-        if self._like is None or self._like[0] != key:
+        inputs = self._make_inputs(**micro_batch)  # which may join rows
+        tokens = inputs["input_ids"].shape
+        if self._hidden is None:
             with evaluation_mode(self._model):
-                like = self._stages.hidden_states_like(**self._make_inputs(**micro_batch))
+                like = self._stages.hidden_states_like(**inputs)
             reshard(self._model)
-            shape = list(like.shape)
-            shape[-2] = -(-shape[-2] // self._sequence_parallel_degree)
-            self._like = (key, like.new_empty(shape))
-        return self._like[1]
+            assert like.shape[-3:-1] == tokens, "which the twin has been looked at for"
+            self._hidden = (like.new_empty(()), like.shape[:-3], like.shape[-1])
+        like, streams, width = self._hidden
+        rows, seq = tokens
+        return like.expand(*streams, rows, -(-seq // self._sequence_parallel_degree), width)
 
     # -- what other ranks have ------------------------------------------------------------------------------------
 

@@ -80,6 +80,12 @@ class TallTwin:
                 f"{self._name} does not run its layers once, one after the other ({_how(watch.ran, len(layers))}), "
                 "so they cannot be stages of a pipeline. Set parallelism.pipeline_parallel_degree = 1."
             )
+        if watch.shape[-3:-1] != self._input_ids.shape:
+            raise ValueError(
+                f"{self._name}: hidden states between its layers are {tuple(watch.shape)} for tokens "
+                f"{tuple(self._input_ids.shape)}, where a pipeline sends (..., batch, seq, hidden). Set "
+                "parallelism.pipeline_parallel_degree = 1."
+            )
         return LayerFacts(
             containers=dict(zip(layers, watch.containers, strict=True)), forbidden_cuts=frozenset(watch.forbidden_cuts)
         )
@@ -201,6 +207,8 @@ class _Watch:
     """Hooks on the layers of a model that see one forward."""
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        self.shape = torch.Size()
+        """Of the hidden states that the last layer got."""
         self.ran: list[int] = []
         self.containers: list[Container | None] = []
         self.forbidden_cuts: set[int] = set()
@@ -223,6 +231,7 @@ class _Watch:
     def _before(self, index: int):
         def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
             self.ran.append(index)
+            self.shape = (args[0] if args else kwargs["hidden_states"]).shape
             others = [*args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}]
             for tensor in _tensors_in(others):
                 producer = self._producer(tensor)

@@ -70,7 +70,9 @@ class LocalStages:
         self._stand_ins = {name: self._stand_in(name) for name in decoder.layers}
         self._received: torch.Tensor | None = None
         self._captured: torch.Tensor | None = None
-        self._entered: torch.Tensor | None = None  # what came to the first layer from the model itself
+        self._entered: torch.Tensor | None = (
+            None  # what the model gave to the stage's first layer, till it is handed out
+        )
         self._passed: torch.Tensor | None = None  # what the latest stand-in got
         self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
 
@@ -112,6 +114,8 @@ class LocalStages:
 
         def forward(hidden_states: torch.Tensor, *args, **kwargs):
             self._passed = hidden_states
+            if self._entered is not None:  # the stage's last layer has run just before
+                hidden_states = self._hand_out(hidden_states)
             if container is None:
                 return hidden_states
             kind, length = container
@@ -129,8 +133,9 @@ class LocalStages:
     def install(self) -> None:
         """Let `hf_model(stage=..., hidden_states=..., **inputs)` run one stage; the last yields logits without targets.
 
-        Call it once, after everything else that wraps layers or registers hooks on them: what a layer gets is what was
-        received, whatever other hooks made of the stand-in for it, and what is sent on is what leaves the last of them.
+        Call it once, after everything else that wraps layers or changes what they get: the first layer of a stage gets
+        what was received, whatever earlier hooks made of what stood there (`refuse_early_hooks`). What is sent on is
+        what the layer after the last one would have got.
         """
         for stage in self.local:
             layers = self.split.stages[stage]
@@ -138,7 +143,6 @@ class LocalStages:
                 self._layers[layers[0]].register_forward_pre_hook(self._hand_in, with_kwargs=True)
             if stage < self.split.last:
                 self._layers[layers[0]].register_forward_pre_hook(self._remember, with_kwargs=True, prepend=True)
-                self._layers[layers[-1]].register_forward_hook(self._hand_out)
         plain_forward = self._model.forward
         body = self._model.get_submodule(self._decoder.base)
 
@@ -171,7 +175,7 @@ class LocalStages:
     def _in_place(self, stage: int) -> Iterator[None]:
         """Within the block the layers of all other stages are stand-ins."""
         here = set(self.split.stages[stage]) if stage != _NO_STAGE else set()
-        others = [name for name in self.layers if name not in here]
+        others = [name for name in self._layers if name not in here]
         for name in others:
             self._put(name, self._stand_ins[name])
         try:
@@ -191,17 +195,13 @@ class LocalStages:
     def _remember(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         self._entered = args[0] if args else kwargs["hidden_states"]
 
-    def _hand_out(self, layer: nn.Module, args: tuple, output):
+    def _hand_out(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Keep what is sent on; the rest of the model, whose result nobody uses, goes on with what entered the layers.
 
-        That has the shape that the model expects, where the output may be this rank's part of the sequence.
+        That has the shape that the model expects, where what is sent on may be this rank's part of the sequence.
         """
-        entered, self._entered = self._entered.detach(), None
-        if isinstance(output, torch.Tensor):
-            self._captured = output
-            return entered
-        self._captured = output[0]
-        return type(output)([entered, *output[1:]])
+        self._captured, entered, self._entered = hidden_states, self._entered.detach(), None
+        return entered
 
     def hidden_states_like(self, **inputs) -> torch.Tensor:
         """Hidden states as they enter the layers, for their shape and dtype; runs the model without its layers."""

@@ -85,7 +85,7 @@ class Pipeline:
         return self._schedule
 
     def _stage(self, stage: int, like: torch.Tensor) -> PipelineStage:
-        travelling = torch.empty_like(like).requires_grad_()
+        travelling = torch.empty_like(like, device="meta").requires_grad_()
         return _Stage(
             _StageModule(self._run_stage, stage, self._parameters),
             stage,
@@ -94,6 +94,7 @@ class Pipeline:
             input_args=travelling if stage > 0 else (),
             output_args=travelling if stage < self._last else torch.empty((), device=self._device),
             group=self._group,
+            like=like,
             after_weights=self._after_weights,
         )
 
@@ -151,12 +152,20 @@ def _plain_errors() -> Iterator[None]:
 class _Stage(PipelineStage):
     """torch's stage, with memory for what is received only while it is needed: torch keeps that of all micro-batches.
 
-    What is received then lives as long as the activations that were computed from it.
+    What is received then lives as long as the activations that were computed from it. Of torch's internals it uses what
+    versions from 2.11 to 2.13 have in common: where they keep what is received, not how they describe it.
     """
 
-    def __init__(self, *args, after_weights: Callable[[], None], **options) -> None:
+    def __init__(self, *args, like: torch.Tensor, after_weights: Callable[[], None], **options) -> None:
+        """like: what travels, hidden states and their gradients, for their shape and dtype."""
         super().__init__(*args, **options)
-        self._after_weights = after_weights
+        self._like, self._after_weights = like, after_weights
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """Without those to another stage of this rank, which gloo cannot do and torch 2.11 asks for."""
+        return [
+            exchange for exchange in super()._get_init_p2p_neighbors_ops() if exchange.group_peer != self.group_rank
+        ]
 
     def _prepare_forward_infra(self, *args, **kwargs):
         result = super()._prepare_forward_infra(*args, **kwargs)
@@ -175,7 +184,7 @@ class _Stage(PipelineStage):
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        if self.has_backward and not self.is_last:
+        if not self.is_last:
             self._allocate(self.grad_recv_info[bwd_chunk_id])
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
@@ -186,7 +195,7 @@ class _Stage(PipelineStage):
     def _retrieve_recv_activations(self, fwd_chunk_id: int):
         activations = super()._retrieve_recv_activations(fwd_chunk_id)
         _free(self.args_recv_info[fwd_chunk_id])
-        return activations
+        return tuple(one.requires_grad_() for one in activations)  # before torch 2.13, the buffer had it
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int):
         gradients = super()._retrieve_recv_grads(bwd_chunk_id)
@@ -199,13 +208,12 @@ class _Stage(PipelineStage):
 
     def _allocate(self, received: Iterable) -> None:
         for info in received:
-            if not info.is_root_arg and info.tensor_meta is not None:
-                info.buffer = torch.empty(info.tensor_meta.shape, dtype=info.tensor_meta.dtype, device=self.device)
+            info.buffer = torch.empty_like(self._like)
 
 
 def _free(received: Iterable) -> None:
     for info in received:
-        info.buffer = None
+        info.buffer = torch.empty(0)  # not None, because torch 2.11 clears its gradient
 
 
 class _StageModule(nn.Module):

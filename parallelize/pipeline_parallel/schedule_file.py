@@ -25,23 +25,34 @@ def read_schedule_file(path: str, pp: int) -> list[list[Action]]:
     """For each of `pp` ranks its actions in their order, without waits. Raises a ValueError that lists the problems
     found, or an OSError where the file cannot be read."""
     order, found = [], []
-    with Path(path).expanduser().open(newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.reader(file), start=1):
-            cells = [cell.strip() for cell in row]
-            if not any(cells):
-                continue
-            order.append([])
-            for action in (part for cell in cells if cell for part in _parts(cell)):
-                try:
-                    order[-1].append(Action.parse(action))
-                except ValueError as error:
-                    found.append(f"line {number}: {error}")
+    for number, row in enumerate(_rows(path), start=1):
+        cells = [cell.strip() for cell in row]
+        if not any(cells):
+            continue
+        order.append([])
+        for action in (part for cell in cells if cell for part in _parts(cell)):
+            try:
+                order[-1].append(Action.parse(action))
+            except ValueError as error:
+                found.append(f"line {number}: {error}")
     found = found or _problems(order, pp)
     if found:
         more = [f"and {len(found) - _SHOWN} more of the kind."] if len(found) > _SHOWN else []
         listed = "\n".join(f"      - {problem}" for problem in found[:_SHOWN] + more)
         raise ValueError(f'parallelism.pipeline_parallel_schedule_csv = "{path}": no schedule that can run:\n{listed}')
     return order
+
+
+def _rows(path: str) -> list[list[str]]:
+    try:
+        # A spreadsheet begins its file with a byte order mark, which "utf-8-sig" leaves out.
+        with Path(path).expanduser().open(newline="", encoding="utf-8-sig") as file:
+            return list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(
+            f'parallelism.pipeline_parallel_schedule_csv = "{path}": is no CSV file in UTF-8 ({error}); name one with '
+            "a row for each pipeline rank."
+        ) from None
 
 
 def _parts(cell: str) -> list[str]:
@@ -70,7 +81,22 @@ def _problems(order: list[list[Action]], pp: int) -> list[str]:
             simulate(order, [1.0] * len(ranks))
         except ValueError as error:
             found.append(str(error))
-    return found
+    return found or _disordered(order)
+
+
+def _disordered(order: list[list[Action]]) -> list[str]:
+    """The sentence for a last stage whose forwards are not by number: torch 2.13 keeps losses in the order in which it
+    computes them and takes them by micro-batch, so that backwards would get the loss of another one, without an error.
+    """
+    last = max(action.stage for actions in order for action in actions)
+    forwards = [a for actions in order for a in actions if a.stage == last and a.kind == "forward"]
+    for number, action in enumerate(forwards):
+        if action.micro_batch != number:
+            return [
+                f"the last stage has {action} where {last}F{number} comes next; write its forwards in the order of the "
+                "micro-batches. Its backwards, and other stages, may have another order."
+            ]
+    return []
 
 
 def _missing_or_repeated(actions: list[Action]) -> list[str]:

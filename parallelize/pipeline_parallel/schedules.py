@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from parallelize.config import PIPELINE_SCHEDULES, ZERO_BUBBLE_SCHEDULES
+from parallelize.config import PIPELINE_SCHEDULES, ZERO_BUBBLE_SCHEDULES, check
 from parallelize.pipeline_parallel.schedule_file import read_schedule_file
 from parallelize.pipeline_parallel.timeline import LETTERS, Action, Slot, bubble_share, simulate
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:  # half a second, which a config is checked without
 
 __all__ = [
     "batch_problems", "bubble_share", "build_schedule", "canonical_name", "compute_order", "is_zero_bubble",
-    "micro_batch_problems", "rank_of_stage", "single_stage", "stage_count", "stage_count_problems", "stages_of_rank",
-    "timeline",
+    "micro_batch_problems", "model_part_problems", "rank_of_stage", "single_stage", "stage_count",
+    "stage_count_problems", "stages_of_rank", "timeline",
 ]  # fmt: skip
 
 _V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
@@ -64,17 +64,28 @@ def single_stage(schedule: str) -> bool:
 
 
 def stage_count(
-    schedule: str, pp: int, layers: int, layers_per_stage: int = 0, *, less_layers: int = 0, csv: str = ""
+    schedule: str,
+    pp: int,
+    layers: int,
+    layers_per_stage: int = 0,
+    *,
+    less_layers: int = 0,
+    parts: int = 0,
+    csv: str = "",
 ) -> int:
     """The number of stages of `layers` layers on `pp` ranks.
 
     layers_per_stage: as many as a stage may have; 0: by the schedule. less_layers: how many layers the embedding and
-    the head stand for together, which count there as in torchtitan. csv: a file that goes before the schedule, and says
-    the number itself. Raises a ValueError where the schedule cannot have as many, or there are more stages than layers.
+    the head stand for together, which count there as in torchtitan. parts: how many are named by
+    module_fqns_per_model_part, which goes before both; 0: none. csv: a file that goes before the schedule, and says the
+    number itself. Raises a ValueError where the schedule cannot have as many, or there are more stages than layers.
     """
     if csv:
         stages = _stages_of(read_schedule_file(csv, pp))
         found, setting = [], f'pipeline_parallel_schedule_csv = "{csv}"'
+    elif parts:
+        check(model_part_problems(schedule, pp, parts))
+        return parts
     elif layers_per_stage:
         stages = math.ceil((layers + less_layers) / layers_per_stage)
         found = stage_count_problems(schedule, pp, stages)
@@ -94,6 +105,12 @@ def stage_count(
             + ("." if csv or single_stage(schedule) else ", or choose 1F1B or GPipe, which give a rank one stage.")
         )
     return stages
+
+
+def model_part_problems(schedule: str, pp: int, parts: int) -> list[str]:
+    """The sentence for a number of parts in module_fqns_per_model_part that a schedule cannot have."""
+    problems = stage_count_problems(schedule, pp, parts)
+    return [f"parallelism.module_fqns_per_model_part has {parts} parts. {problem}" for problem in problems]
 
 
 def stage_count_problems(schedule: str, pp: int, stages: int) -> list[str]:

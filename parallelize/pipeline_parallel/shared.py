@@ -19,12 +19,18 @@ from torch.distributed.tensor import DTensor
 def summed_gradients(shared: Mapping[nn.Parameter, tuple[int, ...]], group: dist.ProcessGroup) -> Iterator[None]:
     """What the block adds to the gradients of `shared` parameters is summed over the ranks (of `group`) that hold each.
 
-    Gradients that were there before are left as they are, so that any number of blocks may accumulate.
+    Gradients that were there before are left as they are, so that any number of blocks may accumulate. They are back
+    after an error in the block, too, without what it added.
     """
     before = {parameter: parameter.grad for parameter in shared}
     for parameter in shared:
         parameter.grad = None
-    yield
+    try:
+        yield
+    except BaseException:
+        for parameter, gradient in before.items():
+            parameter.grad = gradient
+        raise
     for parameter, ranks in shared.items():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

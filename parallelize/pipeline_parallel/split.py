@@ -115,12 +115,23 @@ def first_and_last_cost(
     last_cost: float,
     first_stage_less_layers: int = -1,
     last_stage_less_layers: int = -1,
+    stages: int = 1,
 ) -> tuple[float, float]:
     """What the first and the last stage run beside layers, as torchtitan's two keys state it where they are given.
 
     first_cost and last_cost, in the unit of layer_costs, count where a key is -1. 0 or more stands for so many layers
-    of mean cost: the stage gets about that many layers less than the others.
+    of mean cost: the stage gets about that many layers less than the others. Raises a ValueError where they are more
+    than each of `stages` stages has (torchtitan's rule), so that it could not have so many less.
     """
+    given = {"first": max(0, first_stage_less_layers), "last": max(0, last_stage_less_layers)}
+    mean_layers = (len(layer_costs) + sum(given.values())) / stages
+    for stage, less in given.items():
+        if less > mean_layers:
+            raise ValueError(
+                f"parallelism.pipeline_parallel_{stage}_stage_less_layers = {less}: must be at most what each of the "
+                f"{stages} stages has, ({len(layer_costs)} layers + {sum(given.values())}) / {stages} = "
+                f"{mean_layers:g}; lower it, or set -1 to go by the cost."
+            )
     mean = sum(layer_costs) / len(layer_costs)
     return (
         first_cost if first_stage_less_layers < 0 else first_stage_less_layers * mean,

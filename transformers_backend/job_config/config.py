@@ -18,7 +18,7 @@ from parallelize.config import (
     check,
     zero_bubble_problems,
 )
-from parallelize.pipeline_parallel.schedules import batch_problems, stage_count_problems
+from parallelize.pipeline_parallel.schedules import batch_problems, model_part_problems
 from transformers_backend.job_config.data_sections import held_out_problems
 from transformers_backend.job_config.run_sections import Comm, Debug, Metrics, Profiling
 from transformers_backend.job_config.sections import (
@@ -146,8 +146,7 @@ def _pipeline_problems(config: JobConfig) -> list[str]:
     except ValueError as error:  # of the file
         return [str(error)]
     if parts and not csv:
-        problems = stage_count_problems(schedule, pp, len(parts))
-        found += [f"parallelism.module_fqns_per_model_part has {len(parts)} parts. {problem}" for problem in problems]
+        found += model_part_problems(schedule, pp, len(parts))
     return found
 
 

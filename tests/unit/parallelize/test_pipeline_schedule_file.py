@@ -89,6 +89,7 @@ def test_the_file_in_the_documentation_is_sound(write):
         (GPIPE.replace("1B1", "1B1,1B1"), r"1B1 is there 2 times; leave it in once"),
         (GPIPE.replace("1F", "2F").replace("1B", "2B"), r"there is a stage 2, and only 2 in all; number them from 0"),
         (GPIPE.replace("F1", "F7").replace("B1", "B7"), r"there is a micro-batch 7, and only 2 in all"),
+        (GPIPE.replace("1F0,1F1", "1F1,1F0"), r"the last stage has 1F1 where 1F0 comes next; write its forwards in"),
         (GPIPE.replace("1F0,1F1,1B0", "1B0,1F0,1F1"), r"wait without end: rank 0 for what 0B0 needs, rank 1 .* 1B0"),
     ],
 )
@@ -97,6 +98,28 @@ def test_a_file_that_cannot_run_is_refused(write, text: str, message: str):
     with pytest.raises(ValueError, match=message) as caught:
         read_schedule_file(path, 2)
     assert str(caught.value).startswith(f'parallelism.pipeline_parallel_schedule_csv = "{path}": no schedule that can')
+
+
+@pytest.mark.parametrize(
+    "changed", ["0F1,0F0,,,0B0,0B1\n,1F0,1F1,1B0,1B1,\n", "0F0,0F1,,,0B1,0B0\n,1F0,1F1,1B1,1B0,\n"]
+)
+def test_other_orders_are_left_to_the_user(write, changed: str):
+    order = read_schedule_file(write(changed), 2)
+    assert [",".join(map(str, actions)) for actions in order] == [
+        ",".join(filter(None, line.split(","))) for line in changed.splitlines()
+    ]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe0\x00F\x000\x00", "0F0,0B0 \u00e9".encode("latin-1")])
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path, content: bytes):
+    path = tmp_path / "schedule.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r'schedule_csv = ".*schedule.csv": is no CSV file in UTF-8 .* name one with'):
+        read_schedule_file(str(path), 2)
+
+
+def test_the_file_of_a_spreadsheet_is_read(write):
+    assert read_schedule_file(write("\ufeff" + GPIPE), 2) == read_schedule_file(write(GPIPE), 2)
 
 
 def test_a_long_list_of_mistakes_is_cut(write):

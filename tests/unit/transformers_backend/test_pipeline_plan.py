@@ -104,6 +104,24 @@ def test_stages_by_name():
     assert sizes(plan(SMALL_HEAD, module_fqns_per_model_part=parts)) == [1, 7]
 
 
+def test_named_parts_say_how_many_stages_there_are():
+    parts = [[f"model.layers.{number}"] for number in range(5)] + [
+        ["model.layers.5", "model.layers.6", "model.layers.7"]
+    ]
+    made = plan(SMALL_HEAD, schedule="Interleaved1F1B", layers_per_stage=4, module_fqns_per_model_part=parts)
+    assert sizes(made) == [1, 1, 1, 1, 1, 3]
+    assert made.rank_of_stage == (0, 1, 0, 1, 0, 1)
+    with pytest.raises(ValueError, match=r"has 6 parts. .*must be exactly 4, two for each rank"):
+        plan(SMALL_HEAD, schedule="ZBVZeroBubble", module_fqns_per_model_part=parts)
+
+
+@pytest.mark.parametrize(("first", "last", "named"), [(9, -1, "first"), (0, 9, "last"), (-1, 100, "last")])
+def test_more_layers_less_than_a_stage_has_are_refused(first: int, last: int, named: str):
+    assert sum(sizes(plan(SMALL_HEAD, first_stage_less_layers=8))) == 8, "(8 + 8) / 2 is the most"
+    with pytest.raises(ValueError, match=rf"_{named}_stage_less_layers = \d+: must be at most .*lower it, or set -1"):
+        plan(SMALL_HEAD, first_stage_less_layers=first, last_stage_less_layers=last)
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -111,7 +129,6 @@ def test_stages_by_name():
         ([["model.layers.0"], ["model.layers.1", "model.embed_tokens"]], "runs in the first part"),
         ([["model.layers.0"], ["model.layers.2"]], "every layer must be named once, in order"),
         ([["layers.0"], ["model.layers.1"]], 'part 0 names "layers.0", which is no layer'),
-        ([["model.layers.0"]], "has 1 parts, but the schedule runs 2 stages"),
     ],
 )
 def test_names_that_do_not_fit_are_told(parts: list[list[str]], message: str):
@@ -209,6 +226,26 @@ def test_parameters_of_layers_in_different_stages_are_refused_by_name():
     layers = [f"model.layers.{number}" for number in range(4)]
     together = [layers[:3], layers[3:]]
     assert sizes(plan(SharesAnMlp(config), module_fqns_per_model_part=together)) == [3, 1]
+
+
+def test_hooks_that_would_get_what_stands_for_other_layers_are_refused():
+    model = on_meta(SMALL_HEAD)
+    for layer in (0, 3, 5):
+        model.model.layers[layer].register_forward_pre_hook(lambda *_: None)
+    assert sizes(plan(model)) == [4, 4]
+    model.model.layers[4].register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.4 begins a stage .* has a forward pre-hook.* after parallelize"
+    ):
+        plan(model)
+
+
+def test_gradient_checkpointing_of_transformers_is_refused():
+    model = on_meta(SMALL_HEAD)
+    for layer in model.model.layers:  # as gradient_checkpointing_enable() does, whose name changes
+        layer.gradient_checkpointing = True
+    with pytest.raises(ValueError, match=r'gradient_checkpointing_disable\(\) .*activation_checkpoint\.mode = "full"'):
+        plan(model)
 
 
 def test_a_parameter_shared_by_hand_with_the_head_is_refused():

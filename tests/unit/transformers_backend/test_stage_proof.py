@@ -214,6 +214,23 @@ def test_stand_ins_that_return_something_else_are_refused(wrong: tuple[type, int
         twin.prove_stages(cut(twin, 2), facts)
 
 
+class FlattensTokens(LlamaForCausalLM):
+    """A model whose layers get (batch x seq, hidden)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.register_forward_pre_hook(lambda layer, args: (args[0].flatten(0, 1),))
+            layer.forward = lambda hidden_states, *args, **kwargs: hidden_states.view(2, -1, 64)
+
+
+def test_hidden_states_of_a_shape_that_a_pipeline_does_not_send_are_refused():
+    with pytest.raises(
+        ValueError, match=r"are \(\d+, 64\) for tokens \(2, \d+\), where .* \(\.\.\., batch, seq, hidden\)"
+    ):
+        TallTwin(LLAMA, FlattensTokens, None).look_at_layers()
+
+
 def test_stages_that_leave_out_a_layer_are_refused():
     twin = tall_twin("llama")
     parts = cut(twin, 2)

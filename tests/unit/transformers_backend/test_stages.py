@@ -299,6 +299,23 @@ def test_the_shape_of_what_travels_is_found_without_any_layer(model_type: str, l
     assert twin.get_submodule(stages.layers[0]) is layer, "the layers are back in their places"
 
 
+def test_hooks_get_what_the_layers_get_and_give():
+    """Registered last, on the layers at both sides of a cut; also what they change is sent on."""
+    plain, split, (input_ids, labels) = build("llama"), prove("llama"), example_batch()
+    expected, found = [], []
+    staged = StagedModel(lambda: build("llama"), split, [[0], [1]])
+    for seen, models in ((expected, [plain, plain]), (found, staged.models)):
+        last, first = (models[stage].get_submodule(split.stages[stage][stage - 1]) for stage in (0, 1))
+        last.register_forward_hook(lambda layer, args, output, seen=seen: seen.append(output.detach()) or 1.5 * output)
+        first.register_forward_pre_hook(lambda layer, args, seen=seen: seen.append(args[0].detach()) or (args[0] + 1,))
+    loss = plain(input_ids=input_ids, labels=labels, use_cache=False).loss
+    loss.backward()
+    ours = staged.forward_backward(input_ids, labels)
+    assert len(found) == len(expected) == 2
+    torch.testing.assert_close(found, expected)
+    assert difference((loss.item(), gradients(plain)), (ours, staged.gradients())) is None
+
+
 def test_layers_are_back_in_place_after_an_error():
     twin, stages = stages_of("llama", [0, 1])
     layers = list(twin.model.layers)

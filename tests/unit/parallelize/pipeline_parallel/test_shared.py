@@ -50,6 +50,23 @@ def test_gradients_that_were_there_are_kept_in_their_place(calls: list):
     assert before.tolist() == [106.0, 107.0]
 
 
+def test_an_error_leaves_what_was_there(calls: list):
+    weight, new = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    weight.grad = before = torch.tensor([5.0, 6.0])
+    weight.register_post_accumulate_grad_hook(_fail)
+    with pytest.raises(RuntimeError, match="out of memory"), summed_gradients({weight: (0, 1), new: (0, 1)}, None):
+        (weight + new).sum().backward()
+    assert weight.grad is before
+    assert before.tolist() == [5.0, 6.0]
+    assert new.grad is None
+    assert calls == [], "other ranks may not come"
+
+
+def _fail(parameter: nn.Parameter) -> None:
+    assert parameter.grad is not None
+    raise RuntimeError("out of memory")
+
+
 def test_a_rank_without_a_gradient_of_its_own_gets_that_of_the_others(calls: list):
     weight = nn.Parameter(torch.ones(2))
     with summed_gradients({weight: (0, 1)}, None):

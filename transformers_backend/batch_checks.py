@@ -1,0 +1,46 @@
+"""What is wrong with a batch before the model sees it: shapes, and tokens that differ between ranks of one model.
+
+`HFTransformerModel` asks with every call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from parallelize.distributed import are_equal
+
+# Ranks that differ only along these dimensions of the mesh compute on the same tokens.
+_SAME_BATCH = {"cp": "context-parallel group", "tp": "tensor-parallel group", "pp": "pipeline"}
+
+
+def check_shapes(input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None) -> None:
+    """A ValueError unless all are (batch, seq) alike."""
+    for name, tensor in (("input_ids", input_ids), ("labels", labels), ("position_ids", position_ids)):
+        if tensor is not None and (tensor.shape != input_ids.shape or tensor.dim() != 2):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}: input_ids, labels and position_ids must all be "
+                f"(batch, seq); input_ids is {tuple(input_ids.shape)}."
+            )
+
+
+def check_same_batch(*batch: torch.Tensor | None, mesh: DeviceMesh | None, device: torch.device) -> None:
+    """Ranks that split a model must work on the same tokens; a ValueError at once on a CPU, later on CUDA.
+
+    mesh: of the whole job, with dimensions "cp", "tp" and "pp"; None on one device. device: where it is compared.
+    """
+    if mesh is None or all(mesh[name].size() == 1 for name in _SAME_BATCH):
+        return
+    tensors = [tensor.to(device) for tensor in batch if tensor is not None]
+    shape = torch.tensor(tensors[0].shape, device=device)
+    contents = torch.cat([shape, *(tensor.flatten() for tensor in tensors)])
+    same = are_equal(contents, *(mesh.get_group(name) for name in _SAME_BATCH))
+    kinds = {kind: mesh[name].size() for name, kind in _SAME_BATCH.items()}
+    message = (
+        "input_ids, labels or position_ids differ between ranks of one "
+        f"{' or '.join(f'{kind} of {size}' for kind, size in kinds.items() if size > 1)}, which compute on the same "
+        "tokens. Give each rank the batch of its data_rank, of dims.data_parallel_size."
+    )
+    if same.device.type == "cpu" and not same:
+        raise ValueError(message)
+    torch._assert_async(same, message)
