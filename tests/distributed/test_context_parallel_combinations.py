@@ -44,6 +44,13 @@ class Case:
     tolerance: float = 1e-4
 
 
+    def __str__(self) -> str:
+        named = ("packed", "cpu_offload", "compile", "tied")
+        parallelism = " ".join(str(value) for value in self.parallelism.items())
+        words = [parallelism, f"recompute {self.recompute}", *(name for name in named if getattr(self, name))]
+        return " ".join([*words, *(["bfloat16"] if self.param_dtype else [])])
+
+
 def _build(tied: bool = True) -> PreTrainedModel:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **_SIZES, tie_word_embeddings=tied))
