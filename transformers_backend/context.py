@@ -186,7 +186,7 @@ def _example_length(degree: int) -> int:
 
 
 def _packed_example(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, positions and labels (2, length): a document of a single token, and one longer than the twin's windows."""
+    """Tokens, positions and labels (2, length): a document of one token, and one longer than the twin's windows."""
     input_ids, _ = example_batch(seq=length)
     rows = ((7, 1, length - 8), (11, length - 11))
     position_ids = torch.stack([torch.cat([torch.arange(part) for part in row]) for row in rows])

@@ -124,7 +124,7 @@ def _attention_function(name: str, module: nn.Module) -> Callable:
 def describe_mask(mask_function: Callable, length: int) -> MaskRule:
     """What a mask function of Transformers, from (batch, head, query, key) places to bool, says of `length` tokens.
 
-    It is asked about pairs of tokens; a ValueError where the answers are those of no causal mask with a window or chunks.
+    It is asked about pairs of tokens; a ValueError where no causal mask with a window or chunks answers so.
     """
 
     def sees(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -148,7 +148,7 @@ def describe_mask(mask_function: Callable, length: int) -> MaskRule:
 
 
 def _pairs(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places of queries and keys to ask about: all of short sequences, else many at random and all near the diagonal."""
+    """Places of queries and keys to ask about: all of short sequences, else many at random and near the diagonal"""
     if length <= 128:
         places = torch.arange(length)
         return places.repeat_interleave(length), places.repeat(length)

@@ -4,7 +4,8 @@ Keys: `model` and `optimizer` by Hugging Face parameter name (sharded tensors, w
 out anew for any mesh; fused ones in Transformers' order, see `planners.py`), `schedulers` and `data_rank_N` as JSON,
 `random_rank_N`, `step`. N is a data rank: ranks that differ only in tensor parallelism have the same position and the
 same random state, which is saved once. Stages of a pipeline draw different random numbers, and so do ranks that share
-sequences, so that there keys are `random_rank_N_pipeline_P`, `random_rank_N_context_C` or both. Each rank of a pipeline saves what it has of the rest; what several have is written once.
+sequences, so that there the keys are `random_rank_N_pipeline_P`, `random_rank_N_context_C`, or with both at the end.
+Each rank of a pipeline saves what it has of the rest; what several have is written once.
 """
 
 from __future__ import annotations
