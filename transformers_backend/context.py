@@ -51,6 +51,8 @@ class SharedContext:
         self._twin = functools.partial(_build, hf_model.config, type(hf_model), own, mesh)
         if not is_proven:
             _prove(self._twin, mesh)
+        self.own_attention = own
+        """What the model attends with where it has whole sequences: the name of a function of Transformers."""
         self._attention = ContextAttention(hf_model, own)
         self._mesh, self._group, self._rank = mesh, mesh.get_group(), mesh.get_local_rank()
         self._accepts_position_ids = decoder.accepts_position_ids

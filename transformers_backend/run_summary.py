@@ -222,7 +222,7 @@ def _model_lines(model: HFTransformerModel) -> list[str]:
         f"embedding {decoder.embedding}, {len(decoder.layers)} layers at {', '.join(decoder.layer_lists)}, "
         f"norm {decoder.final_norm}, head {decoder.head} "
         f"({'tied to the embedding' if decoder.embedding_is_tied else 'untied'})",
-        f"attention {model.hf_model.config._attn_implementation}",
+        f"attention {_attention(model)}",
     ]
 
 
@@ -277,6 +277,11 @@ def _whose_parameters(model: HFTransformerModel) -> list[str]:
         return []
     stages = ", ".join(map(str, model.pipelined.plan.stages_of_rank(model.pipelined.rank)))
     return [f"of rank {model.pipelined.rank} of the pipeline (stage {stages})"]
+
+
+def _attention(model: HFTransformerModel) -> str | None:
+    """What attends, under the name that the user has for it."""
+    return model.hf_model.config._attn_implementation if model.context is None else model.context.own_attention
 
 
 def _shares_sequence(model: HFTransformerModel) -> bool:

@@ -75,6 +75,7 @@ def test_a_job_is_that_of_one_device(two: WorkerPool, folder: str, packing: str)
         assert flops == pytest.approx(expected_flops), "every token counts once"
     (table,) = _said(found_said, "the run:")
     assert "context     ring attention on 2 ranks" in table
+    assert "attention sdpa" in table
     (exported,) = Path(together.job.dump_folder).glob("**/step-3-hf")
     assert "context_parallel" not in (exported / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(exported).config._attn_implementation == "sdpa"

@@ -253,7 +253,7 @@ def test_all_problems_are_told_at_once():
     config = ParallelismConfig(
         data_parallel_replicate_degree=0,
         data_parallel_shard_degree=0,
-        context_parallel_degree=2,
+        context_parallel_degree=0,
         fsdp_reshard_after_forward="x",
     )
     assert len(config.problems()) == 4
