@@ -100,7 +100,7 @@ class ParallelismConfig:
     "model.norm", "lm_head"]]; it goes before the three keys above. [] means split by cost."""
 
     context_parallel_degree: int = 1
-    """Number of ranks that each sequence is split over. 1 means disabled; more is not available yet."""
+    """Number of ranks that each sequence is split over; twice as many must divide its length. 1 means disabled."""
 
     @classmethod
     def from_accelerate(cls, config: Any) -> ParallelismConfig:

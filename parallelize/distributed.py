@@ -83,7 +83,11 @@ def shutdown() -> None:
 def set_timeout(seconds: int, mesh: DeviceMesh | None) -> None:
     """Bound every further collective of the mesh's groups: a rank that is gone shows as an error on the others."""
     timeout = timedelta(seconds=seconds)
-    for group in [dist.group.WORLD, *(mesh.get_all_groups() if mesh is not None else ())]:
+    groups = [dist.group.WORLD]
+    if mesh is not None:
+        flattened = mesh._get_root_mesh()._flatten_mapping.values()  # what FSDP2 shards over with context parallelism
+        groups += [*mesh.get_all_groups(), *(flat.get_group() for flat in flattened)]
+    for group in groups:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 

@@ -10,7 +10,9 @@ be called with whole sequences.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,13 +21,25 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parallelize.context_parallel.masks import MaskRule
-from parallelize.context_parallel.ring import Ring, ring_attention
+from parallelize.context_parallel.operator import RingAddress, ring_attention_operator
+from parallelize.context_parallel.ring import Ring
 
 # What attention functions are given that says nothing about what attends to what.
 _WITHOUT_EFFECT = frozenset({
     "position_ids", "cache_position", "is_causal", "output_attentions", "output_hidden_states", "use_cache",
     "return_dict", "num_items_in_batch", "position_embeddings",
 })  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SharedMask:
+    """What layers get for a mask. It says all that attention needs to know, so that a layer which is recomputed later,
+    when another micro-batch has begun, is recomputed with its own documents."""
+
+    rule: MaskRule
+    address: RingAddress
+    documents: torch.Tensor | None
+    """The number of every token's document, (batch, seq); None where sequences are one document each."""
 
 
 class ContextAttention:
@@ -35,26 +49,32 @@ class ContextAttention:
         """Register under a name of its own and set it in the model's config. own: what the model attends with now."""
         self._own = own
         self._ring: Ring | None = None
-        self._documents: torch.Tensor | None = None
+        self.documents: torch.Tensor | None = None
+        """Of the next call of the model: the number of every token's, (batch, seq)."""
         self.name = f"context_parallel_{id(self)}"
         AttentionInterface.register(self.name, self._attend)
         AttentionMaskInterface.register(self.name, self._describe_mask)
         hf_model.set_attn_implementation(self.name)
 
+    @property
+    def is_sharing(self) -> bool:
+        return self._ring is not None
+
     @contextlib.contextmanager
-    def sharing(self, ring: Ring, documents: torch.Tensor | None) -> Iterator[None]:
-        """Within the block sequences lie on the ranks of `ring`. documents: number of every token's, (batch, seq)."""
-        self._ring, self._documents = ring, documents
+    def sharing(self, ring: Ring) -> Iterator[None]:
+        """Within the block sequences lie on the ranks of `ring`."""
+        self._ring = ring
         try:
             yield
         finally:
-            self._ring = self._documents = None
+            self._ring = self.documents = None
 
     def _describe_mask(self, *args, mask_function: Callable, attention_mask: torch.Tensor | None = None, **kwargs):
         if self._ring is None:
             usual = ALL_MASK_ATTENTION_FUNCTIONS[self._own]
             return usual(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
-        return describe_mask(mask_function, self._ring.layout.length)
+        rule = describe_mask(mask_function, self._ring.layout.length)
+        return SharedMask(rule, RingAddress.of(self._ring), self.documents)
 
     def _attend(
         self,
@@ -62,7 +82,7 @@ class ContextAttention:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: MaskRule | torch.Tensor | None,
+        attention_mask: SharedMask | torch.Tensor | None,
         scaling: float | None = None,
         dropout: float = 0.0,
         softcap: float | None = None,
@@ -73,10 +93,10 @@ class ContextAttention:
         if self._ring is None:
             options = {"softcap": softcap, "s_aux": s_aux, "sliding_window": sliding_window}
             given = {name: option for name, option in options.items() if option is not None}
-            usual = ALL_ATTENTION_FUNCTIONS[self._own]
+            usual = _attention_function(self._own, module)
             return usual(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **given, **kwargs)
         name = type(module).__name__
-        if not isinstance(attention_mask, MaskRule):
+        if not isinstance(attention_mask, SharedMask):
             raise ValueError(
                 f"{name} makes an attention mask of its own, which ranks that share a sequence cannot know"
             )
@@ -87,17 +107,24 @@ class ContextAttention:
         unknown = [name for name, item in kwargs.items() if item is not None and name not in _WITHOUT_EFFECT]
         if any(isinstance(kwargs[name], torch.Tensor) for name in unknown):
             raise ValueError(f"{name}: attention with {', '.join(unknown)} is not available with context parallelism")
-        out = ring_attention(
-            query, key, value, self._ring, attention_mask,
-            scale=scaling, softcap=softcap, sinks=s_aux, documents=self._documents,
+        out = ring_attention_operator(
+            query, key, value, attention_mask.address, attention_mask.rule,
+            scale=scaling, softcap=softcap, sinks=s_aux, documents=attention_mask.documents,
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
+
+
+def _attention_function(name: str, module: nn.Module) -> Callable:
+    """Transformers' function of that name; "eager" is in the file of every model, beside its attention modules."""
+    if name == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
 
 
 def describe_mask(mask_function: Callable, length: int) -> MaskRule:
     """What a mask function of Transformers, from (batch, head, query, key) places to bool, says of `length` tokens.
 
-    It is asked about pairs of tokens; a ValueError where the answers are those of no causal mask with a window or chunks.
+    It is asked about pairs of tokens; a ValueError where no causal mask with a window or chunks answers so.
     """
 
     def sees(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -121,7 +148,7 @@ def describe_mask(mask_function: Callable, length: int) -> MaskRule:
 
 
 def _pairs(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places of queries and keys to ask about: all of short sequences, else many at random and all near the diagonal."""
+    """Places of queries and keys to ask about: all of short sequences, else many at random and near the diagonal"""
     if length <= 128:
         places = torch.arange(length)
         return places.repeat_interleave(length), places.repeat(length)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig, backward_in_halves
 from parallelize.distributed import gather_objects
 from parallelize.tensor_parallel import TensorPlan
+from transformers_backend.context import SharedContext
 from transformers_backend.decoder import Decoder, drops_layers, has_dropout
 from transformers_backend.proof import why_not_compile
 from transformers_backend.tensor_plan import Recipe, make_plan
@@ -168,6 +169,7 @@ def without_wrong_compilation(
     attn_implementation: str | None,
     device: torch.device,
     tensor_parallelism: TensorParallelism | None,
+    context: SharedContext | None,
 ) -> CompileConfig:
     """`compile`, less "model" where the compiled layers of the twin do not compute what they should."""
     if not (compile.enable and "model" in compile.components):
@@ -175,6 +177,8 @@ def without_wrong_compilation(
     reason = _why_not_compile_forks(hf_model, tensor_parallelism) or why_not_compile(
         hf_model.config, type(hf_model), attn_implementation, compile.backend, device, activation_checkpoint
     )
+    if reason is None and context is not None:
+        reason = context.why_not_compile(compile.backend, activation_checkpoint)
     if reason is None:
         return compile
     logger.warning("Layers are not compiled: %s", reason)

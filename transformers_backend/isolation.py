@@ -26,13 +26,14 @@ LOGIT_TOLERANCE = 1e-5  # fp32; relative to the largest logit
 # Lengths of the documents in each row: one of a single token, one longer than the twin's attention windows.
 _ROWS = ((7, 1, 16), (11, 13))
 
-Way = Literal["positions", "mask", "joined rows"]
+Way = Literal["positions", "mask", "joined rows", "the ring"]
 
 
 @dataclass(frozen=True)
 class Isolation:
     way: Way | None
-    """What keeps documents apart: their positions, a mask of ours, or bounds in one joined row. None: nothing does."""
+    """What keeps documents apart: their positions, a mask of ours, bounds in one joined row, or, where ranks share
+    sequences, the attention over them. None: nothing does."""
     reason: str | None = None
     """Why nothing does, with the first difference that was found."""
 

@@ -167,7 +167,7 @@ class HFTransformerModel:
         split = choose_tensor_parallelism(self.hf_model, self.decoder, attention, self.mesh["tp"], parallelism)
         check_recomputation(self.hf_model.config, self.model_class, attention, activation_checkpoint)
         compile = without_wrong_compilation(
-            compile, activation_checkpoint, self.hf_model, attention, self.device, split
+            compile, activation_checkpoint, self.hf_model, attention, self.device, split, self.context
         )
         self.tensor_parallelism = split
         if pipeline_plan is not None:
@@ -289,7 +289,7 @@ class HFTransformerModel:
         # A batch without a single target has loss 0 and no gradient, rather than 0 / 0.
         targets = torch.as_tensor(num_items_in_batch, device=self.device).clamp(min=1)
         batch = self._batch(input_ids, labels, position_ids)
-        with self.computing(), self._sharing(batch):
+        with self.computing(), self._sharing():
             if self.pipelined is not None:
                 loss = self.pipelined.forward_backward(batch, targets)
             else:
@@ -306,13 +306,13 @@ class HFTransformerModel:
         self._make_ready()
         self._check(input_ids, labels, position_ids)
         batch = self._batch(input_ids, labels, position_ids)
-        with evaluation_mode(self.hf_model), self.computing(), self._sharing(batch):
+        with evaluation_mode(self.hf_model), self.computing(), self._sharing():
             loss = self._sum_loss(**batch) if self.pipelined is None else self.pipelined.sum_loss(batch)
         reshard(self.hf_model)
         return sum_over(loss, self._loss_meshes), self.count_targets(labels)
 
-    def _sharing(self, batch: dict[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.context is None else self.context.sharing(batch)
+    def _sharing(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.context is None else self.context.sharing()
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """The context in which `hf_model` computes in the `param_dtype` of `.parallelize`, forward and backward."""
@@ -338,10 +338,18 @@ class HFTransformerModel:
         inputs = self._inputs(**batch)
         return self.hf_model(**inputs, targets=targets.view_as(inputs["input_ids"]))
 
-    def _inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> dict:
-        """What the model is called with for tokens, and positions where there are some, both (batch, seq)."""
+    def _inputs(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+    ) -> dict:
+        """What the model is called with for tokens, and positions where there are some, both (batch, seq).
+
+        documents: (batch, seq) of whole sequences, where ranks share them and have parts of the others.
+        """
         if self.context is not None:
-            return self.context.inputs(input_ids, position_ids)
+            return self.context.inputs(input_ids, position_ids, documents)
         if position_ids is None:
             return {"input_ids": input_ids}
         if self._isolation is None and not self.decoder.accepts_position_ids:
@@ -359,8 +367,17 @@ class HFTransformerModel:
         """Say that `position_ids` which restart mark packed documents, and find how attention stays within each.
 
         From then on every `position_ids` is read so. Returns the way that was found, or the reason why documents of
-        one row see each other here; such a model trains all the same.
+        one row see each other here; such a model trains all the same, except where ranks share sequences, which
+        raises a ValueError.
         """
+        if self._isolation is None and self.context is not None:
+            reason = self.context.why_documents_mix()
+            if reason is not None:
+                raise ValueError(
+                    f"{self.model_class.__name__} does not keep packed documents apart where ranks share its sequences "
+                    f'({reason}). Set training.packing = "concat", or parallelism.context_parallel_degree = 1.'
+                )
+            self._isolation = Isolation("the ring")
         if self._isolation is None:
             self._isolation = find_isolation(self.hf_model.config, self.model_class, self._attention)
         return self._isolation
@@ -379,9 +396,12 @@ class HFTransformerModel:
     @property
     def dropout_rank(self) -> int:
         """What seeds of this rank's random numbers in training are to differ by: they are other ones for other data and
-        in other stages, whose layers drop different things, and the same on tensor-parallel ranks."""
-        stage = 0 if self.mesh is None else self.mesh.get_local_rank("pp")
-        return stage * self.dims.data_parallel_size + self.data_rank
+        in other stages, whose layers drop different things, and for other parts of a sequence, and the same on
+        tensor-parallel ranks."""
+        if self.mesh is None:
+            return 0
+        place = self.mesh.get_local_rank("pp") * self.dims.cp + self.mesh.get_local_rank("cp")
+        return place * self.dims.data_parallel_size + self.data_rank
 
     @property
     def vocabulary_size(self) -> int:

@@ -177,7 +177,7 @@ def why_not_compile(
     """Compile the twin's layers, recomputation included, on `device`; returns why they are wrong then, or None."""
 
     def change(layers: list[nn.Module]) -> None:
-        _recompute(layers, activation_checkpoint or ActivationCheckpointConfig())
+        recompute(layers, activation_checkpoint or ActivationCheckpointConfig())
         apply_compile(layers, backend=backend)
 
     try:
@@ -204,7 +204,7 @@ def check_recomputation(
         return
     option = str(activation_checkpoint.selective_ac_option)
     reason = _difference_after(
-        lambda layers: _recompute(layers, activation_checkpoint),
+        lambda layers: recompute(layers, activation_checkpoint),
         hf_config, model_class, attn_implementation, torch.device("cpu"),
     )  # fmt: skip
     if reason is not None:
@@ -215,7 +215,8 @@ def check_recomputation(
         )
 
 
-def _recompute(layers: list[nn.Module], activation_checkpoint: ActivationCheckpointConfig) -> None:
+def recompute(layers: list[nn.Module], activation_checkpoint: ActivationCheckpointConfig) -> None:
+    """Make layers recompute their activations in the backward, in place."""
     apply_activation_checkpointing(
         layers,
         mode=activation_checkpoint.mode,

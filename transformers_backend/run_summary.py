@@ -59,6 +59,7 @@ def describe_run(
         ("run", _run_lines(config)),
         ("model", _model_lines(model)),
         ("mesh", _mesh_lines(config, model, computes_in)),
+        ("context", [] if model.context is None else [model.context.describe()]),
         ("pipeline", _pipeline_lines(config, model)),
         ("plan", _plan_lines(model)),
         ("parameters", [*_whose_parameters(model), *parameter_table(model)]),
@@ -99,7 +100,7 @@ def estimate_run_memory(
         reshards=reshards_after_forward(config.parallelism),
         recompute=_recompute(config.activation_checkpoint),
         batch_size=rows,
-        seq_len=config.training.seq_len,
+        seq_len=config.training.seq_len // model.dims.cp,
         loss_is_chunked=model.loss_is_chunked,
         accumulates=accumulates,
         offloaded=config.training.enable_cpu_offload and model.device.type != "cpu",
@@ -221,7 +222,7 @@ def _model_lines(model: HFTransformerModel) -> list[str]:
         f"embedding {decoder.embedding}, {len(decoder.layers)} layers at {', '.join(decoder.layer_lists)}, "
         f"norm {decoder.final_norm}, head {decoder.head} "
         f"({'tied to the embedding' if decoder.embedding_is_tied else 'untied'})",
-        f"attention {model.hf_model.config._attn_implementation}",
+        f"attention {_attention(model)}",
     ]
 
 
@@ -276,6 +277,11 @@ def _whose_parameters(model: HFTransformerModel) -> list[str]:
         return []
     stages = ", ".join(map(str, model.pipelined.plan.stages_of_rank(model.pipelined.rank)))
     return [f"of rank {model.pipelined.rank} of the pipeline (stage {stages})"]
+
+
+def _attention(model: HFTransformerModel) -> str | None:
+    """What attends, under the name that the user has for it."""
+    return model.hf_model.config._attn_implementation if model.context is None else model.context.own_attention
 
 
 def _shares_sequence(model: HFTransformerModel) -> bool:

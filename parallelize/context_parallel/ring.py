@@ -63,48 +63,63 @@ def ring_attention(
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, sinks, documents, ring, rule, scale, softcap):
-        out = query.new_zeros((*query.shape[:-1], value.shape[-1]), dtype=torch.float32)
-        log_sum = query.new_full(query.shape[:-1], -math.inf, dtype=torch.float32)
-        for source, keys, values in _visits(ring, rule, key, value):
-            for mine, number, mask in _blocks(ring, rule, documents, source, keys):
-                block = ring.blocks.forward(
-                    query[:, :, mine].contiguous(), keys[number], values[number], mask, scale=scale, softcap=softcap
-                )
-                _merge(out[:, :, mine], log_sum[:, :, mine], *block)
-        if sinks is not None:
-            total = torch.logaddexp(log_sum, sinks.float()[None, :, None])
-            out *= (log_sum - total).exp()[..., None]
-            log_sum = total
-        out = out.to(query.dtype)
+        out, log_sum = forward_of_ring(query, key, value, sinks, documents, ring, rule, scale, softcap)
         ctx.save_for_backward(query, key, value, sinks, documents, out, log_sum)
-        ctx.ring, ctx.rule, ctx.options = ring, rule, {"scale": scale, "softcap": softcap}
+        ctx.options = ring, rule, scale, softcap
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        query, key, value, sinks, documents, out, log_sum = ctx.saved_tensors
-        ring, rule = ctx.ring, ctx.rule
-        grad_out = grad_out.contiguous()
-        grad_query = torch.zeros_like(query, dtype=torch.float32)
-        homecoming = _Homecoming(ring, rule, key, value)
-        for source, keys, values in _visits(ring, rule, key, value):
-            grads = {number: _zeros_like(keys[number], values[number]) for number in keys}
-            for mine, number, mask in _blocks(ring, rule, documents, source, keys):
-                pieces = (tensor[:, :, mine].contiguous() for tensor in (grad_out, query, out, log_sum))
-                piece_grad, piece_query, piece_out, piece_sum = pieces
-                found = ring.blocks.backward(
-                    piece_grad, piece_query, keys[number], values[number], piece_out, piece_sum, mask, **ctx.options
-                )
-                grad_query[:, :, mine] += found[0]
-                for total, part in zip(grads[number], found[1:], strict=True):
-                    total += part
-            homecoming.send(source, grads)
-        grad_key, grad_value = homecoming.collect()
-        grad_sinks = None
-        if sinks is not None and ctx.needs_input_grad[3]:
-            weights = (sinks.float()[None, :, None] - log_sum).exp()
-            grad_sinks = -(weights * (grad_out.float() * out.float()).sum(-1)).sum((0, 2)).to(sinks.dtype)
-        return grad_query.to(query.dtype), grad_key, grad_value, grad_sinks, None, None, None, None, None
+        found = backward_of_ring(grad_out, *ctx.saved_tensors, *ctx.options)
+        return *found, None, None, None, None, None
+
+
+def forward_of_ring(
+    query, key, value, sinks, documents, ring: Ring, rule: MaskRule, scale: float, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ring_attention` without its gradients; and the log-sum-exp of all scores, fp32 (batch, heads, local)."""
+    out = query.new_zeros((*query.shape[:-1], value.shape[-1]), dtype=torch.float32)
+    log_sum = query.new_full(query.shape[:-1], -math.inf, dtype=torch.float32)
+    for source, keys, values in _visits(ring, rule, key, value):
+        for mine, number, mask in _blocks(ring, rule, documents, source, keys):
+            block = ring.blocks.forward(
+                query[:, :, mine].contiguous(), keys[number], values[number], mask, scale=scale, softcap=softcap
+            )
+            _merge(out[:, :, mine], log_sum[:, :, mine], *block)
+    if sinks is not None:
+        total = torch.logaddexp(log_sum, sinks.float()[None, :, None])
+        out *= (log_sum - total).exp()[..., None]
+        log_sum = total
+    return out.to(query.dtype), log_sum
+
+
+def backward_of_ring(
+    grad_out, query, key, value, sinks, documents, out, log_sum,
+    ring: Ring, rule: MaskRule, scale: float, softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Gradients of query, key, value and sinks, in their dtypes, from what `forward_of_ring` returned."""
+    grad_out = grad_out.contiguous()
+    grad_query = torch.zeros_like(query, dtype=torch.float32)
+    homecoming = _Homecoming(ring, rule, key, value)
+    for source, keys, values in _visits(ring, rule, key, value):
+        grads = {number: _zeros_like(keys[number], values[number]) for number in keys}
+        for mine, number, mask in _blocks(ring, rule, documents, source, keys):
+            pieces = (tensor[:, :, mine].contiguous() for tensor in (grad_out, query, out, log_sum))
+            piece_grad, piece_query, piece_out, piece_sum = pieces
+            found = ring.blocks.backward(
+                piece_grad, piece_query, keys[number], values[number], piece_out, piece_sum, mask,
+                scale=scale, softcap=softcap,
+            )  # fmt: skip
+            grad_query[:, :, mine] += found[0]
+            for total, part in zip(grads[number], found[1:], strict=True):
+                total += part
+        homecoming.send(source, grads)
+    grad_key, grad_value = homecoming.collect()
+    grad_sinks = None
+    if sinks is not None:
+        weights = (sinks.float()[None, :, None] - log_sum).exp()
+        grad_sinks = -(weights * (grad_out.float() * out.float()).sum(-1)).sum((0, 2)).to(sinks.dtype)
+    return grad_query.to(query.dtype), grad_key, grad_value, grad_sinks
 
 
 def _merge(out: torch.Tensor, log_sum: torch.Tensor, block_out: torch.Tensor, block_sum: torch.Tensor) -> None:

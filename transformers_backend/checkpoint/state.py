@@ -3,12 +3,14 @@
 Keys: `model` and `optimizer` by Hugging Face parameter name (sharded tensors, which torch.distributed.checkpoint lays
 out anew for any mesh; fused ones in Transformers' order, see `planners.py`), `schedulers` and `data_rank_N` as JSON,
 `random_rank_N`, `step`. N is a data rank: ranks that differ only in tensor parallelism have the same position and the
-same random state, which is saved once. Stages of a pipeline draw different random numbers, so that there the key is
-`random_rank_N_pipeline_P`. Each rank of a pipeline saves what it has of the rest; what several have is written once.
+same random state, which is saved once. Stages of a pipeline draw different random numbers, and so do ranks that share
+sequences, so that there the keys are `random_rank_N_pipeline_P`, `random_rank_N_context_C`, or with both at the end.
+Each rank of a pipeline saves what it has of the rest; what several have is written once.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -46,18 +48,23 @@ def _once(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def random_key(model: HFTransformerModel) -> str:
     """Under which this rank's random state is saved."""
-    return _random_key(model, model.data_rank, 0 if model.pipelined is None else model.pipelined.rank)
+    stage = 0 if model.pipelined is None else model.pipelined.rank
+    part = 0 if model.mesh is None else model.mesh.get_local_rank("cp")
+    return _random_key(model, model.data_rank, stage, part)
 
 
 def random_keys(model: HFTransformerModel) -> set[str]:
     """Those of all ranks."""
     dims = model.dims
-    return {_random_key(model, data, stage) for data in range(dims.data_parallel_size) for stage in range(dims.pp)}
+    places = itertools.product(range(dims.data_parallel_size), range(dims.pp), range(dims.cp))
+    return {_random_key(model, *place) for place in places}
 
 
-def _random_key(model: HFTransformerModel, data_rank: int, pipeline_rank: int) -> str:
+def _random_key(model: HFTransformerModel, data_rank: int, pipeline_rank: int, context_rank: int) -> str:
     key = f"{RANDOM_KEY}{data_rank}"
-    return key if model.dims.pp == 1 else f"{key}_pipeline_{pipeline_rank}"
+    if model.dims.pp > 1:
+        key += f"_pipeline_{pipeline_rank}"
+    return key if model.dims.cp == 1 else f"{key}_context_{context_rank}"
 
 
 def find_packings(model: HFTransformerModel, state: dict[str, Any]) -> dict[str, Packing]:

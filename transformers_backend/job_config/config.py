@@ -18,6 +18,7 @@ from parallelize.config import (
     check,
     zero_bubble_problems,
 )
+from parallelize.context_parallel.layout import sequence_length_problems
 from parallelize.pipeline_parallel.schedules import batch_problems, model_part_problems
 from transformers_backend.job_config.data_sections import held_out_problems
 from transformers_backend.job_config.run_sections import Comm, Debug, Metrics, Profiling
@@ -106,6 +107,8 @@ def find_problems(config: JobConfig, world_size: int | None = None) -> list[str]
         found += zero_bubble_problems(config.parallelism, config.compile, config.activation_checkpoint)
     if {"parallelism", "training"} <= sound:
         found += _pipeline_problems(config)
+    if {"parallelism", "training", "validation"} <= sound:
+        found += _context_problems(config)
     if {"training", "validation"} <= sound and config.validation.enable:
         found += held_out_problems("validation", config.validation, config.training.sources or [config.training])
     if {"hf_transformers", "model"} <= sound:
@@ -148,6 +151,15 @@ def _pipeline_problems(config: JobConfig) -> list[str]:
     if parts and not csv:
         found += model_part_problems(schedule, pp, len(parts))
     return found
+
+
+def _context_problems(config: JobConfig) -> list[str]:
+    degree, lengths = config.parallelism.context_parallel_degree, {"training.seq_len": config.training.seq_len}
+    if degree == 1:
+        return []
+    if config.validation.enable and config.validation.seq_len:
+        lengths["validation.seq_len"] = config.validation.seq_len
+    return [text for key, length in lengths.items() for text in sequence_length_problems(key, length, degree)]
 
 
 def _mesh_problems(parallelism: ParallelismConfig, world_size: int) -> list[str]:

@@ -1,0 +1,218 @@
+"""Shared sequences together with everything else, against plain Transformers.
+
+The reference is the same model of Transformers in one process, on whole sequences, each document alone. Two steps of
+two accumulated batches each are compared: losses, every gradient, norms and the weights afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from unittest import mock
+
+import pytest
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
+from parallelize.context_parallel import operator
+from parallelize.mixed_precision import parameters_cast_to
+from parallelize.parallel_dims import ParallelDims
+from tests.distributed.workers import Messages, WorkerPool
+from transformers_backend import HFTransformerModel
+from transformers_backend.proof import relative_errors
+
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "intermediate_size": 48, "vocab_size": 98, "bos_token_id": 1, "eos_token_id": 1}  # fmt: skip
+_LENGTH = 16
+_DOCUMENTS = ((5, 1, 10), (16,), (9, 7), (2, 14))  # lengths in each row
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is put together. parallelism: fields of a ParallelismConfig."""
+
+    parallelism: dict = field(default_factory=dict)
+    packed: bool = False
+    param_dtype: torch.dtype | None = None
+    cpu_offload: bool = False
+    recompute: str = "none"
+    """ "none", "full", or what selective_ac_option is."""
+    compile: bool = False
+    tied: bool = True
+    tolerance: float = 1e-4
+
+    def __str__(self) -> str:
+        named = ("packed", "cpu_offload", "compile", "tied")
+        parallelism = " ".join(str(value) for value in self.parallelism.items())
+        words = [parallelism, f"recompute {self.recompute}", *(name for name in named if getattr(self, name))]
+        return " ".join([*words, *(["bfloat16"] if self.param_dtype else [])])
+
+
+def _build(tied: bool = True) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **_SIZES, tie_word_embeddings=tied))
+
+
+@functools.cache
+def _mesh(dims: ParallelDims) -> DeviceMesh:
+    """In a worker, once: process groups take a while to start."""
+    return dims.build_mesh("cpu")
+
+
+def _batch(seed: int, data_ranks: int, packed: bool) -> dict[str, torch.Tensor]:
+    """Four rows for each data rank; one has no target, and the others have unlike numbers."""
+    tokens = torch.randint(2, 98, (4 * data_ranks, _LENGTH), generator=torch.Generator().manual_seed(seed))
+    batch = {"input_ids": tokens, "labels": tokens.clone()}
+    batch["labels"][0] = -100
+    batch["labels"][1, :6] = -100
+    if packed:
+        positions = torch.stack([torch.cat([torch.arange(size) for size in row]) for row in _DOCUMENTS])
+        batch["position_ids"] = positions.repeat(data_ranks, 1)
+        batch["labels"][batch["position_ids"] == 0] = -100
+    return batch
+
+
+def _parallelized(case: Case) -> HFTransformerModel:
+    parallelism = ParallelismConfig(**{"context_parallel_degree": 2, **case.parallelism})
+    if case.recompute in ("none", "full"):
+        recompute = ActivationCheckpointConfig(mode=case.recompute)
+    else:
+        recompute = ActivationCheckpointConfig(mode="selective", selective_ac_option=case.recompute)
+    model = HFTransformerModel.wrap(_build(case.tied)).parallelize(
+        parallelism,
+        activation_checkpoint=recompute,
+        compile=CompileConfig(enable=case.compile, components=["model"], backend="aot_eager"),
+        param_dtype=case.param_dtype,
+        cpu_offload=case.cpu_offload,
+        mesh=_mesh(ParallelDims.resolve(parallelism, torch.distributed.get_world_size())),
+    )
+    if case.packed:
+        assert model.isolate_documents().way == "the ring"
+    return model
+
+
+def _plain_step(plain: PreTrainedModel, batches: list[dict], case: Case) -> torch.Tensor:
+    """Gradients of all batches, a document at a time, and the loss."""
+    targets = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    total = torch.zeros(())
+    for batch in batches:
+        for row, (tokens, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+            sizes = _DOCUMENTS[row % 4] if case.packed else (_LENGTH,)
+            for part, wanted in zip(tokens.split(sizes), labels.split(sizes), strict=True):
+                with parameters_cast_to(plain, case.param_dtype):
+                    logits = plain(input_ids=part[None], use_cache=False).logits[0, :-1].float()
+                    value = torch.nn.functional.cross_entropy(logits, wanted[1:], reduction="sum") / targets
+                    value.backward()
+                total += value.detach()
+    return total
+
+
+def _compare(case: Case) -> None:
+    with Messages("transformers_backend.decisions") as messages:
+        model = _parallelized(case)
+    assert not messages.texts, "layers are compiled where that is asked for"
+    plain, data_ranks = _build(case.tied), model.dims.data_parallel_size
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (plain, model.hf_model)]
+    for step in range(2):
+        batches = [_batch(2 * step + number, data_ranks, case.packed) for number in range(2)]
+        expected = _plain_step(plain, batches, case)
+        own = [{name: t.chunk(data_ranks)[model.data_rank] for name, t in batch.items()} for batch in batches]
+        targets = sum(model.count_targets(batch["labels"]) for batch in own)
+        found = sum(model.forward_backward(**batch, num_items_in_batch=targets) for batch in own)
+        torch.testing.assert_close(found, expected, rtol=case.tolerance, atol=0)
+        gradients = {name: p.grad for name, p in plain.named_parameters()}
+        errors = relative_errors(gradients, model.full_gradients())
+        worst = max(errors, key=errors.get)
+        assert errors[worst] <= case.tolerance, f"step {step}: {worst} {errors[worst]:.1e}, all {errors}"
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        torch.testing.assert_close(model.clip_grad_norm_(0.5), norm, rtol=case.tolerance, atol=0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    with torch.no_grad():
+        expected = _plain_loss(plain, _batch(9, data_ranks, case.packed), case)
+    own = {name: t.chunk(data_ranks)[model.data_rank] for name, t in _batch(9, data_ranks, case.packed).items()}
+    found, targets = model.evaluate(**own)
+    torch.testing.assert_close(found / targets, expected, rtol=case.tolerance, atol=0)
+
+
+def _plain_loss(plain: PreTrainedModel, batch: dict, case: Case) -> torch.Tensor:
+    with mock.patch.object(torch.Tensor, "backward"):
+        return _plain_step(plain, [batch], case)
+
+
+_SHARDED, _REPLICATED = {"data_parallel_shard_degree": 2}, {"data_parallel_replicate_degree": 2}
+_TENSOR, _PIPELINE = {"tensor_parallel_degree": 2}, {"pipeline_parallel_degree": 2}
+_BFLOAT16 = {"param_dtype": torch.bfloat16, "tolerance": 3e-2}
+
+
+def _schedule(name: str) -> dict:
+    return {**_PIPELINE, "pipeline_parallel_schedule": name}
+
+
+ON_TWO = [
+    Case(packed=True),
+    *(Case(recompute=recompute, packed=recompute == "full") for recompute in ("full", "2", "op")),
+    Case(compile=True, packed=True, recompute="op"),
+    Case(cpu_offload=True, **_BFLOAT16),
+]
+ON_FOUR = [
+    Case({"context_parallel_degree": 4}, packed=True),
+    Case(_SHARDED, packed=True, recompute="op"),
+    Case({**_REPLICATED, "data_parallel_shard_degree": 1}, **_BFLOAT16),
+    Case(_TENSOR, packed=True, recompute="full"),
+    Case(_TENSOR, compile=True),
+    Case({**_TENSOR, "sequence_parallel": "never"}, tied=False),
+    Case(_schedule("1F1B"), packed=True, recompute="full"),
+    Case(_schedule("ZBVZeroBubble"), packed=True, tied=False),
+    Case(_schedule("Interleaved1F1B"), packed=True, recompute="op", **_BFLOAT16),
+]
+
+
+@pytest.mark.parametrize("case", ON_TWO, ids=str)
+def test_on_two_ranks(two: WorkerPool, case: Case):
+    two.run(_compare, case)
+
+
+@pytest.mark.parametrize("case", ON_FOUR, ids=str)
+def test_on_four_ranks(four: WorkerPool, case: Case):
+    four.run(_compare, case)
+
+
+def _count_forwards(recompute: str) -> tuple[int, int]:
+    model = _parallelized(Case(recompute=recompute))
+    calls = []
+    kept = operator.forward_of_ring
+    with mock.patch.object(operator, "forward_of_ring", lambda *a: calls.append(None) or kept(*a)):
+        batch = _batch(0, 1, packed=False)
+        model.forward_backward(**batch)
+    return len(calls)
+
+
+def test_recomputation_by_operator_keeps_attention(two: WorkerPool):
+    assert two.run(_count_forwards, "op") == [4, 4]
+    assert two.run(_count_forwards, "full") == [8, 8], "which shows that the count would tell"
+
+
+def _whole_sequences(attn_implementation: str) -> None:
+    """Outside of training a model attends as it did before: what samples and generates gives it whole sequences."""
+    plain = _build().eval()
+    plain.set_attn_implementation(attn_implementation)
+    model = _build()
+    model.set_attn_implementation(attn_implementation)
+    model = HFTransformerModel.wrap(model).parallelize(
+        ParallelismConfig(context_parallel_degree=2),
+        mesh=_mesh(ParallelDims(pp=1, dp_replicate=1, dp_shard=1, cp=2, tp=1)),
+    )
+    model.evaluate(**_batch(0, 1, packed=False))
+    tokens = _batch(0, 1, packed=False)["input_ids"][:, :5]  # of a length that could not be shared
+    model.hf_model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model.hf_model(input_ids=tokens).logits, plain(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_whole_sequences_are_computed_as_ever(two: WorkerPool, attn_implementation: str):
+    two.run(_whole_sequences, attn_implementation)
