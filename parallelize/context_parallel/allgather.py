@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 
 from parallelize.context_parallel.blockwise import Blockwise, Gradients, Visit
 from parallelize.context_parallel.masks import MaskRule
 from parallelize.context_parallel.merge import sinks_gradient
 from parallelize.context_parallel.ring import Ring
+
+_collectives = torch.ops._c10d_functional
 
 
 def allgather_attention(
@@ -67,9 +68,8 @@ class _AllGatherAttention(torch.autograd.Function):
         grad_query = ctx.blockwise.backward(grad_out, query, out, log_sum, visits, documents, found)
         grads = []
         for total, like in zip(totals, (key, value), strict=True):
-            own = torch.empty(like.shape, dtype=torch.float32, device=like.device)
-            dist.reduce_scatter_tensor(own, total.flatten(0, 1), group=ctx.ring.group)
-            grads.append(own.to(like.dtype))
+            own = _collectives.reduce_scatter_tensor(total.flatten(0, 1), "sum", degree, ctx.ring.group.group_name)
+            grads.append(_collectives.wait_tensor(own).to(like.dtype))
         grad_sinks = sinks_gradient(sinks, log_sum, grad_out, out) if ctx.needs_input_grad[3] else None
         return grad_query, *grads, grad_sinks, None, None, None, None, None
 
@@ -84,6 +84,6 @@ def _gathered(ring: Ring, blockwise: Blockwise, key: torch.Tensor, value: torch.
 
 def _gather(tensor: torch.Tensor, ring: Ring) -> torch.Tensor:
     """(degree, *shape), from all ranks in their order."""
-    gathered = tensor.new_empty((ring.layout.degree * tensor.shape[0], *tensor.shape[1:]))
-    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=ring.group)
-    return gathered.unflatten(0, (ring.layout.degree, -1))
+    degree = ring.layout.degree
+    gathered = _collectives.all_gather_into_tensor(tensor.contiguous(), degree, ring.group.group_name)
+    return _collectives.wait_tensor(gathered).unflatten(0, (degree, -1))
