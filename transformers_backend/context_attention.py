@@ -2,9 +2,9 @@
 
 Transformers lets a model's attention and its masks be functions of one's own (AttentionInterface and
 AttentionMaskInterface). The mask function here returns no tensor of (seq, seq) but says what the mask is (`MaskRule`),
-found by asking Transformers' own function about pairs of tokens; the attention function runs the ring
-(`parallelize/context_parallel/ring.py`). Outside `sharing` both are the ones that the model had before, so that it can
-be called with whole sequences.
+found by asking Transformers' own function about pairs of tokens; the attention function runs the ring or another
+method (`parallelize/context_parallel/operator.py`). Outside `sharing` both are the ones that the model had before, so
+that it can be called with whole sequences.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parallelize.context_parallel.masks import MaskRule
-from parallelize.context_parallel.operator import RingAddress, ring_attention_operator
+from parallelize.context_parallel.operator import RingAddress, attention_operator
 from parallelize.context_parallel.ring import Ring
 
 # What attention functions are given that says nothing about what attends to what.
@@ -51,6 +51,8 @@ class ContextAttention:
         self._ring: Ring | None = None
         self.documents: torch.Tensor | None = None
         """Of the next call of the model: the number of every token's, (batch, seq)."""
+        self.masks_made = 0
+        """How often the model has asked for a mask of shared sequences."""
         self.name = f"context_parallel_{id(self)}"
         AttentionInterface.register(self.name, self._attend)
         AttentionMaskInterface.register(self.name, self._describe_mask)
@@ -73,6 +75,7 @@ class ContextAttention:
         if self._ring is None:
             usual = ALL_MASK_ATTENTION_FUNCTIONS[self._own]
             return usual(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+        self.masks_made += 1
         rule = describe_mask(mask_function, self._ring.layout.length)
         return SharedMask(rule, RingAddress.of(self._ring), self.documents)
 
@@ -107,7 +110,7 @@ class ContextAttention:
         unknown = [name for name, item in kwargs.items() if item is not None and name not in _WITHOUT_EFFECT]
         if any(isinstance(kwargs[name], torch.Tensor) for name in unknown):
             raise ValueError(f"{name}: attention with {', '.join(unknown)} is not available with context parallelism")
-        out = ring_attention_operator(
+        out = attention_operator(
             query, key, value, attention_mask.address, attention_mask.rule,
             scale=scaling, softcap=softcap, sinks=s_aux, documents=attention_mask.documents,
         )  # fmt: skip

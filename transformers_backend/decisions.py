@@ -18,6 +18,7 @@ from parallelize.config import ActivationCheckpointConfig, CompileConfig, Parall
 from parallelize.distributed import gather_objects
 from parallelize.tensor_parallel import TensorPlan
 from transformers_backend.context import SharedContext
+from transformers_backend.context_proof import ContextProof
 from transformers_backend.decoder import Decoder, drops_layers, has_dropout
 from transformers_backend.proof import why_not_compile
 from transformers_backend.tensor_plan import Recipe, make_plan
@@ -178,7 +179,8 @@ def without_wrong_compilation(
         hf_model.config, type(hf_model), attn_implementation, compile.backend, device, activation_checkpoint
     )
     if reason is None and context is not None:
-        reason = context.why_not_compile(compile.backend, activation_checkpoint)
+        proof = ContextProof.again(hf_model.config, type(hf_model), context)
+        reason = proof.why_not_compile(compile.backend, activation_checkpoint)
     if reason is None:
         return compile
     logger.warning("Layers are not compiled: %s", reason)

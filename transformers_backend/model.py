@@ -37,6 +37,7 @@ from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
 from transformers_backend.batch_checks import check_same_batch, check_shapes
 from transformers_backend.context import SharedContext
+from transformers_backend.context_proof import ContextProof, choose_context
 from transformers_backend.decisions import (
     TensorParallelism,
     check_every_layer_runs,
@@ -162,8 +163,8 @@ class HFTransformerModel:
             check_same_weights(self.hf_model)
         attention = proven_attention(self.model_args.attn_implementation)
         pipeline_plan = plan_pipeline(self.hf_model, self.decoder, attention, parallelism, seq_len)
-        if self.dims.cp > 1:
-            self.context = SharedContext(self.hf_model, self.decoder, self.mesh["cp"])
+        compute_dtype = param_dtype or self.hf_model.dtype
+        self.context = choose_context(self.hf_model, self.mesh["cp"], parallelism, compute_dtype)
         split = choose_tensor_parallelism(self.hf_model, self.decoder, attention, self.mesh["tp"], parallelism)
         check_recomputation(self.hf_model.config, self.model_class, attention, activation_checkpoint)
         compile = without_wrong_compilation(
@@ -198,7 +199,7 @@ class HFTransformerModel:
             self.pipelined.start(
                 self._inputs,
                 device=self.device,
-                compute_dtype=param_dtype or self.hf_model.dtype,
+                compute_dtype=compute_dtype,
                 sequence_parallel_degree=self.dims.tp if split is not None and split.sequence_parallel else 1,
             )
         if split is not None:
@@ -371,7 +372,7 @@ class HFTransformerModel:
         raises a ValueError.
         """
         if self._isolation is None and self.context is not None:
-            reason = self.context.why_documents_mix()
+            reason = ContextProof.again(self.hf_model.config, self.model_class, self.context).why_documents_mix()
             if reason is not None:
                 raise ValueError(
                     f"{self.model_class.__name__} does not keep packed documents apart where ranks share its sequences "

@@ -1,7 +1,8 @@
-"""Ring attention as one operator of PyTorch, for what looks at operators: the compiler, which must not look inside one
-that communicates, and per-operator recomputation, which keeps its result rather than to communicate again.
+"""Attention over ranks (`methods.py`) as one operator of PyTorch, for what looks at operators: the compiler, which must
+not look inside one that communicates, and per-operator recomputation, which keeps its result rather than to communicate
+again.
 
-An operator takes tensors, numbers and strings only, so that a ring is told by `RingAddress`.
+An operator takes tensors, numbers and strings only, so that ranks and method are told by `RingAddress`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from parallelize.context_parallel.blocks import BlockAttention, CpuFlashBlocks, ReferenceBlocks
+from parallelize.context_parallel.kernels import BLOCKS
 from parallelize.context_parallel.layout import SequenceLayout
 from parallelize.context_parallel.masks import MaskRule
-from parallelize.context_parallel.ring import Ring, backward_of_ring, forward_of_ring
-
-_BLOCKS: dict[str, BlockAttention] = {blocks.name: blocks for blocks in (ReferenceBlocks(), CpuFlashBlocks())}
+from parallelize.context_parallel.methods import METHODS
+from parallelize.context_parallel.ring import Ring
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class RingAddress:
     """A `Ring` in strings and numbers."""
 
     group_name: str
+    method: str
     length: int
     degree: int
     is_zigzag: bool
@@ -32,16 +33,16 @@ class RingAddress:
 
     @classmethod
     def of(cls, ring: Ring) -> RingAddress:
-        assert ring.blocks.name in _BLOCKS
+        assert ring.blocks.name in BLOCKS
         layout = ring.layout
-        return cls(ring.group.group_name, layout.length, layout.degree, layout.is_zigzag, ring.blocks.name)
+        return cls(ring.group.group_name, ring.method, layout.length, layout.degree, layout.is_zigzag, ring.blocks.name)
 
     def find(self) -> Ring:
         layout = SequenceLayout(self.length, self.degree, self.is_zigzag)
-        return Ring(_resolve_process_group(self.group_name), layout, _BLOCKS[self.blocks])
+        return Ring(_resolve_process_group(self.group_name), layout, BLOCKS[self.blocks], self.method)
 
 
-def ring_attention_operator(
+def attention_operator(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -53,42 +54,45 @@ def ring_attention_operator(
     sinks: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What `ring.ring_attention` computes, with a ring by its address."""
+    """What `methods.shared_attention` computes, with a ring by its address."""
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     out, _ = _attend(
-        query, key, value, sinks, documents, address.group_name, address.length, address.degree, address.is_zigzag,
-        address.blocks, rule.window, rule.chunk, scale, softcap,
+        query, key, value, sinks, documents, address.group_name, address.method, address.length, address.degree,
+        address.is_zigzag, address.blocks, rule.window, rule.chunk, scale, softcap,
     )  # fmt: skip
     return out
 
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor? documents"
-_RING = "str group_name, int length, int degree, bool is_zigzag, str blocks"
+_RING = "str group_name, str method, int length, int degree, bool is_zigzag, str blocks"
 _MASK = "int? window, int? chunk, float scale, float? softcap"
 
 
 @torch.library.custom_op(
-    "parallelize::ring_attention", mutates_args=(), schema=f"({_TENSORS}, {_RING}, {_MASK}) -> (Tensor, Tensor)"
+    "parallelize::shared_attention", mutates_args=(), schema=f"({_TENSORS}, {_RING}, {_MASK}) -> (Tensor, Tensor)"
 )
 def _attend(query, key, value, sinks, documents, *options):
     ring, rule, scale, softcap = _described(options)
-    return forward_of_ring(query, key, value, sinks, documents, ring, rule, scale, softcap)
+    return METHODS[ring.method].forward(query, key, value, sinks, documents, ring, rule, scale, softcap)
 
 
 @_attend.register_fake
 def _(query, key, value, sinks, documents, *options):
-    return query.new_empty((*query.shape[:-1], value.shape[-1])), query.new_empty(query.shape[:-1], dtype=torch.float32)
+    _, method, length, degree, *_ = options
+    batch, heads, local, _ = query.shape
+    rows = (batch, heads // degree, length) if method == "ulysses" else (batch, heads, local)
+    return query.new_empty((batch, heads, local, value.shape[-1])), query.new_empty(rows, dtype=torch.float32)
 
 
 @torch.library.custom_op(
-    "parallelize::ring_attention_backward",
+    "parallelize::shared_attention_backward",
     mutates_args=(),
     schema=f"(Tensor grad_out, {_TENSORS}, Tensor out, Tensor log_sum, {_RING}, {_MASK}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _attend_backward(grad_out, query, key, value, sinks, documents, out, log_sum, *options):
     ring, rule, scale, softcap = _described(options)
-    *found, grad_sinks = backward_of_ring(
+    *found, grad_sinks = METHODS[ring.method].backward(
         grad_out, query, key, value, sinks, documents, out, log_sum, ring, rule, scale, softcap
     )
     return *(gradient.contiguous() for gradient in found), query.new_empty(0) if sinks is None else grad_sinks

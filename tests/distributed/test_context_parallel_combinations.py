@@ -6,6 +6,7 @@ two accumulated batches each are compared: losses, every gradient, norms and the
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from unittest import mock
@@ -14,9 +15,11 @@ import pytest
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
-from parallelize.context_parallel import operator
+from parallelize.context_parallel.methods import METHODS
 from parallelize.mixed_precision import parameters_cast_to
 from parallelize.parallel_dims import ParallelDims
 from tests.distributed.workers import Messages, WorkerPool
@@ -184,8 +187,9 @@ def test_on_four_ranks(four: WorkerPool, case: Case):
 def _count_forwards(recompute: str) -> tuple[int, int]:
     model = _parallelized(Case(recompute=recompute))
     calls = []
-    kept = operator.forward_of_ring
-    with mock.patch.object(operator, "forward_of_ring", lambda *a: calls.append(None) or kept(*a)):
+    ring = METHODS["ring"]
+    counted = dataclasses.replace(ring, forward=lambda *a: calls.append(None) or ring.forward(*a))
+    with mock.patch.dict(METHODS, ring=counted):
         batch = _batch(0, 1, packed=False)
         model.forward_backward(**batch)
     return len(calls)
@@ -216,3 +220,54 @@ def _whole_sequences(attn_implementation: str) -> None:
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_whole_sequences_are_computed_as_ever(two: WorkerPool, attn_implementation: str):
     two.run(_whole_sequences, attn_implementation)
+
+
+def _documents_refused() -> str:
+    """Of a model whose layers ask for masks."""
+    plain = LlamaDecoderLayer.forward
+
+    def forward(self, hidden_states, **kwargs):
+        config = self.self_attn.config
+        mask = create_causal_mask(config, hidden_states, attention_mask=None, past_key_values=None)
+        return plain(self, hidden_states, **{**kwargs, "attention_mask": mask})
+
+    with mock.patch.object(LlamaDecoderLayer, "forward", forward):
+        model = _parallelized(Case())
+        with pytest.raises(ValueError, match="does not keep packed documents apart") as caught:
+            model.isolate_documents()
+    return str(caught.value)
+
+
+def test_documents_of_a_model_whose_layers_make_masks_are_refused(two: WorkerPool):
+    for message in two.run(_documents_refused):
+        assert "LlamaDecoderLayer makes its attention mask itself" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "layout", "compiled"),
+    [("allgather", "zigzag", False), ("allgather", "contiguous", False), ("ulysses", "contiguous", True)],
+)
+def test_other_methods_compose_likewise(two: WorkerPool, method: str, layout: str, compiled: bool):
+    shared = {"context_parallel_method": method, "context_parallel_layout": layout}
+    two.run(_compare, Case(shared, packed=True, recompute="op", compile=compiled))
+
+
+def test_methods_beside_tensor_parallelism_and_pipelines(four: WorkerPool):
+    four.run(_compare, Case({"context_parallel_method": "ulysses", "tensor_parallel_degree": 2}, packed=True))
+    shared = {"context_parallel_method": "allgather", "context_parallel_layout": "contiguous"}
+    four.run(_compare, Case({**shared, **_schedule("1F1B")}, packed=True, recompute="full"))
+
+
+def _heads_refused() -> None:
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "llama", **_SIZES | {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 24}
+        )
+    )
+    method = {"context_parallel_degree": 2, "context_parallel_method": "ulysses"}
+    with pytest.raises(ValueError, match="must divide the attention heads of a rank, and they are 3"):
+        HFTransformerModel.wrap(model).parallelize(ParallelismConfig(**method))
+
+
+def test_heads_that_cannot_be_shared_out_are_refused_at_once(two: WorkerPool):
+    two.run(_heads_refused)

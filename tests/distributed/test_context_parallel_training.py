@@ -131,7 +131,7 @@ def test_ranks_drop_other_things(two: WorkerPool, folder: str):
 
 
 def _refused(config: JobConfig) -> str:
-    with pytest.raises(ValueError) as caught, contextlib.closing(Trainer(config)) as trainer:
+    with pytest.raises(ValueError, match="context") as caught, contextlib.closing(Trainer(config)) as trainer:
         trainer.train()
     return str(caught.value)
 

@@ -159,7 +159,12 @@ def _context_problems(config: JobConfig) -> list[str]:
         return []
     if config.validation.enable and config.validation.seq_len:
         lengths["validation.seq_len"] = config.validation.seq_len
-    return [text for key, length in lengths.items() for text in sequence_length_problems(key, length, degree)]
+    is_zigzag = config.parallelism.context_parallel_layout == "zigzag"
+    return [
+        text
+        for key, length in lengths.items()
+        for text in sequence_length_problems(key, length, degree, is_zigzag=is_zigzag)
+    ]
 
 
 def _mesh_problems(parallelism: ParallelismConfig, world_size: int) -> list[str]:

@@ -48,6 +48,8 @@ def test_defaults_are_the_documented_ones():
         pipeline_parallel_last_stage_less_layers=-1,
         module_fqns_per_model_part=[],
         context_parallel_degree=1,
+        context_parallel_method="ring",
+        context_parallel_layout="zigzag",
     )
     assert (ActivationCheckpointConfig().mode, CompileConfig().enable) == ("none", False)
     assert CompileConfig().components == ["model", "loss"]
@@ -66,6 +68,21 @@ def test_degrees_are_at_least_one(name: str, value: int):
 def test_shard_degree_is_positive_or_the_rest(value: int):
     (problem,) = ParallelismConfig(data_parallel_shard_degree=value).problems()
     assert problem.startswith(f"parallelism.data_parallel_shard_degree = {value}: must be at least 1, or -1")
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("context_parallel_method", ("ring", "allgather", "ulysses")),
+        ("context_parallel_layout", ("zigzag", "contiguous")),
+    ],
+)
+def test_choices_of_context_parallelism(name: str, choices: tuple[str, ...]):
+    for choice in choices:
+        assert ParallelismConfig(context_parallel_degree=2, **{name: choice}).problems() == []
+    (problem,) = ParallelismConfig(**{name: "spiral"}).problems()
+    allowed = ", ".join(f'"{choice}"' for choice in choices)
+    assert problem == f'parallelism.{name} = "spiral": must be one of {allowed}.'
 
 
 # --- pipeline parallelism
@@ -253,7 +270,7 @@ def test_all_problems_are_told_at_once():
     config = ParallelismConfig(
         data_parallel_replicate_degree=0,
         data_parallel_shard_degree=0,
-        context_parallel_degree=0,
+        context_parallel_method="x",
         fsdp_reshard_after_forward="x",
     )
     assert len(config.problems()) == 4

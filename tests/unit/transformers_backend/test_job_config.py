@@ -249,6 +249,7 @@ def test_the_plan_of_tensor_parallelism_has_the_names_of_modules_as_keys(tmp_pat
             "validation.seq_len = 3: context_parallel_degree = 2 cuts every sequence into 4 equal chunks, so it must "
             "be divisible by 4; the nearest are 4.",
         ),
+        ("[parallelism]\ncontext_parallel_method = 'star'", 'context_parallel_method = "star": must be one of "ring"'),
         ("[parallelism]\ndisable_loss_parallel = true", "parallelism.disable_loss_parallel = true: with tensor"),
         ("[parallelism]\nsequence_parallel = true", 'sequence_parallel = true: must be one of "auto", "always"'),
         ("[parallelism.tensor_parallel_plan]\nlm_head = 1", "lm_head = 1}: must be a table of strings."),

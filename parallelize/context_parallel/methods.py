@@ -1,0 +1,72 @@
+"""The ways in which ranks compute attention over a sequence that they share, by name; all with one signature.
+
+Models call them as one operator (`operator.py`), which finds the ranks by their address; `shared_attention` takes a
+`Ring` as it is, which need not be one of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from parallelize.context_parallel.allgather import allgather_backward, allgather_forward
+from parallelize.context_parallel.masks import MaskRule
+from parallelize.context_parallel.ring import Ring, ring_backward, ring_forward
+from parallelize.context_parallel.ulysses import ulysses_backward, ulysses_forward
+
+
+@dataclass(frozen=True)
+class Method:
+    """Functions with the arguments of `ring.ring_forward` and `ring.ring_backward`."""
+
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]
+
+
+METHODS: dict[str, Method] = {
+    "ring": Method(ring_forward, ring_backward),
+    "allgather": Method(allgather_forward, allgather_backward),
+    "ulysses": Method(ulysses_forward, ulysses_backward),
+}
+"""The values of `ParallelismConfig.context_parallel_method`."""
+
+
+def shared_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ring: Ring,
+    rule: MaskRule,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of this rank's queries to the keys of the whole sequence, by the method of `ring`.
+
+    query (batch, heads, local, dim), key (batch, key_heads, local, dim), value (batch, key_heads, local, value_dim),
+    each this rank's part of the sequence by `ring.layout`. scale: of the scores, None is 1 / sqrt(dim). softcap: bounds
+    the scores, None does not. sinks: a score for each head (heads,) that takes part in every softmax and has no value.
+    documents: the number of each token's document (batch, seq), of the whole sequence; queries see their own only.
+    Returns (batch, heads, local, value_dim) in the dtype of `query`. Every rank calls it, forward and backward.
+    """
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return _SharedAttention.apply(query, key, value, sinks, documents, ring, rule, scale, softcap)
+
+
+class _SharedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, sinks, documents, ring, rule, scale, softcap):
+        out, log_sum = METHODS[ring.method].forward(query, key, value, sinks, documents, ring, rule, scale, softcap)
+        ctx.save_for_backward(query, key, value, sinks, documents, out, log_sum)
+        ctx.options = ring, rule, scale, softcap
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        found = METHODS[ctx.options[0].method].backward(grad_out, *ctx.saved_tensors, *ctx.options)
+        return *found, None, None, None, None, None
