@@ -44,6 +44,11 @@ class SharedContext:
         self._blocks: BlockAttention = ReferenceBlocks()
         self._layout: SequenceLayout | None = None
 
+    @property
+    def way(self) -> str:
+        """How a query reaches the keys of other ranks: "ring", or the modules that run on the gathered sequence."""
+        return "ring"
+
     def share(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """This rank's part of `input_ids`, `targets` and `position_ids`, (batch, local); and `documents`, (batch, seq).
 
