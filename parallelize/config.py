@@ -26,6 +26,9 @@ TENSOR_PARALLEL_STYLES = (
 )  # fmt: skip
 """What `ParallelismConfig.tensor_parallel_plan` may say of a module or parameter; see docs/configuration.md."""
 
+CONTEXT_PARALLEL_METHODS = ("ring", "allgather", "ulysses")
+"""What `ParallelismConfig.context_parallel_method` may be."""
+
 PIPELINE_SCHEDULES = (
     "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV",
 )  # fmt: skip
@@ -99,7 +102,17 @@ class ParallelismConfig:
     "model.norm", "lm_head"]]; it goes before the three keys above. [] means split by cost."""
 
     context_parallel_degree: int = 1
-    """Number of ranks that each sequence is split over. 1 means disabled; more is not available yet."""
+    """Number of ranks that each sequence is split over. 1 means disabled, and then neither of the two keys below has
+    an effect."""
+
+    context_parallel_method: Literal["ring", "allgather", "ulysses"] = "ring"
+    """How attention sees the whole sequence: "ring" passes keys and values around while it computes (least memory),
+    "allgather" collects all of them at once, "ulysses" exchanges tokens for heads, of which the degree must be a
+    divisor."""
+
+    context_parallel_layout: Literal["zigzag", "contiguous"] = "zigzag"
+    """Which tokens a rank has: "zigzag" an early and a late chunk, so that all have the same to compute, "contiguous"
+    one chunk, with which the last rank has most to compute. With "ulysses" the work is equal in both."""
 
     @classmethod
     def from_accelerate(cls, config: Any) -> ParallelismConfig:
@@ -130,6 +143,8 @@ class ParallelismConfig:
             )
         found += choice_problems("parallelism", self, "fsdp_reshard_after_forward", ("default", "always", "never"))
         found += choice_problems("parallelism", self, "sequence_parallel", ("auto", "always", "never"))
+        found += choice_problems("parallelism", self, "context_parallel_method", CONTEXT_PARALLEL_METHODS)
+        found += choice_problems("parallelism", self, "context_parallel_layout", ("zigzag", "contiguous"))
         for pattern, style in self.tensor_parallel_plan.items():
             found += _plan_entry_problems(pattern, style)
         return found + self._pipeline_problems()

@@ -2,9 +2,9 @@
 
 Transformers lets a model's attention and its masks be functions of one's own (AttentionInterface and
 AttentionMaskInterface). The mask function here returns no tensor of (seq, seq) but says what the mask is (`MaskRule`),
-found by asking Transformers' own function about pairs of tokens; the attention function runs the ring
-(`parallelize/context_parallel/ring.py`). Outside `sharing` both are the ones that the model had before, so that it can
-be called with whole sequences.
+found by asking Transformers' own function about pairs of tokens; the attention function runs the ring or another
+method (`parallelize/context_parallel/methods.py`). Outside `sharing` both are the ones that the model had before, so
+that it can be called with whole sequences.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parallelize.context_parallel.masks import MaskRule
-from parallelize.context_parallel.ring import Ring, ring_attention
+from parallelize.context_parallel.methods import METHODS
+from parallelize.context_parallel.ring import Ring
 
 # What attention functions are given that says nothing about what attends to what.
 _WITHOUT_EFFECT = frozenset({
@@ -87,7 +88,7 @@ class ContextAttention:
         unknown = [name for name, item in kwargs.items() if item is not None and name not in _WITHOUT_EFFECT]
         if any(isinstance(kwargs[name], torch.Tensor) for name in unknown):
             raise ValueError(f"{name}: attention with {', '.join(unknown)} is not available with context parallelism")
-        out = ring_attention(
+        out = METHODS[self._ring.method](
             query, key, value, self._ring, attention_mask,
             scale=scaling, softcap=softcap, sinks=s_aux, documents=self._documents,
         )  # fmt: skip
@@ -97,7 +98,8 @@ class ContextAttention:
 def describe_mask(mask_function: Callable, length: int) -> MaskRule:
     """What a mask function of Transformers, from (batch, head, query, key) places to bool, says of `length` tokens.
 
-    It is asked about pairs of tokens; a ValueError where the answers are those of no causal mask with a window or chunks.
+    It is asked about pairs of tokens; a ValueError where the answers are those of no causal mask with a window or
+    chunks.
     """
 
     def sees(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -121,7 +123,7 @@ def describe_mask(mask_function: Callable, length: int) -> MaskRule:
 
 
 def _pairs(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places of queries and keys to ask about: all of short sequences, else many at random and all near the diagonal."""
+    """Places of queries and keys to ask about: all of short sequences, else many at random and all by the diagonal."""
     if length <= 128:
         places = torch.arange(length)
         return places.repeat_interleave(length), places.repeat(length)

@@ -176,7 +176,14 @@ class HFTransformerModel:
         attention = proven_attention(self.model_args.attn_implementation)
         pipeline_plan = plan_pipeline(self.hf_model, self.decoder, attention, parallelism, seq_len)
         if self.dims.cp > 1:
-            self.context = SharedContext(self.hf_model, self.decoder, self.mesh["cp"])
+            self.context = SharedContext(
+                self.hf_model,
+                self.decoder,
+                self.mesh["cp"],
+                method=parallelism.context_parallel_method,
+                is_zigzag=parallelism.context_parallel_layout == "zigzag",
+                dtype=param_dtype or self.hf_model.dtype,
+            )
         split = choose_tensor_parallelism(self.hf_model, self.decoder, attention, self.mesh["tp"], parallelism)
         check_recomputation(self.hf_model.config, self.model_class, attention, activation_checkpoint)
         compile = without_wrong_compilation(

@@ -4,6 +4,21 @@ Keys and values go round in steps, as in Ring Attention (Liu et al., https://arx
 rank receives from the one t before it and sends to the one t after it, while it computes with what step t - 1 brought.
 They come straight from their owner, so that chunks which no query of a rank sees are not sent to it, and steps that
 bring nothing to anyone (far ones, with a sliding window) are left out.
+
+What is sent, with n ranks and a causal mask: keys and values of a chunk are
+
+    C = batch * key_heads * chunk_length * (dim + value_dim)    numbers.
+
+In a zigzag (chunk_length = sequence / 2n) every other rank needs the early chunk of rank r, for its own late one, and
+the r ranks before it need the late one, too:
+
+    forward, rank r     (n - 1 + r) * C               numbers in the dtype of keys and values
+    forward, all        3/2 * n * (n - 1) * C         of n * (n - 1) * 2 C if everything went to everyone
+    backward, rank r    the same again, and (2 (n - 1) - r) * C numbers in fp32: gradients of all that it received
+
+In contiguous parts (chunk_length = sequence / n) rank r sends n - 1 - r chunks, and r chunks of gradients.
+`chunks_sent` counts them for any mask. A window of w tokens reaches over ceil((w - 1) / chunk_length) chunks, so that
+in both layouts keys and values go to ranks at most that far away on the ring.
 """
 
 from __future__ import annotations
@@ -49,6 +64,12 @@ def plan_steps(layout: SequenceLayout, rule: MaskRule, rank: int) -> list[Step]:
             Step(source, needed_chunks(layout, rule, rank, source), target, needed_chunks(layout, rule, target, rank))
         )
     return steps
+
+
+def chunks_sent(layout: SequenceLayout, rule: MaskRule, rank: int) -> tuple[int, int]:
+    """How many chunks of keys and values a rank sends in a forward, and how many chunks of gradients in a backward."""
+    steps = plan_steps(layout, rule, rank)
+    return sum(len(step.sends) for step in steps), sum(len(step.receives) for step in steps)
 
 
 class RingCommunication:

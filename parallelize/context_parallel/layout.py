@@ -72,6 +72,6 @@ def sequence_length_problems(key: str, length: int, degree: int, *, is_zigzag: b
     below, above = length // parts * parts, -(-length // parts) * parts
     nearest = f"{below} or {above}" if below else f"{above}"
     return [
-        f"{key} = {length}: context_parallel_degree = {degree} cuts every sequence into {parts} equal chunks, so it must "
-        f"be divisible by {parts}; the nearest are {nearest}."
+        f"{key} = {length}: context_parallel_degree = {degree} cuts every sequence into {parts} equal chunks, so it "
+        f"must be divisible by {parts}; the nearest are {nearest}."
     ]

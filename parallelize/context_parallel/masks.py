@@ -31,6 +31,17 @@ class MaskRule:
             return True
         return self.chunk is not None and queries.start // self.chunk > (keys.stop - 1) // self.chunk
 
+    def reach(self, queries: Chunk, keys: Chunk) -> Chunk | None:
+        """The keys from the first to the last that any of the queries sees; None where none sees any."""
+        if self.is_empty(queries, keys):
+            return None
+        start = keys.start
+        if self.window is not None:
+            start = max(start, queries.start - self.window + 1)
+        if self.chunk is not None:
+            start = max(start, queries.start // self.chunk * self.chunk)
+        return Chunk(start, min(keys.stop, queries.stop))
+
     def is_whole(self, queries: Chunk, keys: Chunk) -> bool:
         """Whether every query sees every key."""
         if keys.stop - 1 > queries.start:

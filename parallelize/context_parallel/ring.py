@@ -5,22 +5,24 @@ with those before (`exchange.py`); the block outputs are merged by their log-sum
 low precision however many ranks there are. The backward lets keys and values travel again, and sends their gradients
 back to where they belong, where they are added up in fp32.
 
-Ring Attention: Liu et al., https://arxiv.org/abs/2310.01889. The merge is that of FlashAttention's split softmax
-(Dao et al., https://arxiv.org/abs/2205.14135).
+Ring Attention: Liu et al., https://arxiv.org/abs/2310.01889.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from parallelize.context_parallel.blocks import BlockAttention
+from parallelize.context_parallel.blockwise import Blockwise, Gradients, Visit, zeros_like
 from parallelize.context_parallel.exchange import RingCommunication, Step, plan_steps
 from parallelize.context_parallel.layout import SequenceLayout
-from parallelize.context_parallel.masks import BlockMask, MaskRule
+from parallelize.context_parallel.masks import MaskRule
+from parallelize.context_parallel.merge import sinks_gradient
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,18 @@ class Ring:
     group: dist.ProcessGroup
     layout: SequenceLayout
     blocks: BlockAttention
+    method: str = "ring"
+    """Which of `methods.METHODS` computes attention."""
 
     @property
     def rank(self) -> int:
         return dist.get_rank(self.group)
+
+    def communication(self) -> RingCommunication:
+        return RingCommunication(self.group)
+
+    def blockwise(self, rule: MaskRule, scale: float, softcap: float | None) -> Blockwise:
+        return Blockwise(self.layout, self.rank, self.blocks, rule, scale, softcap)
 
 
 def ring_attention(
@@ -50,11 +60,11 @@ def ring_attention(
 ) -> torch.Tensor:
     """Attention of this rank's queries to the keys of the whole sequence.
 
-    query (batch, heads, local, dim), key (batch, key_heads, local, dim), value (batch, key_heads, local, value_dim), each
-    this rank's part of the sequence by `ring.layout`. scale: of the scores, None is 1 / sqrt(dim). softcap: bounds the
-    scores, None does not. sinks: a score for each head (heads,) that takes part in every softmax and has no value.
+    query (batch, heads, local, dim), key (batch, key_heads, local, dim), value (batch, key_heads, local, value_dim),
+    each this rank's part of the sequence by `ring.layout`. scale: of the scores, None is 1 / sqrt(dim). softcap: bounds
+    the scores, None does not. sinks: a score for each head (heads,) that takes part in every softmax and has no value.
     documents: the number of each token's document (batch, seq), of the whole sequence; queries see their own only.
-    Returns (batch, heads, local, value_dim) in the dtype of `query`. Every rank of the group calls it, forward and backward.
+    Returns (batch, heads, local, value_dim) in the dtype of `query`. Every rank calls it, forward and backward.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     return _RingAttention.apply(query, key, value, sinks, documents, ring, rule, scale, softcap)
@@ -63,76 +73,39 @@ def ring_attention(
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, sinks, documents, ring, rule, scale, softcap):
-        out = query.new_zeros((*query.shape[:-1], value.shape[-1]), dtype=torch.float32)
-        log_sum = query.new_full(query.shape[:-1], -math.inf, dtype=torch.float32)
-        for source, keys, values in _visits(ring, rule, key, value):
-            for mine, number, mask in _blocks(ring, rule, documents, source, keys):
-                block = ring.blocks.forward(
-                    query[:, :, mine].contiguous(), keys[number], values[number], mask, scale=scale, softcap=softcap
-                )
-                _merge(out[:, :, mine], log_sum[:, :, mine], *block)
-        if sinks is not None:
-            total = torch.logaddexp(log_sum, sinks.float()[None, :, None])
-            out *= (log_sum - total).exp()[..., None]
-            log_sum = total
-        out = out.to(query.dtype)
+        blockwise = ring.blockwise(rule, scale, softcap)
+        visits = _visits(ring, blockwise, key, value)
+        out, log_sum = blockwise.forward(query, value.shape[-1], visits, sinks, documents)
         ctx.save_for_backward(query, key, value, sinks, documents, out, log_sum)
-        ctx.ring, ctx.rule, ctx.options = ring, rule, {"scale": scale, "softcap": softcap}
+        ctx.ring, ctx.blockwise = ring, blockwise
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         query, key, value, sinks, documents, out, log_sum = ctx.saved_tensors
-        ring, rule = ctx.ring, ctx.rule
-        grad_out = grad_out.contiguous()
-        grad_query = torch.zeros_like(query, dtype=torch.float32)
-        homecoming = _Homecoming(ring, rule, key, value)
-        for source, keys, values in _visits(ring, rule, key, value):
-            grads = {number: _zeros_like(keys[number], values[number]) for number in keys}
-            for mine, number, mask in _blocks(ring, rule, documents, source, keys):
-                pieces = (tensor[:, :, mine].contiguous() for tensor in (grad_out, query, out, log_sum))
-                piece_grad, piece_query, piece_out, piece_sum = pieces
-                found = ring.blocks.backward(
-                    piece_grad, piece_query, keys[number], values[number], piece_out, piece_sum, mask, **ctx.options
-                )
-                grad_query[:, :, mine] += found[0]
-                for total, part in zip(grads[number], found[1:], strict=True):
-                    total += part
-            homecoming.send(source, grads)
+        homecoming = _Homecoming(ctx.ring, ctx.blockwise, key, value)
+        grad_query = ctx.blockwise.backward(
+            grad_out, query, out, log_sum, _visits(ctx.ring, ctx.blockwise, key, value), documents, homecoming.send
+        )
         grad_key, grad_value = homecoming.collect()
-        grad_sinks = None
-        if sinks is not None and ctx.needs_input_grad[3]:
-            weights = (sinks.float()[None, :, None] - log_sum).exp()
-            grad_sinks = -(weights * (grad_out.float() * out.float()).sum(-1)).sum((0, 2)).to(sinks.dtype)
-        return grad_query.to(query.dtype), grad_key, grad_value, grad_sinks, None, None, None, None, None
+        grad_sinks = sinks_gradient(sinks, log_sum, grad_out, out) if ctx.needs_input_grad[3] else None
+        return grad_query, grad_key, grad_value, grad_sinks, None, None, None, None, None
 
 
-def _merge(out: torch.Tensor, log_sum: torch.Tensor, block_out: torch.Tensor, block_sum: torch.Tensor) -> None:
-    """Add a block to what was there, in place: both weighted by their share of the softmax."""
-    total = torch.logaddexp(log_sum, block_sum)
-    seen = total.masked_fill(total.isinf(), 0.0)  # where neither has seen a key both weights are exp(-inf) = 0
-    out *= (log_sum - seen).exp()[..., None]
-    out += block_out.float() * (block_sum - seen).exp()[..., None]
-    log_sum.copy_(total)
-
-
-def _visits(ring: Ring, rule: MaskRule, key: torch.Tensor, value: torch.Tensor):
-    """(source rank, its chunks' keys by number, their values), this rank's own first; the next ones travel meanwhile."""
-    own_keys, own_values = _chunks(ring, key), _chunks(ring, value)
-    steps = plan_steps(ring.layout, rule, ring.rank)
-    communication = RingCommunication(ring.group)
+def _visits(ring: Ring, blockwise: Blockwise, key: torch.Tensor, value: torch.Tensor) -> Iterator[Visit]:
+    """This rank's own keys and values first; while they are computed with, the next ones travel."""
+    own_keys, own_values = blockwise.chunks(key), blockwise.chunks(value)
+    communication = ring.communication()
     visit = (ring.rank, dict(enumerate(own_keys)), dict(enumerate(own_values)))
-    for step in [*steps, None]:
-        following = None
-        if step is not None:
-            following = _start(communication, step, own_keys, own_values)
+    for step in plan_steps(ring.layout, blockwise.rule, ring.rank):
+        following = _start(communication, step, own_keys, own_values)
         yield visit
-        if following is not None:
-            communication.wait()
-            visit = following
+        communication.wait()
+        visit = following
+    yield visit
 
 
-def _start(communication: RingCommunication, step: Step, keys: list[torch.Tensor], values: list[torch.Tensor]):
+def _start(communication: RingCommunication, step: Step, keys: list[torch.Tensor], values: list[torch.Tensor]) -> Visit:
     for number in step.sends:
         communication.send(keys[number], step.sends_to)
         communication.send(values[number], step.sends_to)
@@ -144,38 +117,18 @@ def _start(communication: RingCommunication, step: Step, keys: list[torch.Tensor
     return step.receives_from, arriving_keys, arriving_values
 
 
-def _blocks(ring: Ring, rule: MaskRule, documents: torch.Tensor | None, source: int, numbers):
-    """(slice of this rank's queries, number of the source's chunk, mask) of every block that has something in it."""
-    length = ring.layout.chunk_length
-    chunks = ring.layout.chunks(source)
-    for place, queries in enumerate(ring.layout.chunks(ring.rank)):
-        for number in numbers:
-            if rule.is_empty(queries, chunks[number]):
-                continue
-            mask = BlockMask(rule, queries, chunks[number])
-            if documents is not None:
-                mask = BlockMask(
-                    rule, queries, chunks[number], *(_documents(documents, c) for c in (queries, chunks[number]))
-                )
-            yield slice(place * length, (place + 1) * length), number, mask
-
-
-def _documents(documents: torch.Tensor, chunk) -> torch.Tensor:
-    return documents[:, chunk.start : chunk.stop]
-
-
 class _Homecoming:
     """Gradients of keys and values on their way back to their owner, and their sum there."""
 
-    def __init__(self, ring: Ring, rule: MaskRule, key: torch.Tensor, value: torch.Tensor) -> None:
+    def __init__(self, ring: Ring, blockwise: Blockwise, key: torch.Tensor, value: torch.Tensor) -> None:
         self._rank = ring.rank
         self._like = key, value
-        self._steps = {step.receives_from: step for step in plan_steps(ring.layout, rule, ring.rank)}
-        self._own = [_zeros_like(k, v) for k, v in zip(_chunks(ring, key), _chunks(ring, value), strict=True)]
-        self._communication = RingCommunication(ring.group)
-        self._arriving: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._steps = {step.receives_from: step for step in plan_steps(ring.layout, blockwise.rule, ring.rank)}
+        self._own = [zeros_like(*parts) for parts in zip(blockwise.chunks(key), blockwise.chunks(value), strict=True)]
+        self._communication = ring.communication()
+        self._arriving: list[tuple[int, tuple[torch.Tensor, ...]]] = []
 
-    def send(self, source: int, grads: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def send(self, source: int, grads: Gradients) -> None:
         """Send what was found for the chunks of `source`; and receive what another rank has found for this one's."""
         if source == self._rank:
             for number, found in grads.items():
@@ -206,17 +159,6 @@ class _Homecoming:
             self._add(number, found)
         self._arriving = []
 
-    def _add(self, number: int, found: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def _add(self, number: int, found: tuple[torch.Tensor, ...]) -> None:
         for total, part in zip(self._own[number], found, strict=True):
             total += part
-
-
-def _zeros_like(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(
-        torch.zeros_like(tensor, dtype=torch.float32, memory_format=torch.contiguous_format) for tensor in tensors
-    )
-
-
-def _chunks(ring: Ring, tensor: torch.Tensor) -> list[torch.Tensor]:
-    parts = 2 if ring.layout.is_zigzag else 1
-    return [part.contiguous() for part in tensor.chunk(parts, 2)]

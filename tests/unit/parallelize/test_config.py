@@ -48,6 +48,8 @@ def test_defaults_are_the_documented_ones():
         pipeline_parallel_last_stage_less_layers=-1,
         module_fqns_per_model_part=[],
         context_parallel_degree=1,
+        context_parallel_method="ring",
+        context_parallel_layout="zigzag",
     )
     assert (ActivationCheckpointConfig().mode, CompileConfig().enable) == ("none", False)
     assert CompileConfig().components == ["model", "loss"]
@@ -68,10 +70,19 @@ def test_shard_degree_is_positive_or_the_rest(value: int):
     assert problem.startswith(f"parallelism.data_parallel_shard_degree = {value}: must be at least 1, or -1")
 
 
-def test_what_is_not_there_yet_is_refused_with_the_remedy():
-    (problem,) = ParallelismConfig(context_parallel_degree=2).problems()
-    assert "parallelism.context_parallel_degree = 2" in problem
-    assert "set it to 1 and use data_parallel_shard_degree" in problem
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("context_parallel_method", ("ring", "allgather", "ulysses")),
+        ("context_parallel_layout", ("zigzag", "contiguous")),
+    ],
+)
+def test_choices_of_context_parallelism(name: str, choices: tuple[str, ...]):
+    for choice in choices:
+        assert ParallelismConfig(context_parallel_degree=2, **{name: choice}).problems() == []
+    (problem,) = ParallelismConfig(**{name: "spiral"}).problems()
+    allowed = ", ".join(f'"{choice}"' for choice in choices)
+    assert problem == f'parallelism.{name} = "spiral": must be one of {allowed}.'
 
 
 # --- pipeline parallelism
@@ -259,7 +270,7 @@ def test_all_problems_are_told_at_once():
     config = ParallelismConfig(
         data_parallel_replicate_degree=0,
         data_parallel_shard_degree=0,
-        context_parallel_degree=2,
+        context_parallel_method="x",
         fsdp_reshard_after_forward="x",
     )
     assert len(config.problems()) == 4
@@ -359,5 +370,4 @@ def test_an_axis_of_a_later_accelerate_that_is_not_used_does_no_harm():
 
 def test_sizes_from_accelerate_meet_the_same_rules():
     assert ParallelismConfig.from_accelerate(accelerate.ParallelismConfig(tp_size=2)).problems() == []
-    (problem,) = ParallelismConfig.from_accelerate(accelerate.ParallelismConfig(cp_size=2)).problems()
-    assert "parallelism.context_parallel_degree = 2" in problem
+    assert ParallelismConfig.from_accelerate(accelerate.ParallelismConfig(cp_size=2)).problems() == []

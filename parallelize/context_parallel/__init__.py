@@ -1,0 +1,6 @@
+"""Context parallelism: ranks that share every sequence, and attention over all of it.
+
+Read in this order: `layout.py` (which tokens a rank has), `masks.py` (what sees what), `blocks.py` (one block),
+`merge.py` and `blockwise.py` (many blocks), `exchange.py` (what travels), `ring.py`, `allgather.py` and `ulysses.py`
+(the methods; `methods.py` names them), `cut.py`, `flash.py` and `kernels.py` (blocks through flash kernels).
+"""

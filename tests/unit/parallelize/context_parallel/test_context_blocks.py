@@ -1,0 +1,167 @@
+"""Blocks of attention, of every backend of the CPU, against full attention; and how partial masks are cut."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parallelize.context_parallel.blocks import ReferenceBlocks
+from parallelize.context_parallel.cut import SMALLEST_TILE, cut
+from parallelize.context_parallel.flash import FlashBlocks
+from parallelize.context_parallel.kernels import CpuKernel, CudaKernel, FlashAttentionKernel, choose_blocks
+from parallelize.context_parallel.layout import Chunk
+from parallelize.context_parallel.masks import CAUSAL, BlockMask, MaskRule
+from tests.full_attention import CASES, Case, error, full_attention
+
+BACKENDS = {"reference": ReferenceBlocks(rows=50), "flash": FlashBlocks(CpuKernel())}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_one_block_is_full_attention(name: str, backend: str):
+    case = CASES[name].but(has_sinks=False)  # which are added to the merged blocks
+    given, blocks = case.tensors(), BACKENDS[backend]
+    query, key, value, grad_out = (given[part].float() for part in ("query", "key", "value", "grad_out"))
+    whole, documents = Chunk(0, case.length), given["documents"]
+    mask = BlockMask(case.rule, whole, whole, documents, documents)
+    options = {"scale": case.scale or case.dim**-0.5, "softcap": case.softcap}
+    out, log_sum = blocks.forward(query, key, value, mask, **options)
+    grads = blocks.backward(grad_out, query, key, value, out, log_sum, mask, **options)
+    expected, expected_grads = full_attention(case)
+    assert error(out, expected) < 1e-6
+    for found, expected_grad in zip(grads, expected_grads.values(), strict=True):
+        assert error(found, expected_grad) < 1e-6
+
+
+def test_the_kernel_does_what_it_can_and_the_reference_the_rest():
+    calls = []
+
+    class Counting(CpuKernel):
+        def forward(self, *arguments):
+            calls.append(arguments[3])
+            return super().forward(*arguments)
+
+    blocks = FlashBlocks(Counting())
+    for name, by_kernel in {"causal": True, "window": True, "chunks": True, "documents": True, "narrow window": False,
+                            "softcap": False, "values of another width": False}.items():  # fmt: skip
+        case, whole = CASES[name], Chunk(0, 256)
+        given = case.tensors()
+        mask = BlockMask(case.rule, whole, whole, given["documents"], given["documents"])
+        tensors = (given[part].float() for part in ("query", "key", "value"))
+        calls.clear()
+        blocks.forward(*tensors, mask, scale=1.0, softcap=case.softcap)
+        assert bool(calls) == by_kernel, name
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_pieces_are_what_the_mask_shows_and_each_pair_once(seed: int):
+    draw = random.Random(seed)
+    window = draw.choice([None, None, draw.randint(SMALLEST_TILE, 400)])
+    rule = MaskRule(window, draw.choice([None, None, draw.randint(SMALLEST_TILE, 300)]))
+    first, second = (draw.randint(0, 400) for _ in range(2))
+    queries, keys = Chunk(first, first + draw.randint(1, 300)), Chunk(second, second + draw.randint(1, 300))
+    if draw.random() < 0.3:
+        keys = queries
+    documents = [None, None]
+    if draw.random() < 0.4:
+        generator = torch.Generator().manual_seed(seed)
+        whole = (torch.rand((2, 800), generator=generator) < 0.005).cumsum(1)
+        documents = [whole[:, part.start : part.stop] for part in (queries, keys)]
+    mask = BlockMask(rule, queries, keys, *documents)
+    pieces = cut(mask)
+    if pieces is None:
+        assert documents[0] is not None, "only documents may be too many here"
+        return
+    shown = torch.zeros(2, len(queries), len(keys), dtype=torch.int64)
+    for piece in pieces:
+        ones = torch.ones(len(piece.queries), len(piece.keys), dtype=torch.int64)
+        part = {"whole": ones, "causal": ones.tril(), "reversed": ones.tril().flip(0, 1)}[piece.kind]
+        rows = slice(None) if piece.row is None else piece.row
+        query_start, key_start = piece.queries.start - queries.start, piece.keys.start - keys.start
+        assert min(query_start, key_start) >= 0
+        shown[rows, query_start : query_start + len(piece.queries), key_start : key_start + len(piece.keys)] += part
+    expected = mask.visible(torch.device("cpu"))
+    assert torch.equal(shown, (expected[:, 0] if expected.dim() == 4 else expected).long().expand_as(shown))
+
+
+def test_windows_too_narrow_and_documents_too_many_are_not_cut():
+    whole = Chunk(0, 4096)
+    assert cut(BlockMask(MaskRule(window=SMALLEST_TILE - 1), whole, whole)) is None
+    assert cut(BlockMask(MaskRule(chunk=SMALLEST_TILE - 1), whole, whole)) is None
+    every = torch.arange(4096)[None]
+    assert cut(BlockMask(CAUSAL, whole, whole, every, every)) is None
+    assert len(cut(BlockMask(MaskRule(window=1025), whole, whole))) <= 16
+
+
+class _Largest(TorchDispatchMode):
+    """The most numbers that any tensor made in the block has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("rule", [CAUSAL, MaskRule(window=300), MaskRule(chunk=300)])
+def test_no_tensor_has_every_query_beside_every_key(rule: MaskRule, documents: bool, backend: str):
+    length = 2048
+    query, key, value = (torch.randn(1, 1, length, 8) for _ in range(3))
+    numbers = (torch.arange(length) // 700)[None] if documents else None
+    mask = BlockMask(rule, Chunk(0, length), Chunk(0, length), numbers, numbers)
+    with _Largest() as largest:
+        out, log_sum = BACKENDS[backend].forward(query, key, value, mask, scale=1.0, softcap=None)
+        BACKENDS[backend].backward(out, query, key, value, out, log_sum, mask, scale=1.0, softcap=None)
+    assert query.numel() <= largest.numbers <= length * length / 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "name", "reason"),
+    [
+        (
+            ("cpu", torch.float32),
+            {},
+            "torch's flash kernel for CPUs",
+            "torch's flash kernel for CPUs (the reference in",
+        ),
+        (("cpu", torch.bfloat16), {"softcap": 50.0}, "reference", "torch's flash kernels have no softcap (50.0)"),
+        (("cpu", torch.float32), {"dim": 192, "value_dim": 128}, "reference", "values are 128 wide and keys 192"),
+        (("cuda", torch.float32), {}, "reference", "CUDA's flash kernels do not take torch.float32"),
+        (("cuda", torch.bfloat16), {"dim": 20}, "reference", "CUDA's flash kernels do not take heads 20 wide"),
+        (("cuda", torch.bfloat16), {"dim": 512}, "reference", "CUDA's flash kernels do not take heads 512 wide"),
+        (("mps", torch.float32), {}, "reference", 'there is no flash kernel for "mps"'),
+    ],
+)
+def test_the_choice_says_why(arguments: tuple, options: dict, name: str, reason: str):
+    blocks, said = choose_blocks(*arguments, **options)
+    assert blocks.name == name
+    assert reason in said
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_flash_attn_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, is_installed: bool):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if is_installed else None)
+    blocks, _ = choose_blocks("cuda", torch.bfloat16)
+    assert blocks.name == ("flash-attn" if is_installed else "torch's flash kernel for CUDA")
+    with_softcap, _ = choose_blocks("cuda", torch.bfloat16, softcap=30.0)
+    assert with_softcap.name == ("flash-attn" if is_installed else "reference")
+
+
+@pytest.mark.parametrize("kernel", [CudaKernel(), FlashAttentionKernel()])
+def test_kernels_for_cuda_leave_tensors_of_the_cpu_alone(kernel):
+    tensors = [torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16)] * 3
+    assert not kernel.takes(*tensors, None)
+    assert CpuKernel().takes(*tensors, None)
+
+
+def test_cases_are_of_every_kind():
+    assert any(case.softcap and case.has_sinks and case.value_dim != case.dim for case in CASES.values())
+    assert isinstance(CASES["causal"], Case)
