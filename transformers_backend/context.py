@@ -64,8 +64,8 @@ class SharedContext:
 
     @property
     def way(self) -> str:
-        """How a query reaches the keys of other ranks: "ring", or the modules that run on the gathered sequence."""
-        return "ring"
+        """How a query reaches the keys of other ranks: the method, or the modules that run on the gathered sequence."""
+        return self._method
 
     def share(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """This rank's part of `input_ids`, `targets` and `position_ids`, (batch, local); and `documents`, (batch, seq).

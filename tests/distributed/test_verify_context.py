@@ -31,7 +31,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers_backend.verify.compare.mp.spawn", forks)
 
 
-def check_passed(report: Report) -> None:
+def check_passed(report: Report, way: str = "ring") -> None:
     assert report.verdict == "pass", report
     assert report.loss_difference <= LOSS, report
     assert report.gradient_error <= GRADIENT, report
@@ -39,7 +39,7 @@ def check_passed(report: Report) -> None:
     assert report.evaluation_difference <= LOSS, report
     assert report.pretrained_loss_difference <= LOSS, report
     assert report.export == "bit-equal", report
-    assert (report.way, report.documents) == ("ring", "pass"), report
+    assert (report.way, report.documents) == (way, "pass"), report
 
 
 def test_two_ranks_share_a_sequence(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -57,6 +57,11 @@ def test_two_ranks_share_a_sequence(quick: None, tmp_path: Path, capsys: pytest.
 def test_four_ranks_two_of_which_share_a_sequence(quick: None):
     for report in verify(["gemma3_text", "opt"], fsdp=2, cp=2):
         check_passed(report)
+
+
+def test_another_method(quick: None):
+    (report,) = verify(["gemma2"], fsdp=1, cp=2, cp_method="ulysses")
+    check_passed(report, "ulysses")
 
 
 def test_the_reference_tells_documents_that_are_apart_from_mixed_ones():
@@ -90,10 +95,18 @@ def test_sequences_and_documents():
     assert sequence_length(parallelism_of(fsdp=2)) == global_batch(1)[0].shape[1] == 24
 
 
-def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cp", "0"], "--cp 0: must be at least 1"),
+        (["--cp", "2", "--cp-method", "rings"], "--cp-method rings: must be one of ring, allgather, ulysses"),
+        (["--cp-method", "ulysses"], "--cp-method ulysses: is that of context parallelism; give --cp, too"),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments: list[str], message: str, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
-        parse(["llama", "--cp", "0"])
-    assert "--cp 0: must be at least 1" in capsys.readouterr().err
+        parse(["llama", *arguments])
+    assert message in capsys.readouterr().err
 
 
 def test_the_degrees():
@@ -104,12 +117,14 @@ def test_the_degrees():
 
 def test_the_document_has_a_section_for_every_mesh():
     document = ""
-    for number, mesh in enumerate([{"cp": 2}, {"cp": 4}, {"tp": 2, "pp": 2, "cp": 2}, {"cp": 2}]):
+    for number, mesh in enumerate(
+        [{"cp": 2}, {"cp": 4, "cp_method": "ulysses"}, {"tp": 2, "pp": 2, "cp": 2}, {"cp": 2}]
+    ):
         report = Report("doge", way="self_attn", documents="refused", notes=["documents: because"])
         parallelism = parallelism_of(**mesh)
         document = with_section(document, [report], parallelism=parallelism, compile=False, command=f"number {number}")
     _, *sections = document.split("\n## ")
-    assert [section.splitlines()[0] for section in sections] == ["cp 2", "cp 4", "tp 2 x pp 2 x cp 2"]
+    assert [section.splitlines()[0] for section in sections] == ["cp 2", "cp 4, ulysses", "tp 2 x pp 2 x cp 2"]
     assert "`number 3`" in sections[0], "the last with this mesh"
     assert "| doge | - | - | - | - | - | self_attn | refused | pass; documents: because |" in sections[0]
     assert "| - | - | self_attn | refused |" in sections[2]

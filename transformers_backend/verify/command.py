@@ -12,7 +12,7 @@ from pathlib import Path
 import transformers
 from transformers import CONFIG_MAPPING
 
-from parallelize.config import PIPELINE_SCHEDULES
+from parallelize.config import CONTEXT_PARALLEL_METHODS, PIPELINE_SCHEDULES
 from parallelize.pipeline_parallel.schedules import is_zero_bubble
 from transformers_backend.job_config.rules import model_source_problems
 from transformers_backend.verify.compare import DENSE_MODEL_TYPES, is_model_type, verify
@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(given)
     models = [*options.models, *(DENSE_MODEL_TYPES if options.all_dense else ())]
     mesh = {"fsdp": options.fsdp, "tp": options.tp, "pp": options.pp, "cp": options.cp, "schedule": options.schedule}
+    mesh["cp_method"] = options.cp_method
     parallelism = parallelism_of(**mesh)
     if not options.json:
         print_header(parallelism)
@@ -69,6 +70,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--schedule", default="1F1B", metavar="NAME", help=f"of the pipeline: {', '.join(PIPELINE_SCHEDULES)}"
     )
+    parser.add_argument(
+        "--cp-method",
+        default="ring",
+        metavar="NAME",
+        help=f"of context parallelism: {', '.join(CONTEXT_PARALLEL_METHODS)}",
+    )
     parser.add_argument("--compile", action="store_true", help="compile layers and loss")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
@@ -86,6 +93,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if degree < 1:
             parser.error(f"{name} {degree}: must be at least 1")
     _check_schedule(parser, options)
+    if options.cp_method not in CONTEXT_PARALLEL_METHODS:
+        parser.error(f"--cp-method {options.cp_method}: must be one of {', '.join(CONTEXT_PARALLEL_METHODS)}")
+    if options.cp_method != parser.get_default("cp_method") and options.cp == 1:
+        parser.error(f"--cp-method {options.cp_method}: is that of context parallelism; give --cp, too")
     unknown = [problem for name in options.models for problem in _name_problems(name)]
     if unknown:
         parser.error("\n".join(unknown))

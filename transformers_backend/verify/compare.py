@@ -71,16 +71,18 @@ def verify(
     pp: int = 1,
     cp: int = 1,
     schedule: str = "1F1B",
+    cp_method: str = "ring",
     compile: bool = False,
     on_report: Callable[[Report], None] | None = None,
 ) -> list[Report]:
     """Verify models on `fsdp` x `tp` x `pp` x `cp` local processes and return their reports.
 
-    schedule: of the pipeline, where `pp` is above 1. on_report: sees each as it comes.
+    schedule: of the pipeline, where `pp` is above 1. cp_method: of attention, where `cp` is above 1.
+    on_report: sees each as it comes.
     """
     context = mp.get_context("spawn")
     queue = context.Queue()
-    parallelism = parallelism_of(fsdp=fsdp, tp=tp, pp=pp, cp=cp, schedule=schedule)
+    parallelism = parallelism_of(fsdp=fsdp, tp=tp, pp=pp, cp=cp, schedule=schedule, cp_method=cp_method)
     processes = fsdp * tp * pp * cp
     with tempfile.TemporaryDirectory() as folder:
         workers = mp.spawn(
