@@ -239,7 +239,7 @@ def test_the_plan_of_tensor_parallelism_has_the_names_of_modules_as_keys(tmp_pat
         ("[checkpoint]\nload_step = -2", "checkpoint.load_step = -2: must be at least 0, or -1 for the latest"),
         ("[profiling]\nmax_ranks = 0", "profiling.max_ranks = 0: must be at least 1, or -1 for all ranks."),
         ("[profiling]\nprofile_freq = 3", "profiling.profile_freq = 3: must be at least profiler_warmup + "),
-        ("[parallelism]\ncontext_parallel_degree = 2", "context_parallel_degree = 2: this version does not split"),
+        ("[parallelism]\ncontext_parallel_method = 'star'", 'context_parallel_method = "star": must be one of "ring"'),
         ("[parallelism]\ndisable_loss_parallel = true", "parallelism.disable_loss_parallel = true: with tensor"),
         ("[parallelism]\nsequence_parallel = true", 'sequence_parallel = true: must be one of "auto", "always"'),
         ("[parallelism.tensor_parallel_plan]\nlm_head = 1", "lm_head = 1}: must be a table of strings."),
