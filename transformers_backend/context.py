@@ -48,6 +48,8 @@ class SharedContext:
         self._attention = ContextAttention(hf_model, self.own_attention)
         self._blocks, self._why_blocks = choose_blocks(self._mesh.device_type, dtype)
         self._layout: SequenceLayout | None = None
+        self.way = plan.method
+        """How a query reaches the keys of other ranks: the method."""
 
     def share(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """This rank's part of `input_ids`, `targets` and `position_ids`, (batch, local); and `documents`, (batch, seq).

@@ -37,7 +37,7 @@ from transformers_backend.verify.command import parse as parse_verify
 REPOSITORY = Path(__file__).parents[2]
 PAGES = (
     "README.md", "docs/how_it_works.md", "docs/configuration.md", "docs/watching.md", "docs/accelerate.md",
-    "docs/contributing.md",
+    "docs/contributing.md", "docs/context_parallelism.md",
 )  # fmt: skip
 HUB_ID = "Qwen/Qwen3-0.6B"
 # Steps small enough for a test.

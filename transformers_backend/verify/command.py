@@ -12,7 +12,7 @@ from pathlib import Path
 import transformers
 from transformers import CONFIG_MAPPING
 
-from parallelize.config import PIPELINE_SCHEDULES
+from parallelize.config import CONTEXT_PARALLEL_METHODS, PIPELINE_SCHEDULES
 from parallelize.pipeline_parallel.schedules import is_zero_bubble
 from transformers_backend.job_config.rules import model_source_problems
 from transformers_backend.verify.compare import DENSE_MODEL_TYPES, is_model_type, verify
@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     options = parse(given)
     models = [*options.models, *(DENSE_MODEL_TYPES if options.all_dense else ())]
-    mesh = {"fsdp": options.fsdp, "tp": options.tp, "pp": options.pp, "schedule": options.schedule}
+    mesh = {"fsdp": options.fsdp, "tp": options.tp, "pp": options.pp, "cp": options.cp, "schedule": options.schedule}
+    mesh["cp_method"] = options.cp_method
     parallelism = parallelism_of(**mesh)
     if not options.json:
         print_header(parallelism)
@@ -51,7 +52,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("models", nargs="*", help="model types, hub ids or folders (only their config is read)")
     parser.add_argument("--all-dense", action="store_true", help="all dense causal LM types of Transformers")
     parser.add_argument(
-        "--fsdp", type=int, metavar="N", help="data-parallel shard degree (default 2, or 1 where --tp or --pp is given)"
+        "--fsdp", type=int, metavar="N", help="data-parallel shard degree (default 2, or 1 where another is given)"
     )
     parser.add_argument(
         "--tp", type=int, metavar="N",
@@ -59,10 +60,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--pp", type=int, metavar="N",
-        help="pipeline-parallel degree (default 1); shows the stages. There are fsdp x tp x pp processes",
+        help="pipeline-parallel degree (default 1); shows the stages",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cp", type=int, metavar="N",
+        help="context-parallel degree (default 1); tries packed documents, too. The number of processes is the product "
+        "of all degrees",
     )  # fmt: skip
     parser.add_argument(
         "--schedule", default="1F1B", metavar="NAME", help=f"of the pipeline: {', '.join(PIPELINE_SCHEDULES)}"
+    )
+    parser.add_argument(
+        "--cp-method",
+        default="ring",
+        metavar="NAME",
+        help=f"of context parallelism: {', '.join(CONTEXT_PARALLEL_METHODS)}",
     )
     parser.add_argument("--compile", action="store_true", help="compile layers and loss")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -71,14 +83,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     if options.fsdp is None:
-        options.fsdp = 2 if options.tp is None and options.pp is None else 1
-    options.tp, options.pp = (1 if degree is None else degree for degree in (options.tp, options.pp))
+        options.fsdp = 2 if options.tp is options.pp is options.cp is None else 1
+    options.tp, options.pp, options.cp = (
+        1 if degree is None else degree for degree in (options.tp, options.pp, options.cp)
+    )
     if not options.models and not options.all_dense:
         parser.error("name at least one model type, hub id or folder, or give --all-dense")
-    for name, degree in (("--fsdp", options.fsdp), ("--tp", options.tp), ("--pp", options.pp)):
+    for name, degree in (("--fsdp", options.fsdp), ("--tp", options.tp), ("--pp", options.pp), ("--cp", options.cp)):
         if degree < 1:
             parser.error(f"{name} {degree}: must be at least 1")
     _check_schedule(parser, options)
+    if options.cp_method not in CONTEXT_PARALLEL_METHODS:
+        parser.error(f"--cp-method {options.cp_method}: must be one of {', '.join(CONTEXT_PARALLEL_METHODS)}")
+    if options.cp_method != parser.get_default("cp_method") and options.cp == 1:
+        parser.error(f"--cp-method {options.cp_method}: is that of context parallelism; give --cp, too")
     unknown = [problem for name in options.models for problem in _name_problems(name)]
     if unknown:
         parser.error("\n".join(unknown))

@@ -29,7 +29,8 @@ from transformers_backend.model import HFTransformerModel
 from transformers_backend.model_args import HFTransformerModelArgs
 from transformers_backend.proof import GRADIENT_TOLERANCE, LOSS_TOLERANCE, MODEL_ERRORS, gradients, relative_errors
 from transformers_backend.tensor_plan import DegreeError
-from transformers_backend.twin import VOCABULARY_SIZE, build_twin
+from transformers_backend.twin import VOCABULARY_SIZE, WINDOW, build_twin
+from transformers_backend.verify.context import loss_of_documents_alone, packed_batch, sequence_length
 from transformers_backend.verify.pipeline import (
     held_by_several,
     layers_per_stage,
@@ -53,7 +54,6 @@ DENSE_MODEL_TYPES = tuple(
     starcoder2 vaultgemma xglm xlstm youtu
     """.split()
 )
-_SEQUENCE = 24
 _ROWS_TO_EVALUATE = 3  # of a data rank; no micro-batch of two rows divides that
 _TIMEOUT = datetime.timedelta(minutes=5)
 
@@ -69,18 +69,21 @@ def verify(
     fsdp: int = 2,
     tp: int = 1,
     pp: int = 1,
+    cp: int = 1,
     schedule: str = "1F1B",
+    cp_method: str = "ring",
     compile: bool = False,
     on_report: Callable[[Report], None] | None = None,
 ) -> list[Report]:
-    """Verify models on `fsdp` x `tp` x `pp` local processes and return their reports.
+    """Verify models on `fsdp` x `tp` x `pp` x `cp` local processes and return their reports.
 
-    schedule: of the pipeline, where `pp` is above 1. on_report: sees each as it comes.
+    schedule: of the pipeline, where `pp` is above 1. cp_method: of attention, where `cp` is above 1.
+    on_report: sees each as it comes.
     """
     context = mp.get_context("spawn")
     queue = context.Queue()
-    parallelism = parallelism_of(fsdp=fsdp, tp=tp, pp=pp, schedule=schedule)
-    processes = fsdp * tp * pp
+    parallelism = parallelism_of(fsdp=fsdp, tp=tp, pp=pp, cp=cp, schedule=schedule, cp_method=cp_method)
+    processes = fsdp * tp * pp * cp
     with tempfile.TemporaryDirectory() as folder:
         workers = mp.spawn(
             _worker, (processes, models, parallelism, compile, folder, queue), nprocs=processes, join=False
@@ -165,7 +168,8 @@ def _compare_training(
     twin_degree: the tensor-parallel degree for which the twin is wide enough.
     """
     rows = rows_of_a_call(parallelism)
-    input_ids, labels = global_batch(2 * rows * parallelism.data_parallel_shard_degree)
+    seq = sequence_length(parallelism)
+    input_ids, labels = global_batch(2 * rows * parallelism.data_parallel_shard_degree, seq)
     sizes = {"degree": twin_degree, "minimum_layers": minimum_layers(parallelism)}
     plain = build_twin(hf_config, model_class, **sizes)
     plain_loss = plain(input_ids=input_ids, labels=labels, use_cache=False).loss
@@ -181,15 +185,19 @@ def _compare_training(
         report.fail(f"loss {loss.item():.6f} instead of {plain_loss.item():.6f}")
     _compare_gradients(report, plain, model)
     _compare_clipping(report, plain, model)
-    _compare_evaluation(report, plain, model)
+    _compare_evaluation(report, plain, model, seq)
+    if model.context is not None:
+        report.way = model.context.way
+        _compare_documents(report, plain, model, rows, seq)
     if model.pipelined is not None:
         plan = model.pipelined.plan
         report.stages, report.held_by_several = layers_per_stage(plan), held_by_several(plan, plain)
     return model
 
 
-def _compare_gradients(report: Report, plain: nn.Module, model: HFTransformerModel, when: str = "") -> None:
-    """Keep the worst relative error, of any rank: what is replicated may be right on one and wrong on another."""
+def _compare_gradients(report: Report, plain: nn.Module, model: HFTransformerModel, when: str = "") -> float:
+    """The worst relative error, of any rank: what is replicated may be right on one and wrong on another. The report
+    keeps the worst of all calls."""
     errors = relative_errors(gradients(plain), seen_gradients(model))
     worst = max(errors, key=errors.get)
     error, worst = max(gather_objects((errors[worst], worst)))
@@ -197,6 +205,7 @@ def _compare_gradients(report: Report, plain: nn.Module, model: HFTransformerMod
         report.gradient_error, report.worst_parameter = error, worst
     if not error <= GRADIENT_TOLERANCE:
         report.fail(f"gradient of {worst} is wrong{when}")
+    return error
 
 
 def _compare_clipping(report: Report, plain: nn.Module, model: HFTransformerModel) -> None:
@@ -210,10 +219,10 @@ def _compare_clipping(report: Report, plain: nn.Module, model: HFTransformerMode
     _compare_gradients(report, plain, model, " after clipping")
 
 
-def _compare_evaluation(report: Report, plain: PreTrainedModel, model: HFTransformerModel) -> None:
+def _compare_evaluation(report: Report, plain: PreTrainedModel, model: HFTransformerModel, seq: int) -> None:
     """The mean loss of another batch in evaluation mode."""
     rows = _ROWS_TO_EVALUATE
-    input_ids, labels = global_batch(rows * model.dims.data_parallel_size)
+    input_ids, labels = global_batch(rows * model.dims.data_parallel_size, seq)
     with torch.no_grad():
         expected = plain.eval()(input_ids=input_ids, labels=labels, use_cache=False).loss.item()
     mine = slice(model.data_rank * rows, (model.data_rank + 1) * rows)
@@ -222,6 +231,37 @@ def _compare_evaluation(report: Report, plain: PreTrainedModel, model: HFTransfo
     report.evaluation_difference = max(gather_objects(abs(found - expected)))
     if not report.evaluation_difference <= LOSS_TOLERANCE:
         report.fail(f"evaluation finds a loss of {found:.6f} instead of {expected:.6f}")
+
+
+def _compare_documents(report: Report, plain: PreTrainedModel, model: HFTransformerModel, rows: int, seq: int) -> None:
+    """Loss and every gradient of packed documents on ranks that share rows, and of each document alone.
+
+    rows, seq: of a data rank's batch. A model that keeps documents apart in no way, or says so, is refused here.
+    """
+    input_ids, labels, positions = packed_batch(rows * model.dims.data_parallel_size, seq)
+    mine = slice(model.data_rank * rows, (model.data_rank + 1) * rows)
+    model.hf_model.zero_grad()
+    try:
+        isolation = model.isolate_documents()
+        if isolation.way is None:
+            raise ValueError(isolation.reason)
+        loss = model.forward_backward(input_ids[mine], labels[mine], position_ids=positions[mine])
+    except ValueError as error:
+        if not is_meant_for_the_user(error):
+            raise
+        report.documents = "refused"
+        report.notes.append(f"documents: {error}")
+        return
+    plain.zero_grad()
+    plain.train()
+    expected = loss_of_documents_alone(plain, input_ids, labels)
+    expected.backward()
+    difference = max(gather_objects(abs(loss.item() - expected.item())))
+    report.loss_difference = max(report.loss_difference, difference)
+    if not difference <= LOSS_TOLERANCE:
+        report.fail(f"loss of packed documents {loss.item():.6f} instead of {expected.item():.6f}")
+    error = _compare_gradients(report, plain, model, " with packed documents")
+    report.documents = "pass" if difference <= LOSS_TOLERANCE and error <= GRADIENT_TOLERANCE else "fail"
 
 
 def _describe_split(report: Report, hf_config, model_class, model: HFTransformerModel) -> None:
@@ -254,7 +294,7 @@ def _compare_weights(
         original.save_pretrained(pretrained, max_shard_size="100KB")
     dist.barrier()
     rows = 1 if layers is None else rows_of_a_call(parallelism)
-    input_ids, labels = global_batch(rows * parallelism.data_parallel_shard_degree)
+    input_ids, labels = global_batch(rows * parallelism.data_parallel_shard_degree, sequence_length(parallelism))
     with torch.no_grad():
         plain_loss = original(input_ids=input_ids, labels=labels, use_cache=False).loss
     model = HFTransformerModel.from_pretrained(str(pretrained))
@@ -266,7 +306,10 @@ def _compare_weights(
     differing = _differing(original, AutoModelForCausalLM.from_pretrained(exported))
     report.export = "bit-equal" if not differing else f"differs: {', '.join(differing[:3])}"
     # Ranks that split a sum add in another order, and so do micro-batches; else the computation is the same one.
-    same_order = parallelism.tensor_parallel_degree == parallelism.pipeline_parallel_degree == 1
+    degrees = (
+        parallelism.tensor_parallel_degree, parallelism.pipeline_parallel_degree, parallelism.context_parallel_degree
+    )  # fmt: skip
+    same_order = max(degrees) == 1
     tolerance = PRETRAINED_LOSS_TOLERANCE if same_order else LOSS_TOLERANCE
     if not report.pretrained_loss_difference <= tolerance:
         report.fail(f"loss of the loaded folder {loss.item():.7f} instead of {plain_loss.item():.7f}")
@@ -281,13 +324,13 @@ def _differing(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:
     return [n for n in names if n not in tensors or n not in others or not torch.equal(tensors[n], others[n])]
 
 
-def global_batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def global_batch(rows: int, seq: int = 3 * WINDOW) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and labels (rows, seq); every row ignores another number of labels, so that means of means differ."""
     generator = torch.Generator().manual_seed(7)
-    input_ids = torch.randint(3, VOCABULARY_SIZE - 3, (rows, _SEQUENCE), generator=generator)
+    input_ids = torch.randint(3, VOCABULARY_SIZE - 3, (rows, seq), generator=generator)
     labels = input_ids.clone()
     for row in range(rows):
-        labels[row, : (5 * row) % (_SEQUENCE - 4)] = -100
+        labels[row, : (5 * row) % (seq - 4)] = -100
     return input_ids, labels
 
 

@@ -33,11 +33,15 @@ def rows_of_a_call(parallelism: ParallelismConfig) -> int:
     return _ROWS if degree == 1 else 2 * degree * parallelism.pipeline_parallel_microbatch_size
 
 
-def parallelism_of(*, fsdp: int = 1, tp: int = 1, pp: int = 1, schedule: str = "1F1B") -> ParallelismConfig:
+def parallelism_of(
+    *, fsdp: int = 1, tp: int = 1, pp: int = 1, cp: int = 1, schedule: str = "1F1B", cp_method: str = "ring"
+) -> ParallelismConfig:
     """The mesh of a report."""
     return ParallelismConfig(
         data_parallel_shard_degree=fsdp,
         tensor_parallel_degree=tp,
+        context_parallel_degree=cp,
+        context_parallel_method=cp_method,
         pipeline_parallel_degree=pp,
         pipeline_parallel_schedule=schedule,
         pipeline_parallel_microbatch_size=_ROWS,
