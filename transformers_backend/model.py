@@ -177,6 +177,12 @@ class HFTransformerModel:
         pipeline_plan = plan_pipeline(self.hf_model, self.decoder, attention, parallelism, seq_len)
         if self.dims.cp > 1:
             self.context = SharedContext(self.hf_model, self.decoder, self.mesh["cp"])
+            if self.context.takes_whole_sequences and self.dims.pp > 1:
+                raise ValueError(
+                    f"parallelism.pipeline_parallel_degree = {self.dims.pp}: {self.model_class.__name__} has no ring "
+                    f"attention here ({self.context.way}), and stages of a pipeline pass on parts of sequences only "
+                    "with it. Set pipeline_parallel_degree or context_parallel_degree to 1."
+                )
         split = choose_tensor_parallelism(self.hf_model, self.decoder, attention, self.mesh["tp"], parallelism)
         check_recomputation(self.hf_model.config, self.model_class, attention, activation_checkpoint)
         compile = without_wrong_compilation(
@@ -215,6 +221,8 @@ class HFTransformerModel:
                 compute_dtype=param_dtype or self.hf_model.dtype,
                 sequence_parallel_degree=self.dims.tp if split is not None and split.sequence_parallel else 1,
             )
+        if self.context is not None:
+            self.context.install()
         if split is not None:
             refuse_inner_outputs(self.hf_model, sequence_parallel=split.sequence_parallel)
             share_random_state(self.mesh.get_group("tp"))
@@ -381,11 +389,12 @@ class HFTransformerModel:
 
     def _sum_loss(self, *, targets: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
         inputs = self._inputs(**batch)
-        return self.hf_model(**inputs, targets=targets.view_as(inputs["input_ids"]))
+        # Rows as the model sees them, which may be joined; of as many tokens as it yields, with shared sequences a part.
+        return self.hf_model(**inputs, targets=targets.reshape(len(inputs["input_ids"]), -1))
 
     def _inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> dict:
         """What the model is called with for tokens, and positions where there are some, both (batch, seq)."""
-        if self.context is not None:
+        if self.context is not None and not self.context.takes_whole_sequences:
             return self.context.inputs(input_ids, position_ids)
         if position_ids is None:
             return {"input_ids": input_ids}
