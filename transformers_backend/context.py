@@ -84,6 +84,15 @@ class SharedContext:
         """Whether the model is called with whole sequences, as without context parallelism, though it yields parts."""
         return self._mixers is not None
 
+    def check_others(self, *, pipeline: bool, tensor: bool) -> None:
+        """Raise a ValueError where other ways to split the model do not go together with this one."""
+        key = "pipeline_parallel_degree" if pipeline else "tensor_parallel_degree"
+        if self.takes_whole_sequences and (pipeline or tensor):
+            raise ValueError(
+                f"parallelism.{key} > 1 with context_parallel_degree = {self._mesh.size()}: this needs ring attention, "
+                f"which is not exact for this model (it runs on the {self.way}). Set either of them to 1."
+            )
+
     def install(self) -> None:
         """What must stand around everything else that wraps layers; call it once, last."""
         if self._mixers is not None:

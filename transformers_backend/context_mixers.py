@@ -38,7 +38,7 @@ class GatheredMixers:
     def __init__(
         self, hf_model: PreTrainedModel, decoder: Decoder, names: Sequence[str], group: dist.ProcessGroup
     ) -> None:
-        """Change the mixers, before anything else wraps them. names: of the modules. Outside `sharing` nothing changes."""
+        """Change the mixers, before anything else wraps them; outside `sharing` they are as before. names: their names."""
         self.names = tuple(names)
         self._model, self._decoder = hf_model, decoder
         self._group, self._rank = group, dist.get_rank(group)
@@ -48,7 +48,7 @@ class GatheredMixers:
             self._gather(name, hf_model.get_submodule(name))
 
     def install(self) -> None:
-        """Cut the hidden states before the first layer; call it once, after all else that wraps layers or hooks on them.
+        """Cut the hidden states before the first layer; call it once, after all else that wraps or hooks on layers.
 
         After the last layer they get their whole length back, which some models rely on, and the base's output is cut.
         """

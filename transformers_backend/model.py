@@ -177,13 +177,9 @@ class HFTransformerModel:
         pipeline_plan = plan_pipeline(self.hf_model, self.decoder, attention, parallelism, seq_len)
         if self.dims.cp > 1:
             self.context = SharedContext(self.hf_model, self.decoder, self.mesh["cp"])
-            if self.context.takes_whole_sequences and self.dims.pp > 1:
-                raise ValueError(
-                    f"parallelism.pipeline_parallel_degree = {self.dims.pp}: {self.model_class.__name__} has no ring "
-                    f"attention here ({self.context.way}), and stages of a pipeline pass on parts of sequences only "
-                    "with it. Set pipeline_parallel_degree or context_parallel_degree to 1."
-                )
         split = choose_tensor_parallelism(self.hf_model, self.decoder, attention, self.mesh["tp"], parallelism)
+        if self.context is not None:
+            self.context.check_others(pipeline=self.dims.pp > 1, tensor=split is not None)
         check_recomputation(self.hf_model.config, self.model_class, attention, activation_checkpoint)
         compile = without_wrong_compilation(
             compile, activation_checkpoint, self.hf_model, attention, self.device, split
@@ -389,7 +385,7 @@ class HFTransformerModel:
 
     def _sum_loss(self, *, targets: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
         inputs = self._inputs(**batch)
-        # Rows as the model sees them, which may be joined; of as many tokens as it yields, with shared sequences a part.
+        # Rows as the model sees them, which may be joined; with shared sequences the part that it yields.
         return self.hf_model(**inputs, targets=targets.reshape(len(inputs["input_ids"]), -1))
 
     def _inputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> dict:
