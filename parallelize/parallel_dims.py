@@ -93,8 +93,7 @@ def data_parallel_mesh(mesh: DeviceMesh) -> DeviceMesh:
 
     Ranks that share sequences hold shards like those with other data: both have a part of the loss.
     """
-    shards = "dp_shard"
+    shards = mesh["dp_shard"]
     if mesh["cp"].size() > 1:
-        shards = "dp_shard_cp"
-        mesh["dp_shard", "cp"]._flatten(shards)
-    return mesh["dp_replicate", shards] if mesh["dp_replicate"].size() > 1 else mesh[shards]
+        shards = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")  # the same one every time
+    return DeviceMesh._concatenate([mesh["dp_replicate"], shards]) if mesh["dp_replicate"].size() > 1 else shards

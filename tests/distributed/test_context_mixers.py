@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -63,6 +65,8 @@ def _compare(model_type: str, mesh: dict, options: dict) -> dict:
     loss = sum_cross_entropy(plain(**inputs, use_cache=False).logits.flatten(0, 1), shift_labels(labels).flatten())
     loss = loss / count_targets(labels)
     loss.backward()
+    if "warns" in options:
+        warnings.filterwarnings("ignore", message=f".*{options['warns']}")
     mine = slice(2 * model.data_rank, 2 * model.data_rank + 2)
     positions = None if positions is None else positions[mine]
     found = model.forward_backward(input_ids[mine], labels[mine], position_ids=positions)
@@ -91,7 +95,7 @@ def _check(results: list[dict], mixer: str) -> dict:
         ("bloom", "transformer.h.*.self_attention (2)", {}),  # alibi, and a residual within the mixer
         ("gptj", "attn", {"recompute": "full"}),  # reshapes what leaves the layers
         ("doge", "self_attn", {}),  # masks as tensors
-        ("xlstm", "mlstm_layer", {}),  # a recurrence
+        ("xlstm", "mlstm_layer", {"warns": "returned a view tensor"}),  # a recurrence, whose states are views
         ("lfm2", "conv", {"overrides": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}}),
     ],
 )
