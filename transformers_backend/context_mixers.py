@@ -38,7 +38,7 @@ class GatheredMixers:
     def __init__(
         self, hf_model: PreTrainedModel, decoder: Decoder, names: Sequence[str], group: dist.ProcessGroup
     ) -> None:
-        """Change the mixers, before anything else wraps them; outside `sharing` they are as before. names: their names."""
+        """Change the mixers, before anything else wraps them; outside `sharing` they run as before."""
         self.names = tuple(names)
         self._model, self._decoder = hf_model, decoder
         self._group, self._rank = group, dist.get_rank(group)
