@@ -36,7 +36,7 @@ def test_the_modules_that_mix_tokens_are_found_in_every_layer(model_type, overri
 def test_a_layer_that_mixes_in_its_own_forward_is_itself_found():
     twin = build_twin(*HFTransformerModelArgs(model_type="llama").resolve())
     decoder = describe_decoder(twin)
-    first, *others = (twin.get_submodule(name) for name in decoder.layers)
+    first, *_others = (twin.get_submodule(name) for name in decoder.layers)
     plain_forward = first.mlp.forward
     first.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)  # mixes nothing
     first.forward = lambda hidden_states, **_: plain_forward(hidden_states.cumsum(1))
