@@ -2,14 +2,18 @@
 
 Tokens, targets and positions are cut here, once, after the labels were shifted; attention runs over the ranks
 (`context_attention.py`); everything else in a decoder works token by token. Whether that holds for an architecture is
-tried on its twin over the actual ranks before it is trusted (`context_proof.py`).
+tried on its twin over the actual ranks before it is trusted (`context_proof.py`). Where it does not hold, the modules
+that mix tokens run on the whole sequence (`context_mixers.py`), which is tried likewise.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,9 +23,16 @@ from parallelize.context_parallel.kernels import choose_blocks
 from parallelize.context_parallel.layout import SequenceLayout, sequence_length_problems
 from parallelize.context_parallel.ring import Ring
 from transformers_backend.context_attention import ContextAttention
+from transformers_backend.context_mixers import GatheredMixers
+from transformers_backend.decoder import describe_decoder
 from transformers_backend.isolation import document_begins
 
 _BATCH = ("input_ids", "targets", "position_ids")
+
+
+Kind = Literal["attention", "mixers", "layers"]
+"""How a model is computed: attention over the ranks; or what mixes tokens on the whole sequence, as finely as it can be
+told apart, or layer by layer."""
 
 
 @dataclass(frozen=True)
@@ -34,33 +45,72 @@ class ContextPlan:
     """One of `methods.METHODS`."""
     is_zigzag: bool = True
     """How they lie on the ranks: see `layout.py`."""
+    kind: Kind = "attention"
 
 
 class SharedContext:
     """The sequences of one model on the ranks of a mesh."""
 
-    def __init__(self, hf_model: PreTrainedModel, plan: ContextPlan, dtype: torch.dtype = torch.float32) -> None:
-        """Change the model's attention. dtype: that it computes in."""
+    def __init__(
+        self,
+        hf_model: PreTrainedModel,
+        plan: ContextPlan,
+        *,
+        mixers: Sequence[str] = (),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Change the model, before anything else does. dtype: that attention computes in.
+
+        mixers: modules that run on the whole sequence, where attention does not run over the ranks.
+        """
+        assert bool(mixers) == (plan.kind != "attention")
         self.plan = plan
         self.own_attention = hf_model.config._attn_implementation
         """What the model attends with where it has whole sequences: the name of a function of Transformers."""
         self._mesh, self._group, self._rank = plan.mesh, plan.mesh.get_group(), plan.mesh.get_local_rank()
-        self._attention = ContextAttention(hf_model, self.own_attention)
         self._blocks, self._why_blocks = choose_blocks(self._mesh.device_type, dtype)
         self._layout: SequenceLayout | None = None
-        self.way = plan.method
-        """How a query reaches the keys of other ranks: the method."""
+        self._attention: ContextAttention | None = None
+        self._mixers: GatheredMixers | None = None
+        self.way = f"whole sequence: {summarize(mixers)}" if mixers else plan.method
+        """How a query reaches the keys of other ranks: the method, or which modules get the whole sequence."""
+        if mixers:
+            self._mixers = GatheredMixers(hf_model, describe_decoder(hf_model), mixers, self._group)
+        else:
+            self._attention = ContextAttention(hf_model, self.own_attention)
+
+    @property
+    def takes_whole_sequences(self) -> bool:
+        """Whether the model is called with whole sequences, as without context parallelism, though it yields parts."""
+        return self._mixers is not None
+
+    def check_others(self, *, pipeline: bool, tensor: bool) -> None:
+        """Raise a ValueError where other ways to split the model do not go together with this one."""
+        key = "pipeline_parallel_degree" if pipeline else "tensor_parallel_degree"
+        if self.takes_whole_sequences and (pipeline or tensor):
+            raise ValueError(
+                f"parallelism.{key} > 1 with context_parallel_degree = {self._mesh.size()}: this needs attention over "
+                f"the ranks, which is not exact for this model (it runs on the {self.way}). Set either of them to 1."
+            )
+
+    def install(self) -> None:
+        """What must stand around everything else that wraps layers; call it once, last."""
+        if self._mixers is not None:
+            self._mixers.install()
 
     def share(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """This rank's part of `input_ids`, `targets` and `position_ids`, (batch, local); and `documents`, (batch, seq).
 
-        Positions say where documents begin; a batch without them gets those of whole sequences.
+        Positions say where documents begin; a batch without them gets those of whole sequences. A model that takes
+        whole sequences gets all as it is, but for the targets.
         """
         rows, length = batch["input_ids"].shape
         degree, is_zigzag = self._mesh.size(), self.plan.is_zigzag
         if problems := sequence_length_problems("The length of the sequences", length, degree, is_zigzag=is_zigzag):
             raise ValueError(problems[0])
         self._layout = SequenceLayout(length, degree, is_zigzag)
+        if self.takes_whole_sequences:
+            return {**batch, "targets": self._layout.shard(batch["targets"], self._rank, 1)}
         shared = {}
         positions = batch.get("position_ids")
         if positions is None:
@@ -88,16 +138,20 @@ class SharedContext:
 
     @property
     def is_sharing(self) -> bool:
-        return self._attention.is_sharing
+        return self._attention is not None and self._attention.is_sharing
 
     @property
     def masks_made(self) -> int:
         """How often the model has asked for a mask of shared sequences."""
-        return self._attention.masks_made
+        return 0 if self._attention is None else self._attention.masks_made
 
     @contextlib.contextmanager
     def sharing(self) -> Iterator[None]:
         """Within the block the model runs on what `share` returned."""
+        if self._mixers is not None:
+            with self._mixers.sharing(self._layout):
+                yield
+            return
         with self._attention.sharing(Ring(self._group, self._layout, self._blocks, self.plan.method)):
             yield
 
@@ -105,7 +159,18 @@ class SharedContext:
         """How sequences are shared, for the summary of a run."""
         parts = "an early and a late part" if self.plan.is_zigzag else "one part"
         layout = "zigzag" if self.plan.is_zigzag else "contiguous"
+        if self.takes_whole_sequences:
+            return (
+                f"{self._mesh.size()} ranks, each with {parts} of every sequence ({layout}), but for modules that "
+                f"every rank computes for all of it: {summarize(self._mixers.names)}"
+            )
         return (
             f"{self.plan.method} attention on {self._mesh.size()} ranks, each with {parts} of every sequence "
             f"({layout}); blocks by {self._why_blocks}"
         )
+
+
+def summarize(mixers: Sequence[str]) -> str:
+    """Names of modules, those that differ only in the number of their layer as one: "model.layers.*.self_attn (32)"."""
+    patterns = Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in mixers)
+    return ", ".join(f"{pattern} ({count})" for pattern, count in patterns.items())

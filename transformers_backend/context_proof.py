@@ -7,9 +7,11 @@ anything is trained; documents in one row, and layers that are compiled, are tri
 from __future__ import annotations
 
 import itertools
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,9 +21,11 @@ from parallelize.compile import COMPILE_ERRORS, apply_compile
 from parallelize.config import ActivationCheckpointConfig, ParallelismConfig
 from parallelize.context_parallel.ulysses import ulysses_problem
 from parallelize.distributed import gather_objects, sum_over
-from transformers_backend.context import ContextPlan, SharedContext
+from transformers_backend.context import ContextPlan, Kind, SharedContext, summarize
+from transformers_backend.context_mixers import find_mixers
 from transformers_backend.decoder import describe_decoder
 from transformers_backend.flops import attention_costs
+from transformers_backend.isolation import Isolation, find_isolation, packed_inputs
 from transformers_backend.loss import IGNORE_INDEX, count_targets, install_loss, shift_labels
 from transformers_backend.proof import (
     MODEL_ERRORS,
@@ -33,27 +37,64 @@ from transformers_backend.proof import (
 )
 from transformers_backend.twin import build_twin
 
+logger = logging.getLogger(__name__)
+
 
 def choose_context(
     hf_model: PreTrainedModel, mesh: DeviceMesh, parallelism: ParallelismConfig, dtype: torch.dtype
 ) -> SharedContext | None:
     """Share the sequences of a model among the ranks of a mesh, of which one alone means None. Changes the model.
 
-    dtype: that attention computes in. Raises a ValueError where the model would compute something else.
+    dtype: that attention computes in. The first kind is taken that is exact; a ValueError where none is.
     """
     if mesh.size() == 1:
         return None
-    plan = ContextPlan(
-        mesh, parallelism.context_parallel_method, is_zigzag=parallelism.context_parallel_layout == "zigzag"
-    )
-    _check_heads(hf_model.config, plan, parallelism)
-    reason = ContextProof.of(hf_model, plan).why_not()
-    if reason is not None:
+    method, layout = parallelism.context_parallel_method, parallelism.context_parallel_layout
+    reasons: list[str] = []
+    for kind in get_args(Kind):
+        plan = ContextPlan(mesh, method, layout == "zigzag", kind)
+        proof = ContextProof.of(hf_model, plan)
+        reason = proof.why_not()
+        if reason is None:
+            break
+        reasons.append(reason)
+    else:
         raise ValueError(
             f"{type(hf_model).__name__}: on {mesh.size()} ranks that share its sequences it computes something else "
-            f"({reason}), so it is refused. Set parallelism.context_parallel_degree = 1."
+            f"(with attention over the ranks: {reasons[0]}; with the modules that mix tokens on the whole sequence: "
+            f"{reasons[1]}), so it is refused. Set parallelism.context_parallel_degree = 1."
         )
-    return SharedContext(hf_model, plan, dtype)
+    if kind == "attention":
+        _check_heads(hf_model.config, plan, parallelism)
+        return SharedContext(hf_model, plan, dtype=dtype)
+    mixers = proof.mixers_of_model()
+    logger.warning(
+        "%s: no attention over the ranks, because with it the model computes something else (%s). Instead every rank "
+        "of a context-parallel group computes these modules for the whole sequence, so that their work and memory are "
+        "not divided by context_parallel_degree = %d: %s",
+        type(hf_model).__name__, reasons[0], mesh.size(), summarize(mixers),
+    )  # fmt: skip
+    return SharedContext(hf_model, plan, mixers=mixers, dtype=dtype)
+
+
+def isolate_shared(
+    hf_config: PreTrainedConfig, model_class: type[PreTrainedModel], context: SharedContext
+) -> Isolation:
+    """How packed documents stay apart where ranks share them; a ValueError where they do not."""
+    isolation, reason = Isolation("the ring"), None
+    if context.takes_whole_sequences:
+        isolation = find_isolation(hf_config, model_class, context.own_attention)
+        reason = isolation.reason
+        if isolation.way == "joined rows":
+            reason = f'"{context.own_attention}" joins rows'
+    if reason is None:
+        reason = ContextProof.again(hf_config, model_class, context).why_documents_mix(isolation)
+    if reason is None:
+        return isolation
+    raise ValueError(
+        f"{model_class.__name__} does not keep packed documents apart where ranks share its sequences ({reason}). Set "
+        'training.packing = "concat", or parallelism.context_parallel_degree = 1.'
+    )
 
 
 def _check_heads(hf_config: PreTrainedConfig, plan: ContextPlan, parallelism: ParallelismConfig) -> None:
@@ -94,14 +135,14 @@ class ContextProof:
             )
         )
 
-    def why_documents_mix(self) -> str | None:
-        """Why packed documents do not stay apart, or None."""
+    def why_documents_mix(self, isolation: Isolation) -> str | None:
+        """Why packed documents do not stay apart in this way, or None."""
         length = _example_length(self.plan.mesh.size())
         input_ids, position_ids, labels = (tensor.to(self._device) for tensor in _packed_example(length))
         return _on_all_ranks(
             lambda: difference(
                 _one_by_one(self._twin(), input_ids, position_ids, labels),
-                self._shared(self._twin(), input_ids, labels, position_ids),
+                self._shared(self._twin(), input_ids, labels, position_ids, isolation),
             )
         )
 
@@ -130,11 +171,23 @@ class ContextProof:
     def _device(self) -> str:
         return self.plan.mesh.device_type
 
-    def _twin(self) -> PreTrainedModel:
+    def mixers_of_model(self) -> tuple[str, ...]:
+        """The modules of the model, rather than of the twin, that run on the whole sequence."""
+        return self._mixers(self._twin(all_layers=True))
+
+    def _mixers(self, twin: PreTrainedModel) -> tuple[str, ...]:
+        decoder = describe_decoder(twin)
+        if self.plan.kind == "mixers":
+            return find_mixers(twin, decoder, self._example()[0])
+        return decoder.layers if self.plan.kind == "layers" else ()
+
+    def _twin(self, all_layers: bool = False) -> PreTrainedModel:
         own = self.attn_implementation if self.attn_implementation in ("sdpa", "eager") else None
         # Ulysses shares out heads: the twin needs enough of them.
         degree = self.plan.mesh.size() if self.plan.method == "ulysses" else 1
-        return build_twin(self.hf_config, self.model_class, degree=degree, attn_implementation=own).to(self._device)
+        return build_twin(
+            self.hf_config, self.model_class, degree=degree, all_layers=all_layers, attn_implementation=own
+        ).to(self._device)
 
     def _example(self) -> tuple[torch.Tensor, torch.Tensor]:
         input_ids, labels = example_batch(seq=_example_length(self.plan.mesh.size()))
@@ -146,17 +199,25 @@ class ContextProof:
         input_ids: torch.Tensor,
         labels: torch.Tensor,
         position_ids: torch.Tensor | None = None,
+        isolation: Isolation | None = None,
     ) -> tuple[float, dict[str, torch.Tensor]]:
-        """Loss and gradients of a twin that shares the sequences."""
-        install_loss(twin, describe_decoder(twin), chunked=False)
-        context = SharedContext(twin, self.plan)
+        """Loss and gradients of a twin that shares the sequences. isolation: of packed documents."""
+        decoder = describe_decoder(twin)
+        install_loss(twin, decoder, chunked=False)
+        context = SharedContext(twin, self.plan, mixers=self._mixers(self._twin()))
+        context.install()
         whole = {"input_ids": input_ids, "targets": shift_labels(labels)}
         batch = context.share(whole if position_ids is None else whole | {"position_ids": position_ids})
         if position_ids is not None:
             _refuse_masks_in_layers(twin, context)
         targets = batch.pop("targets")
         with context.sharing():
-            loss = twin(**context.inputs(**batch), targets=targets) / count_targets(labels)
+            if not context.takes_whole_sequences:
+                batch = context.inputs(**batch)
+            elif isolation is not None:
+                accepts = decoder.accepts_position_ids
+                batch = packed_inputs(isolation.way, **batch, accepts_position_ids=accepts, dtype=torch.float32)
+            loss = twin(**batch, targets=targets) / count_targets(labels)
             loss.backward()
         found = {name: sum_over(gradient, [self.plan.mesh]) for name, gradient in gradients(twin).items()}
         return sum_over(loss.detach(), [self.plan.mesh]).item(), found

@@ -70,6 +70,32 @@ def packed_inputs(
     return inputs
 
 
+def usual_inputs(
+    isolation: Isolation | None,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    *,
+    model: str,
+    attention: str | None,
+    accepts_position_ids: bool,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor | int]:
+    """What a model is called with for whole sequences and, where there are some, their positions, both (batch, seq).
+
+    isolation: None where positions are not said to be those of packed documents. model: its name. attention: what it
+    attends with. The others as for `packed_inputs`.
+    """
+    if position_ids is None:
+        return {"input_ids": input_ids}
+    if isolation is None and not accepts_position_ids:
+        raise ValueError(
+            f"position_ids: {model} has no notion of them (it derives positions from the order of the tokens). Leave "
+            "them out, or call isolate_documents() first for packed documents."
+        )
+    way = usual_way(attention) if isolation is None else isolation.way
+    return packed_inputs(way, input_ids, position_ids, accepts_position_ids=accepts_position_ids, dtype=dtype)
+
+
 def document_begins(position_ids: torch.Tensor) -> torch.Tensor:
     """Where documents begin, bool (batch, seq): with each row, and where positions do not go on by one."""
     begins = torch.ones_like(position_ids, dtype=torch.bool)

@@ -37,7 +37,7 @@ from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
 from transformers_backend.batch_checks import check_same_batch, check_shapes
 from transformers_backend.context import SharedContext
-from transformers_backend.context_proof import ContextProof, choose_context
+from transformers_backend.context_proof import choose_context, isolate_shared
 from transformers_backend.decisions import (
     TensorParallelism,
     check_every_layer_runs,
@@ -52,7 +52,7 @@ from transformers_backend.decisions import (
 from transformers_backend.decoder import check_is_plain, describe_decoder, has_dropout
 from transformers_backend.evaluation import evaluation_mode
 from transformers_backend.filling import fill
-from transformers_backend.isolation import Isolation, find_isolation, packed_inputs, usual_way
+from transformers_backend.isolation import Isolation, find_isolation, usual_inputs
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
 from transformers_backend.nonfinite import describe_nonfinite
@@ -166,6 +166,8 @@ class HFTransformerModel:
         compute_dtype = param_dtype or self.hf_model.dtype
         self.context = choose_context(self.hf_model, self.mesh["cp"], parallelism, compute_dtype)
         split = choose_tensor_parallelism(self.hf_model, self.decoder, attention, self.mesh["tp"], parallelism)
+        if self.context is not None:
+            self.context.check_others(pipeline=self.dims.pp > 1, tensor=split is not None)
         check_recomputation(self.hf_model.config, self.model_class, attention, activation_checkpoint)
         compile = without_wrong_compilation(
             compile, activation_checkpoint, self.hf_model, attention, self.device, split, self.context
@@ -179,17 +181,12 @@ class HFTransformerModel:
             self.hf_model,
             layers=self.decoder.layers if self.pipelined is None else self.pipelined.layers,
             stacks=() if self.pipelined is None else self.pipelined.stacks,
-            separate_units=self._separate_units(),
-            mesh=self.mesh,
+            separate_units=self._separate_units(), mesh=self.mesh,
             tensor_plan=None if split is None else split.plan.of_part(self.hf_model),
-            sequence_parallel=split is not None and split.sequence_parallel,
-            has_dropout=has_dropout(self.hf_model),
-            parallelism=parallelism,
-            activation_checkpoint=activation_checkpoint,
-            compile=compile,
-            param_dtype=param_dtype,
-            cpu_offload=cpu_offload,
-        )
+            sequence_parallel=split is not None and split.sequence_parallel, has_dropout=has_dropout(self.hf_model),
+            parallelism=parallelism, activation_checkpoint=activation_checkpoint, compile=compile,
+            param_dtype=param_dtype, cpu_offload=cpu_offload,
+        )  # fmt: skip
         if not needs_fsdp(self.mesh, cpu_offload):
             self._cast_to = param_dtype
             if not self._is_meta:
@@ -197,11 +194,11 @@ class HFTransformerModel:
         self._fill(torch.device("cpu") if cpu_offload else self.device, seed)
         if self.pipelined is not None:
             self.pipelined.start(
-                self._inputs,
-                device=self.device,
-                compute_dtype=compute_dtype,
+                self._inputs, device=self.device, compute_dtype=compute_dtype,
                 sequence_parallel_degree=self.dims.tp if split is not None and split.sequence_parallel else 1,
-            )
+            )  # fmt: skip
+        if self.context is not None:
+            self.context.install()
         if split is not None:
             refuse_inner_outputs(self.hf_model, sequence_parallel=split.sequence_parallel)
             share_random_state(self.mesh.get_group("tp"))
@@ -337,31 +334,17 @@ class HFTransformerModel:
 
     def _sum_loss(self, *, targets: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
         inputs = self._inputs(**batch)
-        return self.hf_model(**inputs, targets=targets.view_as(inputs["input_ids"]))
+        # Rows as the model sees them, which may be joined; with shared sequences the part that it yields.
+        return self.hf_model(**inputs, targets=targets.reshape(len(inputs["input_ids"]), -1))
 
-    def _inputs(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor | None = None,
-        documents: torch.Tensor | None = None,
-    ) -> dict:
-        """What the model is called with for tokens, and positions where there are some, both (batch, seq).
-
-        documents: (batch, seq) of whole sequences, where ranks share them and have parts of the others.
-        """
-        if self.context is not None:
-            return self.context.inputs(input_ids, position_ids, documents)
-        if position_ids is None:
-            return {"input_ids": input_ids}
-        if self._isolation is None and not self.decoder.accepts_position_ids:
-            raise ValueError(
-                f"position_ids: {self.model_class.__name__} has no notion of them (it derives positions from the "
-                "order of the tokens). Leave them out, or call isolate_documents() first for packed documents."
-            )
-        return packed_inputs(
-            usual_way(self._attention) if self._isolation is None else self._isolation.way,
-            input_ids, position_ids, dtype=self._cast_to or self.hf_model.dtype,
-            accepts_position_ids=self.decoder.accepts_position_ids,
+    def _inputs(self, input_ids: torch.Tensor, **others: torch.Tensor) -> dict:
+        """What the model is called with for tokens (batch, seq). others: what else `_batch` has for these rows."""
+        if self.context is not None and not self.context.takes_whole_sequences:
+            return self.context.inputs(input_ids, **others)
+        return usual_inputs(
+            self._isolation, input_ids, others.get("position_ids"), model=self.model_class.__name__,
+            attention=self._attention, accepts_position_ids=self.decoder.accepts_position_ids,
+            dtype=self._cast_to or self.hf_model.dtype,
         )  # fmt: skip
 
     def isolate_documents(self) -> Isolation:
@@ -372,13 +355,7 @@ class HFTransformerModel:
         raises a ValueError.
         """
         if self._isolation is None and self.context is not None:
-            reason = ContextProof.again(self.hf_model.config, self.model_class, self.context).why_documents_mix()
-            if reason is not None:
-                raise ValueError(
-                    f"{self.model_class.__name__} does not keep packed documents apart where ranks share its sequences "
-                    f'({reason}). Set training.packing = "concat", or parallelism.context_parallel_degree = 1.'
-                )
-            self._isolation = Isolation("the ring")
+            self._isolation = isolate_shared(self.hf_model.config, self.model_class, self.context)
         if self._isolation is None:
             self._isolation = find_isolation(self.hf_model.config, self.model_class, self._attention)
         return self._isolation
@@ -425,11 +402,9 @@ class HFTransformerModel:
         if self.pipelined is None:
             return clip_grad_norm_(parameters, max_norm)
         return clip_grad_norm_(
-            parameters,
-            max_norm,
-            pipeline_group=self.pipelined.group,
-            counted_elsewhere=self.pipelined.counted_elsewhere(),
-        )
+            parameters, max_norm,
+            pipeline_group=self.pipelined.group, counted_elsewhere=self.pipelined.counted_elsewhere(),
+        )  # fmt: skip
 
     def find_nonfinite(self) -> str:
         """A sentence on the latest step: ranks with a non-finite loss, and parameters with such gradients."""
@@ -475,13 +450,7 @@ class HFTransformerModel:
         """
         self._fill_if_meta()
         save_hf_weights(
-            self.hf_model,
-            self.blueprint,
-            self.decoder,
-            folder,
-            tokenizer=tokenizer,
-            generation_config=self.hf_model.generation_config,
-            dtype=dtype,
-            max_file_size=max_file_size,
-            pipeline_group=self._pipeline_group,
-        )
+            self.hf_model, self.blueprint, self.decoder, folder,
+            tokenizer=tokenizer, generation_config=self.hf_model.generation_config, dtype=dtype,
+            max_file_size=max_file_size, pipeline_group=self._pipeline_group,
+        )  # fmt: skip

@@ -79,7 +79,8 @@ def all_gather(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torc
     return gathered if dim == 0 else torch.cat(gathered.chunk(size), dim)
 
 
-def _reduce_scatter(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+def reduce_scatter(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """This rank's shard along `dim` of the sum of every rank's tensor; without a backward."""
     size = dist.get_world_size(group)
     stacked = tensor.contiguous() if dim == 0 else torch.cat(tensor.chunk(size, dim))
     return _collectives.wait_tensor(_collectives.reduce_scatter_tensor(stacked, "sum", size, group.group_name))
@@ -118,14 +119,14 @@ class _GatherAndEnter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return _reduce_scatter(gradient, ctx.dim, ctx.group), None, None
+        return reduce_scatter(gradient, ctx.dim, ctx.group), None, None
 
 
 class _LeaveAndScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, dim, group):
         ctx.dim, ctx.group = dim, group
-        return _reduce_scatter(tensor, dim, group)
+        return reduce_scatter(tensor, dim, group)
 
     @staticmethod
     def backward(ctx, gradient):
