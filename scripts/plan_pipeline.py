@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs straight from a check
 from parallelize.pipeline_parallel.schedules import bubble_share, canonical_name
 from parallelize.pipeline_parallel.split import StageShare
 from parallelize.pipeline_parallel.timeline import Slot
+from scripts.plot import matplotlib_figure
 from transformers_backend.decisions import proven_attention
 from transformers_backend.decoder import describe_decoder
 from transformers_backend.job_config import JobConfig, load_job_config
@@ -89,7 +90,7 @@ def describe(plan: Plan) -> list[str]:
 
 def draw(plan: Plan, output: Path) -> None:
     """Write the timeline of the ranks as a PNG."""
-    figure_class = _matplotlib_figure()
+    figure_class = matplotlib_figure()
     ranks, end = len(plan.timeline), max(slot.end for slots in plan.timeline for slot in slots)
     figure = figure_class(figsize=(WIDTH, 1.5 + 0.5 * ranks), dpi=150, layout="constrained", facecolor="white")
     axis = figure.subplots()
@@ -111,16 +112,6 @@ def draw(plan: Plan, output: Path) -> None:
                 axis.text(middle, rank, slot.micro_batch, ha="center", va="center", color="black", fontsize=7, zorder=3)
     _add_legend(figure, plan)
     figure.savefig(output)
-
-
-def _matplotlib_figure():
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no window, no global state
-    except ImportError as error:
-        raise ImportError(
-            "plots need the matplotlib package, which is not installed: pip install matplotlib"
-        ) from error
-    return Figure
 
 
 def _prepare(axis, plan: Plan, end: float) -> None:

@@ -102,7 +102,7 @@ def names_of(paths: list[Path]) -> list[str]:
 
 def draw(runs: list[Run], output: Path, *, smooth: int | None) -> None:
     """Write the picture. smooth: points of the moving average; None: a twentieth of the run's, 1: none."""
-    figure_class = _matplotlib_figure()
+    figure_class = matplotlib_figure()
     figure = figure_class(figsize=(10, 10), dpi=150, layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
     axes = figure.subplots(len(PANELS), 1, sharex=True, gridspec_kw={"height_ratios": [2, 1, 1]})
@@ -118,7 +118,8 @@ def draw(runs: list[Run], output: Path, *, smooth: int | None) -> None:
     figure.savefig(output)
 
 
-def _matplotlib_figure():
+def matplotlib_figure():
+    """matplotlib's class of figures; an ImportError in words where it is not installed."""
     try:
         from matplotlib.figure import Figure  # without pyplot: no window, no global state
     except ImportError as error:

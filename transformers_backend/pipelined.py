@@ -50,6 +50,7 @@ class PipelinedModel:
         self._stages = LocalStages(hf_model, decoder, plan.split, plan.stages_of_rank(self.rank))
         self._stages.drop_the_rest()
         self._shared = {name: ranks for name, _ in hf_model.named_parameters() if len(ranks := plan.ranks_of(name)) > 1}
+        self._sound_rows: int | None = None  # number of sequences of the latest batch
         # Of hidden states: dtype and device, dimensions before (batch, seq, hidden) (few have some), and width.
         self._hidden: tuple[torch.Tensor, torch.Size, int] | None = None
 
@@ -122,15 +123,8 @@ class PipelinedModel:
     def forward_backward(self, batch: Batch, targets: torch.Tensor) -> torch.Tensor:
         """Add the gradients of a batch and return its loss divided by `targets`; 0 on ranks without the last stage."""
         rows, size = batch["input_ids"].shape[0], self._parallelism.pipeline_parallel_microbatch_size
-        problems = batch_problems(
-            {"The number of sequences of a batch": rows},
-            microbatch_size=size,
-            schedule=self._parallelism.pipeline_parallel_schedule,
-            pp=self._parallelism.pipeline_parallel_degree,
-            csv=self._parallelism.pipeline_parallel_schedule_csv,
-        )
-        if problems:  # before anything is sent
-            raise ValueError(problems[0])
+        if rows != self._sound_rows:  # for some schedules this reads a file
+            self._check_rows(rows)
         refuse_gradient_checkpointing(self._model)
         like = self._hidden_states_like(batch, size)
         shared = {
@@ -140,6 +134,19 @@ class PipelinedModel:
         }
         with summed_gradients(shared, self.group), reduced_once(self._model):
             return self._pipeline.forward_backward(batch, rows // size, like, targets)
+
+    def _check_rows(self, rows: int) -> None:
+        """A ValueError, before anything is sent, where a batch of so many sequences cannot go through the pipeline."""
+        problems = batch_problems(
+            {"The number of sequences of a batch": rows},
+            microbatch_size=self._parallelism.pipeline_parallel_microbatch_size,
+            schedule=self._parallelism.pipeline_parallel_schedule,
+            pp=self._parallelism.pipeline_parallel_degree,
+            csv=self._parallelism.pipeline_parallel_schedule_csv,
+        )
+        if problems:
+            raise ValueError(problems[0])
+        self._sound_rows = rows
 
     def sum_loss(self, batch: Batch) -> torch.Tensor:
         """The summed loss of a batch of any number of rows, forward only; 0 on ranks without the last stage."""

@@ -217,7 +217,6 @@ class _Watch:
             for index, name in enumerate(layers)
             for parameter in model.get_submodule(name).parameters()
         }
-        self._producers: dict = {}
         self._hooks = []
         for index, name in enumerate(layers):
             layer = model.get_submodule(name)

@@ -70,9 +70,8 @@ class LocalStages:
         self._stand_ins = {name: self._stand_in(name) for name in decoder.layers}
         self._received: torch.Tensor | None = None
         self._captured: torch.Tensor | None = None
-        self._entered: torch.Tensor | None = (
-            None  # what the model gave to the stage's first layer, till it is handed out
-        )
+        # What the model gave to the stage's first layer, till it is handed out.
+        self._entered: torch.Tensor | None = None
         self._passed: torch.Tensor | None = None  # what the latest stand-in got
         self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
 
@@ -211,9 +210,8 @@ class LocalStages:
 
 def outer_parameters(hf_model: PreTrainedModel, decoder: Decoder) -> list[str]:
     """Names of the parameters outside the layers, tied ones under the first of their names."""
-    return [
-        name for name, _ in hf_model.named_parameters() if not name.startswith(tuple(f"{n}." for n in decoder.layers))
-    ]
+    in_layers = tuple(f"{layer}." for layer in decoder.layers)
+    return [name for name, _ in hf_model.named_parameters() if not name.startswith(in_layers)]
 
 
 def replace_parameters(

@@ -50,10 +50,6 @@ class Pipeline:
         self._schedule, self._made_for = None, None
 
     @property
-    def has_last_stage(self) -> bool:
-        return self._last in self.local
-
-    @property
     def _last(self) -> int:
         return len(self._rank_of_stage) - 1
 

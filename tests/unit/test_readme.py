@@ -44,13 +44,14 @@ HUB_ID = "Qwen/Qwen3-0.6B"
 SHORTENED = ["--training.seq_len", "32", "--training.global_batch_size", "4"]
 NEEDS_A_GPU = "scripts/gpu_check.sh"
 
+# One write a line: scripts/test.sh starts two at once.
 PYTHON = r"""
 if [[ "$*" == *device_count* ]]; then echo 0; fi
-if [[ "$1" == -m || "$1" == *.py ]]; then { printf '%q ' python "$@"; echo; } >>"$RECORD"; fi
+if [[ "$1" == -m || "$1" == *.py ]]; then printf '%s\n' "$(printf '%q ' python "$@")" >>"$RECORD"; fi
 """
 # Records itself, drops its options, and starts one process of the program that follows, with what follows set.
 LAUNCHER = r"""
-{{ printf '%q ' {name} "$@"; echo; }} >>"$RECORD"
+printf '%s\n' "$(printf '%q ' {name} "$@")" >>"$RECORD"
 if [[ "$1" == launch ]]; then shift; fi
 while [[ "$1" == -* ]]; do shift; done
 if [[ "$1" == *.py ]]; then exec python "$@"; fi
