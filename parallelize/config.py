@@ -1,7 +1,7 @@
-"""What a user can choose about parallelism, activation checkpointing and compilation.
+"""What a user can choose about parallelism, activation checkpointing, compilation and kernels.
 
-These dataclasses are the `[parallelism]`, `[activation_checkpoint]` and `[compile]` sections of a job's TOML file and
-the arguments of `HFTransformerModel.parallelize`. Names and meanings follow torchtitan v0.2.2 wherever a field means
+These dataclasses are the `[parallelism]`, `[activation_checkpoint]`, `[compile]` and `[kernels]` sections of a job's
+TOML file and the arguments of `HFTransformerModel.parallelize`. Names and meanings follow torchtitan v0.2.2 wherever a field means
 the same. They are read at the top (`parallelize/model.py`); leaf functions take flat values.
 
 `problems()` returns every violated rule as a sentence that names key, value, rule and remedy, so that a job can
@@ -28,6 +28,9 @@ TENSOR_PARALLEL_STYLES = (
 
 CONTEXT_PARALLEL_METHODS = ("ring", "allgather", "ulysses")
 """What `ParallelismConfig.context_parallel_method` may be."""
+
+KERNELS = ("rms_norm",)
+"""What `KernelConfig.enable` may name; see parallelize/kernels/."""
 
 PIPELINE_SCHEDULES = (
     "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV",
@@ -383,7 +386,19 @@ class CompileConfig:
 
 @dataclass
 class KernelConfig:
-    """Reserved for the Triton kernels: no kernel exists yet, and nothing is replaced."""
+    enable: list[str] = field(default_factory=lambda: ["auto"])
+    """Triton kernels that modules may compute by, each proven equal to the module first: any of "rms_norm"; or "none";
+    or "auto", those that make the run faster on its device, which on a CPU are none."""
+
+    def problems(self) -> list[str]:
+        if self.enable in (["auto"], ["none"]):
+            return []
+        allowed = ", ".join(f'"{name}"' for name in KERNELS)
+        return [
+            f'kernels.enable has "{name}": must be "auto" or "none" alone, or a list of any of {allowed}; correct it.'
+            for name in self.enable
+            if name not in KERNELS
+        ]
 
 
 def choice_problems(section: str, config: object, name: str, choices: tuple[str, ...]) -> list[str]:

@@ -6,7 +6,7 @@ modules are the layers and which other modules deserve an FSDP unit of their own
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from parallelize.activation_checkpoint import apply_activation_checkpointing
 from parallelize.compile import apply_compile
 from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
 from parallelize.fsdp import apply_fsdp
+from parallelize.kernels.replace import ModuleKernel, apply_kernels
 from parallelize.parallel_dims import data_parallel_mesh
 from parallelize.tensor_parallel import Stack, TensorPlan, apply_tensor_parallel
 from parallelize.tensor_parallel.overlap import overlap_in_compiled_code
@@ -28,6 +29,7 @@ def parallelize_model(
     stacks: Sequence[Stack] = (),
     separate_units: Sequence[str],
     mesh: DeviceMesh,
+    kernels: Mapping[str, ModuleKernel],
     tensor_plan: TensorPlan | None,
     sequence_parallel: bool,
     has_dropout: bool,
@@ -41,12 +43,13 @@ def parallelize_model(
 
     layers: names of the decoder layers on this rank. stacks: which of them run one after another, () where a list of
     layers runs from its first to its last. separate_units: of further modules that are sharded on their own (an untied
-    embedding). tensor_plan: how weights are split over mesh["tp"], or None; sequence_parallel: whether the sequence is
+    embedding). kernels: what modules compute by, proven equal to them. tensor_plan: how weights are split over mesh["tp"], or None; sequence_parallel: whether the sequence is
     split over it, too. has_dropout: whether the model draws random numbers in training.
     param_dtype: dtype of the computation, None for the parameters' own. Gradients are summed over ranks in fp32. Where
     `needs_fsdp` says no, the caller computes within `parameters_cast_to(model, param_dtype)` instead.
     """
     # Kernels, tensor and context parallelism change what a layer computes with, so they come first.
+    apply_kernels(model, kernels)
     if tensor_plan is not None:
         apply_tensor_parallel(
             model, tensor_plan, mesh["tp"],

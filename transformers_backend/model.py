@@ -53,6 +53,7 @@ from transformers_backend.decoder import check_is_plain, describe_decoder, has_d
 from transformers_backend.evaluation import evaluation_mode
 from transformers_backend.filling import fill
 from transformers_backend.isolation import Isolation, find_isolation, usual_inputs
+from transformers_backend.kernel_plan import KernelPlan, choose_kernels
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
 from transformers_backend.nonfinite import describe_nonfinite
@@ -113,6 +114,8 @@ class HFTransformerModel:
         self._ready = False
         self.pipelined: PipelinedModel | None = None
         """This rank's stages; None without pipeline parallelism, and otherwise `hf_model` has only their layers."""
+        self.kernels = KernelPlan()
+        """What computes by a kernel."""
         self._isolation: Isolation | None = None  # None: batches hold no packed documents, see `isolate_documents`
         self._local_losses_are_finite = torch.tensor(True)  # of the micro-batches since the last clipping
         self._step_was_finite = torch.tensor(True)  # and of those before it
@@ -125,7 +128,7 @@ class HFTransformerModel:
         *,
         activation_checkpoint: ActivationCheckpointConfig | None = None,
         compile: CompileConfig | None = None,
-        kernels: KernelConfig | None = None,  # none exist yet
+        kernels: KernelConfig | None = None,
         param_dtype: torch.dtype | None = None,
         cpu_offload: bool = False,
         seed: int = 0,
@@ -148,7 +151,8 @@ class HFTransformerModel:
             )
         activation_checkpoint = activation_checkpoint or ActivationCheckpointConfig()
         compile = compile or CompileConfig()
-        check([*parallelism.problems(), *activation_checkpoint.problems(), *compile.problems()])
+        kernels = kernels or KernelConfig()
+        check([*parallelism.problems(), *activation_checkpoint.problems(), *compile.problems(), *kernels.problems()])
         check(zero_bubble_problems(parallelism, compile, activation_checkpoint))
         warn_of_repeated_recomputation(parallelism, activation_checkpoint)
         check_mixed_precision(self.hf_model, param_dtype)
@@ -173,6 +177,9 @@ class HFTransformerModel:
             compile, activation_checkpoint, self.hf_model, attention, self.device, split, self.context
         )
         self.tensor_parallelism = split
+        self.kernels = choose_kernels(
+            self.hf_model, kernels, self.device, is_compiled=compile.enable and "model" in compile.components
+        )
         if pipeline_plan is not None:
             self.pipelined = PipelinedModel(self.hf_model, self.decoder, pipeline_plan, self.mesh, parallelism)
         if self.pipelined is None or self.pipelined.has_last_stage:
@@ -181,7 +188,7 @@ class HFTransformerModel:
             self.hf_model,
             layers=self.decoder.layers if self.pipelined is None else self.pipelined.layers,
             stacks=() if self.pipelined is None else self.pipelined.stacks,
-            separate_units=self._separate_units(), mesh=self.mesh,
+            separate_units=self._separate_units(), mesh=self.mesh, kernels=self.kernels.kernels,
             tensor_plan=None if split is None else split.plan.of_part(self.hf_model),
             sequence_parallel=split is not None and split.sequence_parallel, has_dropout=has_dropout(self.hf_model),
             parallelism=parallelism, activation_checkpoint=activation_checkpoint, compile=compile,

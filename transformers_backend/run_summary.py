@@ -60,6 +60,7 @@ def describe_run(
         ("model", _model_lines(model)),
         ("mesh", _mesh_lines(config, model, computes_in)),
         ("context", [] if model.context is None else [model.context.describe()]),
+        ("kernels", _kernel_lines(model)),
         ("pipeline", _pipeline_lines(config, model)),
         ("plan", _plan_lines(model)),
         ("parameters", [*_whose_parameters(model), *parameter_table(model)]),
@@ -70,6 +71,11 @@ def describe_run(
         ("figures", _figure_lines(config)),
     ]
     return "\n".join(line for label, lines in rows for line in _labelled(label, lines))
+
+
+def _kernel_lines(model: HFTransformerModel) -> list[str]:
+    """For every kind of module that kernels were looked for, what computes it, or why it has none."""
+    return [f"{count} x {kind}: {kernel}" for (kind, kernel), count in model.kernels.kinds.items()]
 
 
 def estimate_run_memory(

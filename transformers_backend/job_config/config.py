@@ -13,6 +13,7 @@ from typing import Any
 from parallelize.config import (
     ActivationCheckpointConfig,
     CompileConfig,
+    KernelConfig,
     ParallelismConfig,
     async_tensor_parallel_problems,
     check,
@@ -46,6 +47,7 @@ class JobConfig:
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

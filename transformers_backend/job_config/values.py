@@ -101,13 +101,15 @@ def type_problems(section: str, config: object) -> list[str]:
 
 
 def convert(value: Any, kind: Any) -> Any:
-    """Return a value read from TOML or text as its field keeps it: integers as floats where floats are wanted, None
-    for "none" inside tables, and tables of strings flat, because TOML nests a.b = "c" where "a.b" is not quoted."""
+    """Return a value read from TOML or text as its field keeps it: integers as floats where floats are wanted,
+    one string as a list of it where a list is wanted, None for "none" inside tables, and tables of strings flat, because TOML nests a.b = "c" where "a.b" is not quoted."""
     inner, _ = without_none(kind)
     if is_table_of_strings(inner) and isinstance(value, dict):
         return dict(_flat(value))
     if inner is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if item_type(inner) is str and isinstance(value, str):
+        return [value]
     if item_type(inner) is float and isinstance(value, list):
         return [convert(item, float) for item in value]
     return _with_none(value) if get_origin(inner) is dict else value

@@ -12,7 +12,7 @@ from pathlib import Path
 import transformers
 from transformers import CONFIG_MAPPING
 
-from parallelize.config import CONTEXT_PARALLEL_METHODS, PIPELINE_SCHEDULES
+from parallelize.config import CONTEXT_PARALLEL_METHODS, KERNELS, PIPELINE_SCHEDULES
 from parallelize.pipeline_parallel.schedules import is_zero_bubble
 from transformers_backend.job_config.rules import model_source_problems
 from transformers_backend.verify.compare import DENSE_MODEL_TYPES, is_model_type, verify
@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         models,
         **mesh,
         compile=options.compile,
+        kernels=list(KERNELS) if options.kernels else ["none"],
         on_report=None if options.json else lambda report: print_report(report, parallelism),
     )
     print(
@@ -77,6 +78,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help=f"of context parallelism: {', '.join(CONTEXT_PARALLEL_METHODS)}",
     )
     parser.add_argument("--compile", action="store_true", help="compile layers and loss")
+    parser.add_argument(
+        "--kernels", action="store_true",
+        help="compute by every kernel that fits; on a CPU by its plain-torch reference, or with TRITON_INTERPRET=1 in "
+        "Triton's interpreter",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--write-docs", type=Path, metavar="FILE", help="write the table as the section of this mesh in a Markdown file"

@@ -7,7 +7,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import Empty
 
@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from parallelize.compile import COMPILE_ERRORS
-from parallelize.config import CompileConfig, ParallelismConfig
+from parallelize.config import CompileConfig, KernelConfig, ParallelismConfig
 from parallelize.distributed import gather_objects
 from parallelize.parallel_dims import ParallelDims
 from transformers_backend.errors import is_meant_for_the_user
@@ -73,6 +73,7 @@ def verify(
     schedule: str = "1F1B",
     cp_method: str = "ring",
     compile: bool = False,
+    kernels: Sequence[str] = ("none",),
     on_report: Callable[[Report], None] | None = None,
 ) -> list[Report]:
     """Verify models on `fsdp` x `tp` x `pp` x `cp` local processes and return their reports.
@@ -86,7 +87,7 @@ def verify(
     processes = fsdp * tp * pp * cp
     with tempfile.TemporaryDirectory() as folder:
         workers = mp.spawn(
-            _worker, (processes, models, parallelism, compile, folder, queue), nprocs=processes, join=False
+            _worker, (processes, models, parallelism, compile, kernels, folder, queue), nprocs=processes, join=False
         )
         reports = []
         while len(reports) < len(models):
@@ -103,7 +104,14 @@ def verify(
 
 
 def _worker(
-    rank: int, world_size: int, models: list[str], parallelism: ParallelismConfig, compile: bool, folder: str, queue
+    rank: int,
+    world_size: int,
+    models: list[str],
+    parallelism: ParallelismConfig,
+    compile: bool,
+    kernels: Sequence[str],
+    folder: str,
+    queue,
 ) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -116,7 +124,7 @@ def _worker(
     # One for all models: a mesh has a process group a dimension, and each of those has threads of its own.
     mesh = ParallelDims.resolve(parallelism, world_size).build_mesh("cpu")
     for index, model in enumerate(models):
-        report = verify_model(model, parallelism, mesh, compile, Path(folder) / str(index))
+        report = verify_model(model, parallelism, mesh, compile, kernels, Path(folder) / str(index))
         if rank == 0:
             queue.put(report)
         torch._dynamo.reset()
@@ -124,7 +132,9 @@ def _worker(
     dist.destroy_process_group()
 
 
-def verify_model(name: str, parallelism: ParallelismConfig, mesh: DeviceMesh, compile: bool, folder: Path) -> Report:
+def verify_model(
+    name: str, parallelism: ParallelismConfig, mesh: DeviceMesh, compile: bool, kernels: Sequence[str], folder: Path
+) -> Report:
     """One model's report; every rank of the process group calls it. folder: for files, removed afterwards."""
     report = Report(name)
     notes = _CollectWarnings(report.notes)
@@ -135,10 +145,10 @@ def verify_model(name: str, parallelism: ParallelismConfig, mesh: DeviceMesh, co
         report.model_class = model_class.__name__
         degree = parallelism.tensor_parallel_degree
         try:
-            model = _compare_training(report, hf_config, model_class, degree, parallelism, mesh, compile)
+            model = _compare_training(report, hf_config, model_class, degree, parallelism, mesh, compile, kernels)
         except DegreeError:  # heads in groups of a fixed number (CodeGen's fours) need more of them
             degree *= 2
-            model = _compare_training(report, hf_config, model_class, degree, parallelism, mesh, compile)
+            model = _compare_training(report, hf_config, model_class, degree, parallelism, mesh, compile, kernels)
         if parallelism.tensor_parallel_degree > 1:
             _describe_split(report, hf_config, model_class, model)
         _compare_weights(report, hf_config, model_class, degree, parallelism, mesh, folder)
@@ -162,6 +172,7 @@ def _compare_training(
     parallelism: ParallelismConfig,
     mesh: DeviceMesh,
     compile: bool,
+    kernels: Sequence[str],
 ) -> HFTransformerModel:
     """Loss and every gradient of one global batch: plain Transformers on one device, and ours on all ranks.
 
@@ -175,7 +186,9 @@ def _compare_training(
     plain_loss = plain(input_ids=input_ids, labels=labels, use_cache=False).loss
     plain_loss.backward()
     model = HFTransformerModel.wrap(build_twin(hf_config, model_class, **sizes))
-    model.parallelize(parallelism, compile=CompileConfig(enable=compile), mesh=mesh)
+    model.parallelize(
+        parallelism, compile=CompileConfig(enable=compile), kernels=KernelConfig(list(kernels)), mesh=mesh
+    )
     mine = slice(model.data_rank * 2 * rows, (model.data_rank + 1) * 2 * rows)
     halves = list(zip(input_ids[mine].split(rows), labels[mine].split(rows), strict=True))
     targets = sum(model.count_targets(labels_of_half) for _, labels_of_half in halves)

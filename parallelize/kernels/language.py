@@ -1,0 +1,39 @@
+"""Triton, where it is installed: `jit` and `tl` for kernels, and whether they run on a tensor's device.
+
+PyTorch's CPU build comes without Triton. Kernels are then defined, and never launched.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    tl = None
+
+    def jit(kernel):
+        """Leave a kernel that is never launched as it is."""
+        return kernel
+
+else:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+
+__all__ = ["jit", "launches_on", "next_power_of_two", "processors", "tl"]
+
+
+def launches_on(device: torch.device) -> bool:
+    """Whether kernels run there: on GPUs, and everywhere in Triton's interpreter (TRITON_INTERPRET=1)."""
+    return tl is not None and (device.type == "cuda" or triton.knobs.runtime.interpret)
+
+
+def processors(device: torch.device) -> int:
+    """Of a GPU, as many as run programs at a time; a few in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def next_power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
