@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 
 from parallelize.config import KERNELS, KernelConfig
 from parallelize.kernels.replace import ModuleKernel, NormKernel
+from transformers_backend.kernel_gates import gate_kernels
 from transformers_backend.proof import MODEL_ERRORS
+from transformers_backend.twin import build_twin
 
 _COLUMNS = 96  # of what a module without parameters is tried on
 _SLACK = 1e-5  # of gradients in fp32, relative to the largest
@@ -36,6 +38,12 @@ class KernelPlan:
     kinds: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How many modules there are of (class, the kernel's name or why it has none)."""
 
+    def add(self, name: str, module: nn.Module, found: ModuleKernel | str) -> None:
+        """found: the module's kernel, or why it has none."""
+        if not isinstance(found, str):
+            self.kernels[name] = found
+        self.kinds[type(module).__name__, found if isinstance(found, str) else found.kernel] += 1
+
 
 def choose_kernels(
     hf_model: PreTrainedModel, config: KernelConfig, device: torch.device, *, is_compiled: bool
@@ -49,9 +57,11 @@ def choose_kernels(
             kind = _kind(module)
             if kind not in found:
                 found[kind] = find_norm_kernel(module) or "computes something else"
-            if isinstance(found[kind], NormKernel):
-                plan.kernels[name] = found[kind]
-            plan.kinds[type(module).__name__, getattr(found[kind], "kernel", found[kind])] += 1
+            plan.add(name, module, found[kind])
+    if "gated_activation" in names:
+        twin = build_twin(hf_model.config, type(hf_model))
+        for name, module, kernel in gate_kernels(hf_model, twin):
+            plan.add(name, module, kernel)
     return plan
 
 

@@ -8,13 +8,14 @@ models are known (`transformers_backend/kernel_plan.py`).
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
+from parallelize.kernels.gated_activation import gated_activation, gated_activation_reference, packed_gated_activation
 from parallelize.kernels.rms_norm import rms_norm, rms_norm_reference
 
 
@@ -48,6 +49,51 @@ class NormKernel:
     def _compute(self, function, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = module.weight if self.has_weight else None
         return function(hidden_states, weight, self.eps, offset=self.offset, rounds_first=self.rounds_first)
+
+
+@dataclass(frozen=True)
+class GatedActivationKernel:
+    """chain(act(gate) * up) of a module that calls its children for all but the activation and the product.
+
+    They are called as before, in their order, whatever has become of them: split, hooked, wrapped.
+    """
+
+    activation: str
+    """One of `parallelize.kernels.gated_activation.ACTIVATIONS`."""
+    producers: tuple[str, ...]
+    """Children that are given the input, in the order of their calls: one of gate and up, or one for both."""
+    form: str
+    """What they return: "gate up" or "up gate", of two or of one in halves, or "gate" where there is no up."""
+    chain: tuple[str, ...]
+    """Children that the product goes through, one after the other: a dropout or a norm where there is one, down."""
+    skipped: str | None
+    """The child that was the activation, which is not called any more."""
+    kernel: str = "gated_activation"
+
+    def forward(self, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        produced = [getattr(module, name)(hidden_states) for name in self.producers]
+        if len(produced) == 1 and self.form != "gate":
+            product = packed_gated_activation(produced[0], self.activation, gate_first=self.form == "gate up")
+        else:
+            product = gated_activation(*self.gate_and_up(produced), self.activation)
+        return self._finish(module, product)
+
+    def reference(self, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The same in plain torch."""
+        produced = [getattr(module, name)(hidden_states) for name in self.producers]
+        return self._finish(module, gated_activation_reference(*self.gate_and_up(produced), self.activation))
+
+    def gate_and_up(self, produced: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of what the producers return."""
+        if self.form == "gate":
+            return produced[0], None
+        first, second = produced[0].chunk(2, dim=-1) if len(produced) == 1 else produced
+        return (first, second) if self.form == "gate up" else (second, first)
+
+    def _finish(self, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        for name in self.chain:
+            hidden_states = getattr(module, name)(hidden_states)
+        return hidden_states
 
 
 def apply_kernels(model: nn.Module, kernels: Mapping[str, ModuleKernel]) -> None:
