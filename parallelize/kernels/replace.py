@@ -8,7 +8,7 @@ models are known (`transformers_backend/kernel_plan.py`).
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from parallelize.kernels.gated_activation import gated_activation, gated_activation_reference, packed_gated_activation
 from parallelize.kernels.rms_norm import rms_norm, rms_norm_reference
+from parallelize.kernels.rotary import RotaryForm, rotary
 
 
 class ModuleKernel(Protocol):
@@ -96,16 +97,72 @@ class GatedActivationKernel:
         return hidden_states
 
 
-def apply_kernels(model: nn.Module, kernels: Mapping[str, ModuleKernel]) -> None:
+@dataclass(frozen=True)
+class RotaryKernel:
+    """An attention module's own forward, in which one function that rotates queries and keys is another one.
+
+    The forward is a copy of the class's with globals of its own; the model's file is left alone. The function takes
+    (query, key, cos, sin, unsqueeze_dim=1); calls of another kind go to the model's own.
+    """
+
+    function: str
+    """Its name in the globals of the class's forward."""
+    form: RotaryForm
+    is_partial: bool
+    """Whether the model's function takes tables narrower than heads."""
+    kernel: str = "rotary"
+
+    def method(self, forward: types.FunctionType, rotate: Callable = rotary) -> types.FunctionType:
+        """Such a copy of `forward`."""
+        plain = forward.__globals__[self.function]
+        form, is_partial = self.form, self.is_partial
+
+        def rotated(q, k, cos, sin, unsqueeze_dim=1):
+            if unsqueeze_dim not in (1, 2) or not _are_rotary_tables(q, k, cos, sin, is_partial):
+                return plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+            if unsqueeze_dim == 1:
+                return rotate(q, k, cos, sin, form)
+            query, key = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin, form)
+            return query.transpose(1, 2), key.transpose(1, 2)
+
+        # Without a name of their own, or the compiler would look the function up in the module of that name.
+        names = {name: value for name, value in forward.__globals__.items() if name != "__name__"}
+        copied = types.FunctionType(
+            forward.__code__, {**names, self.function: rotated}, forward.__name__, forward.__defaults__,
+            forward.__closure__,
+        )  # fmt: skip
+        copied.__kwdefaults__ = forward.__kwdefaults__
+        return copied
+
+
+def _are_rotary_tables(q, k, cos, sin, is_partial: bool) -> bool:
+    return (
+        q.ndim == k.ndim == 4
+        and cos.ndim == sin.ndim == 3
+        and cos.shape == sin.shape
+        and cos.shape[0] in (1, q.shape[0])
+        and (cos.shape[-1] == q.shape[-1] or (is_partial and cos.shape[-1] < q.shape[-1]))
+        and not (cos.requires_grad or sin.requires_grad)
+    )
+
+
+def apply_kernels(model: nn.Module, kernels: Mapping[str, ModuleKernel | RotaryKernel]) -> None:
     """Replace the forwards of the modules that `kernels` names, of those that this rank has."""
     present = dict(model.named_modules())
+    methods: dict[tuple[type, object], Callable] = {}  # one for all layers, which the compiler then compiles once
     for name in kernels.keys() & present.keys():
-        replace_forward(present[name], kernels[name])
+        kind = type(present[name]), kernels[name]
+        methods[kind] = methods.get(kind) or _method(*kind)
+        replace_forward(present[name], kernels[name], methods[kind])
 
 
-def replace_forward(module: nn.Module, kernel: ModuleKernel) -> None:
+def replace_forward(module: nn.Module, kernel: ModuleKernel | RotaryKernel, method: Callable | None = None) -> None:
     # A bound method, because a copy of the module then has one that is bound to the copy.
-    module.forward = types.MethodType(_Forward(kernel), module)
+    module.forward = types.MethodType(method or _method(type(module), kernel), module)
+
+
+def _method(kind: type, kernel: ModuleKernel | RotaryKernel) -> Callable:
+    return kernel.method(kind.forward) if isinstance(kernel, RotaryKernel) else _Forward(kernel)
 
 
 @dataclass(frozen=True)
