@@ -38,7 +38,7 @@ _FORMS = [
 def rotary_kernels(
     hf_model: PreTrainedModel, twin: PreTrainedModel
 ) -> Iterator[tuple[str, nn.Module, RotaryKernel | str]]:
-    """Modules of the model whose forward rotates by such a function: name, module, and its kernel or why it has none."""
+    """The model's modules whose forward calls such a function: name, module, and kernel or why it has none."""
     found: dict[type, RotaryKernel | str] = {}
     called = None
     for name, module in hf_model.named_modules():
