@@ -207,23 +207,30 @@ def _wide(gate: torch.Tensor):
 
 
 @jit
+def _sigmoid_and_slope(x):
+    """sigmoid(x) and sigmoid(x) * (1 - sigmoid(x)), without the overflow and the cancellation of the plain formulas."""
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, small, 1.0) / (1.0 + small), small / ((1.0 + small) * (1.0 + small))
+
+
+@jit
 def _activation_and_slope(x, ACTIVATION: tl.constexpr):
     """act(x) and its derivative, of fp32 or fp64."""
     # Where products of 0 and infinity would come about, the slope has long been 0 or 1.
     near = tl.minimum(tl.maximum(x, -40.0), 40.0)
     if ACTIVATION == "silu":
-        sigmoid = 1.0 / (1.0 + tl.exp(-x))
-        value = x * sigmoid
-        slope = sigmoid * (1.0 + near * (1.0 - sigmoid))
+        share, share_slope = _sigmoid_and_slope(x)
+        value = x * share
+        slope = share + near * share_slope
     elif ACTIVATION == "gelu":
         share = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         value = x * share
         slope = share + near * (0.3989422804014327 * tl.exp(-0.5 * near * near))
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 = sigmoid(2 u); 2 c = 1.5957...
-        share = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+        share, share_slope = _sigmoid_and_slope(1.5957691216057308 * (x + 0.044715 * x * x * x))
         value = x * share
-        slope = share + near * share * (1.0 - share) * (1.5957691216057308 * (1.0 + 0.134145 * near * near))
+        slope = share + near * share_slope * (1.5957691216057308 * (1.0 + 0.134145 * near * near))
     else:
         positive = tl.where(x < 0, 0.0, x)
         value = positive * positive
