@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from parallelize.kernels.language import tl
+from parallelize.kernels.language import launches_on
 
-needs_triton = pytest.mark.skipif(tl is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not launches_on(torch.device("cpu")), reason="no Triton, or not its interpreter")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SLACK = 1.1

@@ -81,7 +81,9 @@ def _settings(module: nn.Module, sizes: set[int]) -> tuple:
         for key, value in vars(module).items()
         if isinstance(value, (bool, int, float, str)) and not (type(value) is int and value in sizes)
     }
-    functions = {key: _identity(value) for key, value in vars(module).items() if _is_function(value)}
+    functions = {
+        key: _identity(value) for key, value in vars(module).items() if key != "forward" and _is_function(value)
+    }
     return tuple(sorted((key, repr(value)) for key, value in (plain | functions).items()))
 
 
