@@ -104,12 +104,17 @@ class ParallelismConfig:
 
     context_parallel_degree: int = 1
     """Number of ranks that each sequence is split over; twice as many must divide its length (in the contiguous layout
-    as many). 1 means disabled, and then neither of the two keys below has an effect."""
+    as many). 1 means disabled, and then none of the three keys below has an effect."""
 
     context_parallel_method: Literal["ring", "allgather", "ulysses"] = "ring"
     """How attention sees the whole sequence: "ring" passes keys and values around while it computes (least memory),
     "allgather" collects all of them at once, "ulysses" exchanges tokens for heads, of which the degree must be a
     divisor."""
+
+    context_parallel_ulysses_degree: int = 1
+    """Of the ranks that share a sequence so many neighbours exchange tokens for heads, and the ring is over the rest:
+    for large degrees, with context_parallel_method = "ring". It must divide context_parallel_degree and the attention
+    heads of a rank. 1 means the ring alone."""
 
     context_parallel_layout: Literal["zigzag", "contiguous"] = "zigzag"
     """Which tokens a rank has: "zigzag" an early and a late chunk, so that all have the same to compute, "contiguous"
@@ -146,9 +151,30 @@ class ParallelismConfig:
         found += choice_problems("parallelism", self, "sequence_parallel", ("auto", "always", "never"))
         found += choice_problems("parallelism", self, "context_parallel_method", CONTEXT_PARALLEL_METHODS)
         found += choice_problems("parallelism", self, "context_parallel_layout", ("zigzag", "contiguous"))
+        found += self._ulysses_problems()
         for pattern, style in self.tensor_parallel_plan.items():
             found += _plan_entry_problems(pattern, style)
         return found + self._pipeline_problems()
+
+    def _ulysses_problems(self) -> list[str]:
+        """Whether it divides the heads is found out with the model."""
+        key = f"parallelism.context_parallel_ulysses_degree = {self.context_parallel_ulysses_degree}"
+        degree, ulysses = self.context_parallel_degree, self.context_parallel_ulysses_degree
+        if ulysses < 1:
+            return [f"{key}: must be at least 1 (1 means the ring alone)."]
+        found = []
+        if degree <= 1 or ulysses == 1:
+            return found
+        if degree % ulysses:
+            divisors = [divisor for divisor in range(1, degree + 1) if degree % divisor == 0]
+            nearest = min(divisors, key=lambda divisor: abs(divisor - ulysses))
+            found.append(f"{key}: must divide context_parallel_degree = {degree}; the nearest that does is {nearest}.")
+        if self.context_parallel_method != "ring":
+            found.append(
+                f'{key} with context_parallel_method = "{self.context_parallel_method}": only around a ring are tokens '
+                'exchanged for heads by some of the ranks. Set the method to "ring", or this to 1.'
+            )
+        return found
 
     def _pipeline_problems(self) -> list[str]:
         """Of the keys by themselves; `pipeline_parallel/schedules.py` has the rules that need a batch or a model."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from parallelize.context_parallel.kernels import choose_blocks
 from parallelize.context_parallel.layout import SequenceLayout, sequence_length_problems
+from parallelize.context_parallel.levels import levels_of
 from parallelize.context_parallel.ring import Ring
 from transformers_backend.context_attention import ContextAttention
 from transformers_backend.context_mixers import GatheredMixers
@@ -42,10 +43,24 @@ class ContextPlan:
     mesh: DeviceMesh
     """Of the ranks that share each of them."""
     method: str = "ring"
-    """One of `methods.METHODS`."""
+    """As `ParallelismConfig.context_parallel_method`."""
     is_zigzag: bool = True
     """How they lie on the ranks: see `layout.py`."""
     kind: Kind = "attention"
+    ulysses_degree: int = 1
+    """As `ParallelismConfig.context_parallel_ulysses_degree`."""
+
+    @property
+    def heads_degree(self) -> int:
+        """How many ranks exchange tokens for heads; the ring is over the rest, which "ulysses" has none of."""
+        return self.mesh.size() if self.method == "ulysses" else self.ulysses_degree
+
+    @property
+    def way(self) -> str:
+        """The method in a few words."""
+        if self.ulysses_degree == 1:
+            return self.method
+        return f"ring {self.mesh.size() // self.ulysses_degree} x ulysses {self.ulysses_degree}"
 
 
 class SharedContext:
@@ -72,12 +87,13 @@ class SharedContext:
         self._layout: SequenceLayout | None = None
         self._attention: ContextAttention | None = None
         self._mixers: GatheredMixers | None = None
-        self.way = f"whole sequence: {summarize(mixers)}" if mixers else plan.method
+        self.way = f"whole sequence: {summarize(mixers)}" if mixers else plan.way
         """How a query reaches the keys of other ranks: the method, or which modules get the whole sequence."""
         if mixers:
             self._mixers = GatheredMixers(hf_model, describe_decoder(hf_model), mixers, self._group)
         else:
             self._attention = ContextAttention(hf_model, self.own_attention)
+            self._levels = levels_of(plan.mesh, plan.heads_degree)
 
     @property
     def takes_whole_sequences(self) -> bool:
@@ -152,8 +168,13 @@ class SharedContext:
             with self._mixers.sharing(self._layout):
                 yield
             return
-        with self._attention.sharing(Ring(self._group, self._layout, self._blocks, self.plan.method)):
+        with self._attention.sharing(self._ring()):
             yield
+
+    def _ring(self) -> Ring:
+        if self.plan.method == "allgather":
+            return Ring(self._group, self._layout, self._blocks, "allgather")
+        return self._levels.over(self._layout, self._blocks)
 
     def describe(self) -> str:
         """How sequences are shared, for the summary of a run."""
@@ -165,7 +186,7 @@ class SharedContext:
                 f"every rank computes for all of it: {summarize(self._mixers.names)}"
             )
         return (
-            f"{self.plan.method} attention on {self._mesh.size()} ranks, each with {parts} of every sequence "
+            f"{self.way} attention on {self._mesh.size()} ranks, each with {parts} of every sequence "
             f"({layout}); blocks by {self._why_blocks}"
         )
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from parallelize.compile import COMPILE_ERRORS, apply_compile
 from parallelize.config import ActivationCheckpointConfig, ParallelismConfig
-from parallelize.context_parallel.ulysses import ulysses_problem
+from parallelize.context_parallel.ulysses import heads_problem
 from parallelize.distributed import gather_objects, sum_over
 from transformers_backend.context import ContextPlan, Kind, SharedContext, summarize
 from transformers_backend.context_mixers import find_mixers
@@ -52,7 +52,7 @@ def choose_context(
     method, layout = parallelism.context_parallel_method, parallelism.context_parallel_layout
     reasons: list[str] = []
     for kind in get_args(Kind):
-        plan = ContextPlan(mesh, method, layout == "zigzag", kind)
+        plan = ContextPlan(mesh, method, layout == "zigzag", kind, parallelism.context_parallel_ulysses_degree)
         proof = ContextProof.of(hf_model, plan)
         reason = proof.why_not()
         if reason is None:
@@ -99,10 +99,11 @@ def isolate_shared(
 
 def _check_heads(hf_config: PreTrainedConfig, plan: ContextPlan, parallelism: ParallelismConfig) -> None:
     costs = attention_costs(hf_config, 1)
-    if plan.method != "ulysses" or not costs:
+    if not costs:
         return
     heads, tensor_ranks = costs[0].heads, parallelism.tensor_parallel_degree
-    if problem := ulysses_problem(heads if heads % tensor_ranks else heads // tensor_ranks, plan.mesh.size()):
+    own = heads if heads % tensor_ranks else heads // tensor_ranks
+    if problem := heads_problem(own, plan.heads_degree, is_ring=plan.method == "ring"):
         raise ValueError(problem)
 
 
@@ -183,8 +184,7 @@ class ContextProof:
 
     def _twin(self, all_layers: bool = False) -> PreTrainedModel:
         own = self.attn_implementation if self.attn_implementation in ("sdpa", "eager") else None
-        # Ulysses shares out heads: the twin needs enough of them.
-        degree = self.plan.mesh.size() if self.plan.method == "ulysses" else 1
+        degree = self.plan.heads_degree  # heads are shared out: the twin needs enough of them
         return build_twin(
             self.hf_config, self.model_class, degree=degree, all_layers=all_layers, attn_implementation=own
         ).to(self._device)

@@ -52,7 +52,7 @@ def allgather_backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """As `ring.ring_backward`."""
+    """As `ulysses.two_level_backward`, without heads groups."""
     blockwise = ring.blockwise(rule, scale, softcap)
     degree, length = ring.layout.degree, ring.layout.chunk_length
     totals = [

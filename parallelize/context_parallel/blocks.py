@@ -115,9 +115,9 @@ class ReferenceBlocks:
 
 def for_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """Keys or values (batch, key_heads, ...) repeated for every head: (batch, heads, ...)."""
-    return tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
+    return tensor if heads == tensor.shape[1] else tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
 
 
 def sum_groups(tensor: torch.Tensor, key_heads: int) -> torch.Tensor:
     """The gradient of what `for_heads` repeated."""
-    return tensor.unflatten(1, (key_heads, -1)).sum(2)
+    return tensor if key_heads == tensor.shape[1] else tensor.unflatten(1, (key_heads, -1)).sum(2)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from parallelize.context_parallel.blocks import BlockAttention
-from parallelize.context_parallel.blockwise import Blockwise, Gradients, Visit, zeros_like
+from parallelize.context_parallel.blockwise import Blockwise, Gradients, Visit
 from parallelize.context_parallel.exchange import RingCommunication, Step, plan_steps
 from parallelize.context_parallel.layout import SequenceLayout
 from parallelize.context_parallel.masks import MaskRule
@@ -25,18 +25,34 @@ from parallelize.context_parallel.merge import sinks_gradient
 
 
 @dataclass(frozen=True)
-class Ring:
-    """The ranks that share a sequence, how it lies on them, and what computes a block."""
+class HeadsGroup:
+    """Ranks that exchange tokens for heads with each other (`ulysses.py`)."""
 
     group: dist.ProcessGroup
     layout: SequenceLayout
-    blocks: BlockAttention
-    method: str = "ring"
-    """Which of `methods.METHODS` computes attention."""
+    """How what they have together, which is the part of one rank of a ring, lies on them."""
 
     @property
     def rank(self) -> int:
         return dist.get_rank(self.group)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The ranks that share a sequence, how it lies on them, and what computes a block."""
+
+    group: dist.ProcessGroup | None
+    """None is a ring of one rank, which sends nothing."""
+    layout: SequenceLayout
+    blocks: BlockAttention
+    method: str = "ring"
+    """Which of `methods.METHODS` computes attention."""
+    heads: HeadsGroup | None = None
+    """The ranks that stand for one of the ring, each with some of the heads; None where each has all heads."""
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else dist.get_rank(self.group)
 
     def communication(self) -> RingCommunication:
         return RingCommunication(self.group)
@@ -75,9 +91,9 @@ def ring_backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of query, key, value and sinks, in their dtypes, from what `ring_forward` returned."""
+    """Gradients of query (in its dtype), key, value (in fp32) and sinks, from what `ring_forward` returned."""
     blockwise = ring.blockwise(rule, scale, softcap)
-    homecoming = _Homecoming(ring, blockwise, key, value)
+    homecoming = _Homecoming(ring, blockwise)
     visits = _visits(ring, blockwise, key, value)
     grad_query = blockwise.backward(grad_out, query, out, log_sum, visits, documents, homecoming.send)
     grad_key, grad_value = homecoming.collect()
@@ -113,19 +129,17 @@ def _start(communication: RingCommunication, step: Step, keys: list[torch.Tensor
 class _Homecoming:
     """Gradients of keys and values on their way back to their owner, and their sum there."""
 
-    def __init__(self, ring: Ring, blockwise: Blockwise, key: torch.Tensor, value: torch.Tensor) -> None:
+    def __init__(self, ring: Ring, blockwise: Blockwise) -> None:
         self._rank = ring.rank
-        self._like = key, value
         self._steps = {step.receives_from: step for step in plan_steps(ring.layout, blockwise.rule, ring.rank)}
-        self._own = [zeros_like(*parts) for parts in zip(blockwise.chunks(key), blockwise.chunks(value), strict=True)]
+        self._own: Gradients = {}  # of this rank's chunks, which it visits first
         self._communication = ring.communication()
         self._arriving: list[tuple[int, tuple[torch.Tensor, ...]]] = []
 
     def send(self, source: int, grads: Gradients) -> None:
         """Send what was found for the chunks of `source`; and receive what another rank has found for this one's."""
         if source == self._rank:
-            for number, found in grads.items():
-                self._add(number, found)
+            self._own = grads
             return
         self._land()
         step = self._steps[source]
@@ -138,12 +152,10 @@ class _Homecoming:
         self._communication.commit()
 
     def collect(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of this rank's keys and values, in their dtypes."""
+        """The gradients of this rank's keys and values, in fp32."""
         self._land()
-        return tuple(
-            torch.cat(parts, 2).to(like.dtype)
-            for parts, like in zip(zip(*self._own, strict=True), self._like, strict=True)
-        )
+        parts = zip(*(self._own[number] for number in sorted(self._own)), strict=True)
+        return tuple(part[0] if len(part) == 1 else torch.cat(part, 2) for part in parts)
 
     def _land(self) -> None:
         if self._communication.is_under_way:

@@ -148,6 +148,7 @@ def _plain_loss(plain: PreTrainedModel, batch: dict, case: Case) -> torch.Tensor
 
 _SHARDED, _REPLICATED = {"data_parallel_shard_degree": 2}, {"data_parallel_replicate_degree": 2}
 _TENSOR, _PIPELINE = {"tensor_parallel_degree": 2}, {"pipeline_parallel_degree": 2}
+_TWO_LEVELS = {"context_parallel_degree": 4, "context_parallel_ulysses_degree": 2}
 _BFLOAT16 = {"param_dtype": torch.bfloat16, "tolerance": 3e-2}
 
 
@@ -163,6 +164,7 @@ ON_TWO = [
 ]
 ON_FOUR = [
     Case({"context_parallel_degree": 4}, packed=True),
+    Case(_TWO_LEVELS, packed=True, compile=True, recompute="op"),
     Case(_SHARDED, packed=True, recompute="op"),
     Case({**_REPLICATED, "data_parallel_shard_degree": 1}, **_BFLOAT16),
     Case(_TENSOR, packed=True, recompute="full"),
@@ -264,9 +266,9 @@ def _heads_refused() -> None:
             "llama", **_SIZES | {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 24}
         )
     )
-    method = {"context_parallel_degree": 2, "context_parallel_method": "ulysses"}
-    with pytest.raises(ValueError, match="must divide the attention heads of a rank, and they are 3"):
-        HFTransformerModel.wrap(model).parallelize(ParallelismConfig(**method))
+    for key, value in (("context_parallel_method", "ulysses"), ("context_parallel_ulysses_degree", 2)):
+        with pytest.raises(ValueError, match=f"{key}.* = 2 must divide the attention heads of a rank, and they are 3"):
+            HFTransformerModel.wrap(model).parallelize(ParallelismConfig(context_parallel_degree=2, **{key: value}))
 
 
 def test_heads_that_cannot_be_shared_out_are_refused_at_once(two: WorkerPool):

@@ -49,6 +49,7 @@ def test_defaults_are_the_documented_ones():
         module_fqns_per_model_part=[],
         context_parallel_degree=1,
         context_parallel_method="ring",
+        context_parallel_ulysses_degree=1,
         context_parallel_layout="zigzag",
     )
     assert (ActivationCheckpointConfig().mode, CompileConfig().enable) == ("none", False)
@@ -83,6 +84,23 @@ def test_choices_of_context_parallelism(name: str, choices: tuple[str, ...]):
     (problem,) = ParallelismConfig(**{name: "spiral"}).problems()
     allowed = ", ".join(f'"{choice}"' for choice in choices)
     assert problem == f'parallelism.{name} = "spiral": must be one of {allowed}.'
+
+
+def test_tokens_for_heads_are_exchanged_among_ranks_that_divide_the_degree():
+    def problems(ulysses: int, **others) -> list[str]:
+        config = {"context_parallel_degree": 8, "context_parallel_ulysses_degree": ulysses, **others}
+        return ParallelismConfig(**config).problems()
+
+    assert problems(1) == problems(4) == problems(8) == problems(3, context_parallel_degree=1) == []
+    assert problems(0) == [
+        "parallelism.context_parallel_ulysses_degree = 0: must be at least 1 (1 means the ring alone)."
+    ]
+    assert problems(7, context_parallel_method="ulysses") == [
+        "parallelism.context_parallel_ulysses_degree = 7: must divide context_parallel_degree = 8; the nearest that "
+        "does is 8.",
+        'parallelism.context_parallel_ulysses_degree = 7 with context_parallel_method = "ulysses": only around a ring '
+        'are tokens exchanged for heads by some of the ranks. Set the method to "ring", or this to 1.',
+    ]
 
 
 # --- pipeline parallelism
