@@ -164,7 +164,7 @@ ON_TWO = [
 ]
 ON_FOUR = [
     Case({"context_parallel_degree": 4}, packed=True),
-    Case(_TWO_LEVELS, packed=True, compile=True, recompute="op"),
+    Case(_TWO_LEVELS, packed=True, recompute="op"),
     Case(_SHARDED, packed=True, recompute="op"),
     Case({**_REPLICATED, "data_parallel_shard_degree": 1}, **_BFLOAT16),
     Case(_TENSOR, packed=True, recompute="full"),

@@ -9,15 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 from parallelize.context_parallel.blocks import ReferenceBlocks
 from parallelize.context_parallel.exchange import RingCommunication, chunks_sent
 from parallelize.context_parallel.flash import FlashBlocks
-from parallelize.context_parallel.kernels import CpuKernel
+from parallelize.context_parallel.kernels import BLOCKS, CpuKernel
 from parallelize.context_parallel.layout import SequenceLayout
 from parallelize.context_parallel.levels import Levels, levels_of
 from parallelize.context_parallel.masks import CAUSAL, MaskRule
 from parallelize.context_parallel.methods import shared_attention
+from parallelize.context_parallel.operator import RingAddress, attention_operator
 from parallelize.context_parallel.ring import Ring
 from tests.distributed.workers import WorkerPool
 from tests.full_attention import CASES, Case, error, full_attention
@@ -42,7 +44,7 @@ def _levels(heads_degree: int) -> Levels:
     return levels_of(init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",)), heads_degree)
 
 
-def _run(case: Case, method: str, is_zigzag: bool, blocks) -> list[torch.Tensor]:
+def _run(case: Case, method: str, is_zigzag: bool, blocks, attend=shared_attention) -> list[torch.Tensor]:
     """This rank's output and gradients; those of sinks summed over the ranks."""
     rank, layout = dist.get_rank(), SequenceLayout(case.length, dist.get_world_size(), is_zigzag)
     given = case.tensors()
@@ -50,7 +52,7 @@ def _run(case: Case, method: str, is_zigzag: bool, blocks) -> list[torch.Tensor]
     if case.has_sinks:
         inputs.append(given["sinks"].to(case.dtype))
     inputs = [tensor.requires_grad_() for tensor in inputs]
-    out = shared_attention(
+    out = attend(
         *inputs[:3], _ring(method, layout, blocks), case.rule, scale=case.scale, softcap=case.softcap,
         sinks=inputs[3] if case.has_sinks else None, documents=given["documents"],
     )  # fmt: skip
@@ -60,14 +62,14 @@ def _run(case: Case, method: str, is_zigzag: bool, blocks) -> list[torch.Tensor]
     return [out.detach(), *grads]
 
 
-def _error(method: str, is_zigzag: bool, name: str) -> float:
+def _error(method: str, is_zigzag: bool, name: str, attend=shared_attention) -> float:
     """The largest of any tensor."""
     case, rank = CASES[name], dist.get_rank()
     layout = SequenceLayout(case.length, dist.get_world_size(), is_zigzag)
     out, grads = full_attention(case)
     expected = [layout.shard(tensor, rank, 2) for tensor in (out, *list(grads.values())[:3])]
     expected += [grads["sinks"]] if case.has_sinks else []
-    found = _run(case, method, is_zigzag, FlashBlocks(CpuKernel()))
+    found = _run(case, method, is_zigzag, FlashBlocks(CpuKernel()), attend)
     assert [tensor.shape for tensor in found] == [tensor.shape for tensor in expected]
     return max(error(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
@@ -89,6 +91,27 @@ def test_it_is_full_attention(pool: WorkerPool, method: str):
     for found in pool.run(_every_case, method):
         assert len(found) == len(CASES) + 5
         assert {case: worst for case, worst in found.items() if worst > 2e-6} == {}
+
+
+def _compiled(query, key, value, ring: Ring, rule: MaskRule, **options) -> torch.Tensor:
+    """The operator as compiled layers have it, computed again in the backward."""
+    address = RingAddress.of(ring)
+    assert vars(address.find()) == {**vars(ring), "blocks": BLOCKS[ring.blocks.name]}
+
+    def attend(*inputs: torch.Tensor) -> torch.Tensor:
+        return attention_operator(*inputs, address, rule, **options)
+
+    return checkpoint(
+        torch.compile(attend, backend="aot_eager", fullgraph=True), query, key, value, use_reentrant=False
+    )
+
+
+def _error_compiled() -> float:
+    return _error("ring x ulysses", True, "everything", _compiled)
+
+
+def test_two_levels_are_an_operator(four: WorkerPool):
+    assert max(four.run(_error_compiled)) <= 2e-6
 
 
 def _groups_made() -> int:
