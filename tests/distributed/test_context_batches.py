@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from parallelize.config import ParallelismConfig
-from parallelize.parallel_dims import ParallelDims
+from parallelize.distributed import set_timeout
+from parallelize.parallel_dims import ParallelDims, data_parallel_mesh
 from tests.distributed.workers import WorkerPool
 from transformers_backend import HFTransformerModel
 from transformers_backend.proof import gradients, relative_errors
 
-_SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 98,
-          "intermediate_size": 48, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+_SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "intermediate_size": 48, "vocab_size": 98, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
 _LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40,
              "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}  # fmt: skip
 _DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -109,3 +112,19 @@ def test_two_ranks_compute_what_one_does(two: WorkerPool, case: Case):
     for difference, errors in two.run(_compare, case):
         assert difference <= 1e-5
         assert max(errors.values()) <= 1e-5, errors
+
+
+def _groups_with_timeout(mesh: DeviceMesh) -> set[str]:
+    groups = []
+    with mock.patch.object(dist.distributed_c10d, "_set_pg_timeout", lambda timeout, group: groups.append(group)):
+        set_timeout(60, mesh)
+    return {group.group_name for group in groups}
+
+
+def _has_timeout() -> bool:
+    mesh = _mesh(2)
+    return data_parallel_mesh(mesh).get_group().group_name in _groups_with_timeout(mesh)
+
+
+def test_the_group_that_shards_weights_has_a_timeout_like_the_others(two: WorkerPool):
+    assert all(two.run(_has_timeout))
