@@ -121,8 +121,8 @@ class SharedContext:
             positions = torch.arange(length, device=batch["input_ids"].device).expand(rows, -1)
         else:
             shared["documents"] = document_begins(positions).cumsum(1)
-        shared["latest"] = positions.amax(1)
         whole = {**batch, "position_ids": positions}
+        shared["latest"] = whole["position_ids"].amax(1)
         return {**{name: self._layout.shard(whole[name], self._rank, 1) for name in _BATCH}, **shared}
 
     def inputs(

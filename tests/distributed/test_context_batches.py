@@ -1,7 +1,7 @@
 """Batches and models with which shared sequences could go wrong in silence, each against plain Transformers.
 
 Frequencies that depend on the length, parts without a target, positions that begin late, weights that are not trained,
-and batches of one length after another.
+and batches of one length after another; then what is told and set of such a model.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from parallelize.config import ParallelismConfig
 from parallelize.distributed import set_timeout
 from parallelize.parallel_dims import ParallelDims, data_parallel_mesh
 from tests.distributed.workers import WorkerPool
-from transformers_backend import HFTransformerModel
+from transformers_backend import HFTransformerModel, JobConfig
 from transformers_backend.proof import gradients, relative_errors
+from transformers_backend.run_summary import estimate_run_memory
 
 _SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
           "intermediate_size": 48, "vocab_size": 98, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
@@ -31,6 +32,7 @@ _DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 _MODELS = {
     "llama": {"model_type": "llama"},
     "gpt2": {"model_type": "gpt2", "n_positions": 96, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gptj": {"model_type": "gptj", "rotary_dim": 8, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     # Sequences of the twin are shorter than 40 tokens, so that the proof at the start does not see that it matters.
     "longrope": {"model_type": "phi3", "rope_parameters": _LONGROPE, "original_max_position_embeddings": 40},
     "dynamic": {"model_type": "llama", "rope_parameters": _DYNAMIC, "max_position_embeddings": 40},
@@ -77,7 +79,7 @@ def _compare(case: Case) -> tuple[float, dict[str, float]]:
     plain = _build(case).train()
     parallelism = ParallelismConfig(context_parallel_degree=2, context_parallel_layout=case.layout)
     model = HFTransformerModel.wrap(_build(case)).parallelize(parallelism, mesh=_mesh(2))
-    assert not model.context.takes_whole_sequences
+    assert model.context.takes_whole_sequences == (case.model == "gptj")
     difference = 0.0
     for length in case.lengths:
         tokens = torch.randint(2, 98, (2, length), generator=torch.Generator().manual_seed(length))
@@ -104,6 +106,7 @@ def _compare(case: Case) -> tuple[float, dict[str, float]]:
         Case(trained="layers.1.self_attn.q_proj"),
         Case(trained="layers.0.self_attn.k_proj"),
         Case("gpt2", trained="ln_f"),
+        Case("gptj", targets=(4, 12), trained="h.1.attn.k_proj"),
         Case(lengths=(16, 8, 24, 16)),
     ],
     ids=str,
@@ -128,3 +131,22 @@ def _has_timeout() -> bool:
 
 def test_the_group_that_shards_weights_has_a_timeout_like_the_others(two: WorkerPool):
     assert all(two.run(_has_timeout))
+
+
+def _activations(name: str, degree: int) -> float:
+    """As they are estimated for sequences of 64 tokens on so many ranks, relative to those on one."""
+    config, found = JobConfig(), {}
+    config.training.seq_len, config.training.local_batch_size = 64, 1
+    for ranks in (1, degree):
+        model = HFTransformerModel.wrap(_build(Case(name)))
+        if ranks > 1:
+            model.parallelize(ParallelismConfig(context_parallel_degree=ranks), mesh=_mesh(ranks))
+        estimate = estimate_run_memory(config, model, optimizers=[], computes_in=torch.float32, accumulates=False)
+        found[ranks] = estimate.activations
+    return found[degree] / found[1]
+
+
+@pytest.mark.parametrize(("name", "share"), [("llama", 0.5), ("gptj", 1)])
+def test_estimated_activations_are_those_of_what_a_rank_computes(two: WorkerPool, name: str, share: float):
+    """GPT-J's attention runs on the whole sequence on every rank."""
+    assert two.run(_activations, name, 2) == [pytest.approx(share, rel=1e-3)] * 2
