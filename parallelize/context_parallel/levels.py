@@ -56,4 +56,10 @@ def levels_of(mesh: DeviceMesh, heads_degree: int) -> Levels:
     return made[heads_degree]
 
 
+def groups_made(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
+    """What `levels_of` has made for a mesh, beside the mesh's own group; e.g. for timeouts."""
+    levels = _MADE.get(mesh.get_group(), {}).values()
+    return [group for level in levels for group in (level.ring, level.heads)]
+
+
 _MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, Levels]] = weakref.WeakKeyDictionary()

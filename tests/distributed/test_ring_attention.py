@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from unittest import mock
 
@@ -21,6 +22,8 @@ from parallelize.context_parallel.masks import CAUSAL, MaskRule
 from parallelize.context_parallel.methods import shared_attention
 from parallelize.context_parallel.operator import RingAddress, attention_operator
 from parallelize.context_parallel.ring import Ring
+from parallelize.distributed import set_timeout
+from parallelize.parallel_dims import ParallelDims
 from tests.distributed.workers import WorkerPool
 from tests.full_attention import CASES, Case, error, full_attention
 
@@ -110,8 +113,18 @@ def _error_compiled() -> float:
     return _error("ring x ulysses", True, "everything", _compiled)
 
 
+def _check_fake() -> None:
+    """What the compiler is told of the operator's results is what they are."""
+    layout, given = SequenceLayout(256, 4), Case().tensors()
+    address = RingAddress.of(_ring("ring x ulysses", layout, FlashBlocks(CpuKernel())))
+    inputs = [layout.shard(given[name], dist.get_rank(), 2).float() for name in ("query", "key", "value")]
+    arguments = (*inputs, None, None, *dataclasses.astuple(address), None, None, 0.25, None)
+    torch.library.opcheck(torch.ops.parallelize.shared_attention.default, arguments, test_utils="test_faketensor")
+
+
 def test_two_levels_are_an_operator(four: WorkerPool):
     assert max(four.run(_error_compiled)) <= 2e-6
+    four.run(_check_fake)
 
 
 def _groups_made() -> int:
@@ -126,6 +139,18 @@ def _groups_made() -> int:
 def test_the_groups_of_two_levels_are_made_once(four: WorkerPool):
     four.run(_groups_made)
     assert four.run(_groups_made) == [0] * 4
+
+
+def _groups_without_timeout() -> set[str]:
+    mesh = ParallelDims(pp=1, dp_replicate=1, dp_shard=1, cp=4, tp=1).build_mesh("cpu")
+    levels, reached = levels_of(mesh["cp"], 2), []
+    with mock.patch.object(dist.distributed_c10d, "_set_pg_timeout", lambda timeout, group: reached.append(group)):
+        set_timeout(60, mesh)
+    return {group.group_name for group in (levels.ring, levels.heads)} - {group.group_name for group in reached}
+
+
+def test_they_have_a_timeout_like_the_others(four: WorkerPool):
+    assert four.run(_groups_without_timeout) == [set()] * 4
 
 
 def _too_few_heads(method: str) -> None:
