@@ -294,7 +294,7 @@ def _batches_refused() -> list[str]:
         (tokens_without_row, tokens), (tokens, label_without_row), (tokens, no_label), (odd, odd)
     ):  # fmt: skip
         for call in (model.forward_backward, model.evaluate):
-            with pytest.raises(ValueError, match="input_ids or labels have|length of the sequences") as caught:
+            with pytest.raises(ValueError, match=r"input_ids or labels have|length of the sequences") as caught:
                 call(input_ids, labels)
         messages.append(str(caught.value))
     ignored = tokens.masked_fill(tokens % 3 == 0, -100)
