@@ -23,11 +23,13 @@ from parallelize.context_parallel.kernels import choose_blocks
 from parallelize.context_parallel.layout import SequenceLayout, sequence_length_problems
 from parallelize.context_parallel.levels import levels_of
 from parallelize.context_parallel.ring import Ring
+from transformers_backend.batch_checks import check_vocabulary
 from transformers_backend.context_attention import ContextAttention
 from transformers_backend.context_mixers import GatheredMixers
 from transformers_backend.context_rotary import WholeLengths
 from transformers_backend.decoder import describe_decoder, rotaries_by_length
 from transformers_backend.isolation import document_begins
+from transformers_backend.loss import IGNORE_INDEX
 
 _BATCH = ("input_ids", "targets", "position_ids")
 
@@ -85,6 +87,8 @@ class SharedContext:
         """What the model attends with where it has whole sequences: the name of a function of Transformers."""
         self._mesh, self._group, self._rank = plan.mesh, plan.mesh.get_group(), plan.mesh.get_local_rank()
         self._blocks, self._why_blocks = choose_blocks(self._mesh.device_type, dtype)
+        decoder = describe_decoder(hf_model)
+        self._vocabulary_size = hf_model.get_submodule(decoder.embedding).weight.shape[0]
         self._layout: SequenceLayout | None = None
         self._attention: ContextAttention | None = None
         self._lengths: WholeLengths | None = None
@@ -92,7 +96,7 @@ class SharedContext:
         self.way = f"whole sequence: {summarize(mixers)}" if mixers else plan.way
         """How a query reaches the keys of other ranks: the method, or which modules get the whole sequence."""
         if mixers:
-            self._mixers = GatheredMixers(hf_model, describe_decoder(hf_model), mixers, self._group)
+            self._mixers = GatheredMixers(hf_model, decoder, mixers, self._group)
         else:
             self._attention = ContextAttention(hf_model, self.own_attention)
             self._lengths = WholeLengths(rotaries_by_length(hf_model))
@@ -127,7 +131,8 @@ class SharedContext:
         rows, length = batch["input_ids"].shape
         degree, is_zigzag = self._mesh.size(), self.plan.is_zigzag
         if problems := sequence_length_problems("The length of the sequences", length, degree, is_zigzag=is_zigzag):
-            raise ValueError(problems[0])
+            raise ValueError(f"{problems[0]} Pad it at the end, with labels {IGNORE_INDEX}, or cut it.")
+        check_vocabulary(batch["input_ids"], batch["targets"], self._vocabulary_size)
         self._layout = SequenceLayout(length, degree, is_zigzag)
         if self.takes_whole_sequences:
             return {**batch, "targets": self._layout.shard(batch["targets"], self._rank, 1)}
