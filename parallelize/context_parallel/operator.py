@@ -73,7 +73,8 @@ _MASK = "int? window, int? chunk, float scale, float? softcap"
 )
 def _attend(query, key, value, sinks, documents, *options):
     ring, rule, scale, softcap = _described(options)
-    return METHODS[ring.method].forward(query, key, value, sinks, documents, ring, rule, scale, softcap)
+    out, log_sum = METHODS[ring.method].forward(query, key, value, sinks, documents, ring, rule, scale, softcap)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), log_sum  # heads beside each other, with every method
 
 
 @_attend.register_fake
@@ -81,7 +82,8 @@ def _(query, key, value, sinks, documents, *options):
     _, method, length, degree, *_ = options
     batch, heads, local, _ = query.shape
     rows = (batch, heads // degree, length) if method == "ulysses" else (batch, heads, local)
-    return query.new_empty((batch, heads, local, value.shape[-1])), query.new_empty(rows, dtype=torch.float32)
+    out = query.new_empty((batch, local, heads, value.shape[-1])).transpose(1, 2)
+    return out, query.new_empty(rows, dtype=torch.float32)
 
 
 @torch.library.custom_op(
