@@ -86,8 +86,8 @@ class RingCommunication:
         return self._works is not None
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
-        """tensor: (batch, heads, tokens, dim); nothing is copied where tokens lie one after the other in memory, as models
-        make them for a batch of one."""
+        """tensor: (batch, heads, tokens, dim); nothing is copied where tokens lie one after the other in memory, as
+        models make them for a batch of one."""
         tensor = tensor.transpose(1, 2).contiguous()
         self._kept.append(tensor)
         self._operations.append(dist.P2POp(dist.isend, tensor, group=self._group, group_peer=to))

@@ -138,7 +138,7 @@ class _Homecoming:
             return
         self.land()
         step = self._steps[source]
-        for number, found in grads.items():
+        for found in grads.values():
             for part in found:
                 self._communication.send(part, source)
         is_last = set(step.receives[-1:]) <= grads.keys()
