@@ -126,7 +126,9 @@ def _compare(case: Case) -> None:
         found = sum(model.forward_backward(**batch, num_items_in_batch=targets) for batch in own)
         torch.testing.assert_close(found, expected, rtol=case.tolerance, atol=0)
         gradients = {name: p.grad for name, p in plain.named_parameters()}
-        errors = relative_errors(gradients, model.full_gradients())
+        with Messages("torch.distributed.tensor") as messages:
+            errors = relative_errors(gradients, model.full_gradients())
+        assert not messages.texts, "torch warns of gathers that it does one after the other, and nobody can act on it"
         worst = max(errors, key=errors.get)
         assert errors[worst] <= case.tolerance, f"step {step}: {worst} {errors[worst]:.1e}, all {errors}"
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
@@ -256,6 +258,36 @@ def test_methods_beside_tensor_parallelism_and_pipelines(four: WorkerPool):
     four.run(_compare, Case({"context_parallel_method": "ulysses", "tensor_parallel_degree": 2}, packed=True))
     shared = {"context_parallel_method": "allgather", "context_parallel_layout": "contiguous"}
     four.run(_compare, Case({**shared, **_schedule("1F1B")}, packed=True, recompute="full"))
+
+
+def _devices_of_a_batch() -> dict[str, tuple[str, torch.dtype]]:
+    """By name, of packed rows of which only the positions have not gone to an accelerator yet."""
+    context = _parallelized(Case()).context
+    batch = _batch(0, 1, packed=True)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
+        on_device = fake["input_ids"].to("cuda"), fake["labels"].to("cuda")
+        given = dict(zip(("input_ids", "targets"), on_device, strict=True))
+        shared = context.share({**given, "position_ids": fake["position_ids"]})
+    return {name: (tensor.device.type, tensor.dtype) for name, tensor in shared.items()}
+
+
+def test_documents_are_known_without_waiting_for_an_accelerator(two: WorkerPool):
+    for found in two.run(_devices_of_a_batch):
+        assert found.pop("documents") == ("cpu", torch.int32)
+        assert found == dict.fromkeys(("input_ids", "targets", "position_ids"), ("cuda", torch.int64))
+
+
+def _dropout_refused() -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=16, n_head=2, n_layer=2))
+    with pytest.raises(
+        ValueError, match=r"GPT2LMHeadModel has attn_pdrop = 0\.1\. Set hf_transformers\.config_overrides"
+    ):
+        HFTransformerModel.wrap(model).parallelize(ParallelismConfig(context_parallel_degree=2))
+
+
+def test_attention_dropout_is_refused_at_once(two: WorkerPool):
+    two.run(_dropout_refused)
 
 
 def _heads_refused() -> None:
