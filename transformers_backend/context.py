@@ -19,6 +19,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from parallelize.context_parallel.blocks import BlockAttention
 from parallelize.context_parallel.kernels import choose_blocks
 from parallelize.context_parallel.layout import SequenceLayout, sequence_length_problems
 from parallelize.context_parallel.levels import levels_of
@@ -75,10 +76,11 @@ class SharedContext:
         plan: ContextPlan,
         *,
         mixers: Sequence[str] = (),
-        dtype: torch.dtype = torch.float32,
+        blocks: tuple[BlockAttention, str] | None = None,
     ) -> None:
-        """Change the model, before anything else does. dtype: that attention computes in.
+        """Change the model, before anything else does.
 
+        blocks: what computes attention's, and a sentence that says why; None chooses for fp32.
         mixers: modules that run on the whole sequence, where attention does not run over the ranks.
         """
         assert bool(mixers) == (plan.kind != "attention")
@@ -86,7 +88,7 @@ class SharedContext:
         self.own_attention = hf_model.config._attn_implementation
         """What the model attends with where it has whole sequences: the name of a function of Transformers."""
         self._mesh, self._group, self._rank = plan.mesh, plan.mesh.get_group(), plan.mesh.get_local_rank()
-        self._blocks, self._why_blocks = choose_blocks(self._mesh.device_type, dtype)
+        self._blocks, self._why_blocks = blocks or choose_blocks(self._mesh.device_type, torch.float32)
         decoder = describe_decoder(hf_model)
         self._vocabulary_size = hf_model.get_submodule(decoder.embedding).weight.shape[0]
         self._layout: SequenceLayout | None = None
@@ -125,8 +127,9 @@ class SharedContext:
         """This rank's part of `input_ids`, `targets` and `position_ids`, (batch, local); `documents`, (batch, seq); and
         the `latest` position of each whole sequence, (batch,).
 
-        Positions say where documents begin; a batch without them gets those of whole sequences. A model that takes
-        whole sequences gets all as it is, but for the targets.
+        Positions say where documents begin; a batch without them gets those of whole sequences. `documents` are on the
+        CPU (int32), where attention reads them for every block: give the positions as they came, before they go to a
+        device, which they do here. A model that takes whole sequences gets all as it is, but for the targets.
         """
         rows, length = batch["input_ids"].shape
         degree, is_zigzag = self._mesh.size(), self.plan.is_zigzag
@@ -135,14 +138,15 @@ class SharedContext:
         check_vocabulary(batch["input_ids"], batch["targets"], self._vocabulary_size)
         self._layout = SequenceLayout(length, degree, is_zigzag)
         if self.takes_whole_sequences:
-            return {**batch, "targets": self._layout.shard(batch["targets"], self._rank, 1)}
+            whole = {name: tensor.to(batch["input_ids"].device) for name, tensor in batch.items()}
+            return {**whole, "targets": self._layout.shard(batch["targets"], self._rank, 1)}
         shared: dict[str, torch.Tensor] = {}
-        positions = batch.get("position_ids")
+        device, positions = batch["input_ids"].device, batch.get("position_ids")
         if positions is None:
-            positions = torch.arange(length, device=batch["input_ids"].device).expand(rows, -1)
+            positions = torch.arange(length, device=device).expand(rows, -1)
         else:
-            shared["documents"] = document_begins(positions).cumsum(1)
-        whole = {**batch, "position_ids": positions}
+            shared["documents"] = document_begins(positions.cpu()).cumsum(1, dtype=torch.int32)
+        whole = {**batch, "position_ids": positions.to(device)}
         shared["latest"] = whole["position_ids"].amax(1)
         return {**{name: self._layout.shard(whole[name], self._rank, 1) for name in _BATCH}, **shared}
 

@@ -22,6 +22,7 @@ from parallelize.config import ActivationCheckpointConfig, ParallelismConfig
 from parallelize.context_parallel.ulysses import heads_problem
 from parallelize.distributed import gather_objects, sum_over
 from transformers_backend.context import ContextPlan, Kind, SharedContext, summarize
+from transformers_backend.context_calls import choose_blocks_for, refuse_attention_dropout
 from transformers_backend.context_mixers import find_mixers
 from transformers_backend.decoder import describe_decoder
 from transformers_backend.flops import attention_costs
@@ -66,7 +67,10 @@ def choose_context(
         )
     if kind == "attention":
         _check_heads(hf_model.config, plan, parallelism)
-        return SharedContext(hf_model, plan, dtype=dtype)
+        refuse_attention_dropout(hf_model.config, type(hf_model), mesh.size())
+        layer_count = len(describe_decoder(hf_model).layers)
+        blocks = choose_blocks_for(hf_model.config, type(hf_model), layer_count, mesh.device_type, dtype)
+        return SharedContext(hf_model, plan, blocks=blocks)
     mixers = proof.mixers_of_model()
     logger.warning(
         "%s: no attention over the ranks, because with it the model computes something else (%s). Instead every rank "
@@ -74,7 +78,7 @@ def choose_context(
         "not divided by context_parallel_degree = %d: %s",
         type(hf_model).__name__, reasons[0], mesh.size(), summarize(mixers),
     )  # fmt: skip
-    return SharedContext(hf_model, plan, mixers=mixers, dtype=dtype)
+    return SharedContext(hf_model, plan, mixers=mixers)
 
 
 def isolate_shared(

@@ -330,8 +330,10 @@ class HFTransformerModel:
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         batch = {"input_ids": input_ids.to(self.device), "targets": shift_labels(labels.to(self.device))}
-        if position_ids is not None:
+        if position_ids is not None and self.context is None:
             batch["position_ids"] = position_ids.to(self.device)
+        elif position_ids is not None:
+            batch["position_ids"] = position_ids  # `share` reads documents out of them on the CPU
         return batch if self.context is None else self.context.share(batch)
 
     def _sum_loss(self, *, targets: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:

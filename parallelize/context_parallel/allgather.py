@@ -77,7 +77,7 @@ def allgather_backward(
 def _gathered(ring: Ring, blockwise: Blockwise, key: torch.Tensor, value: torch.Tensor) -> list[Visit]:
     every_key, every_value = (_gather(tensor, ring) for tensor in (key, value))
     return [
-        (source, *(dict(enumerate(blockwise.chunks(every[source]))) for every in (every_key, every_value)))
+        (source, *(dict(enumerate(blockwise.views(every[source]))) for every in (every_key, every_value)))
         for source in range(ring.layout.degree)
     ]
 

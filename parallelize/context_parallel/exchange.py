@@ -91,14 +91,17 @@ class RingCommunication:
         return self._works is not None
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
-        tensor = tensor.contiguous()
+        """tensor: (batch, heads, tokens, dim); nothing is copied where tokens lie one after the other in memory, as
+        models make them for a batch of one."""
+        tensor = tensor.transpose(1, 2).contiguous()
         self._kept.append(tensor)
         self._operations.append(dist.P2POp(dist.isend, tensor, group=self._group, group_peer=to))
 
     def receive(self, like: torch.Tensor, source: int) -> torch.Tensor:
-        buffer = torch.empty_like(like, memory_format=torch.contiguous_format)
+        batch, heads, tokens, dim = like.shape
+        buffer = like.new_empty((batch, tokens, heads, dim))
         self._operations.append(dist.P2POp(dist.irecv, buffer, group=self._group, group_peer=source))
-        return buffer
+        return buffer.transpose(1, 2)
 
     def commit(self) -> None:
         if self._works is not None:

@@ -50,7 +50,8 @@ def shared_attention(
     query (batch, heads, local, dim), key (batch, key_heads, local, dim), value (batch, key_heads, local, value_dim),
     each this rank's part of the sequence by `ring.layout`. scale: of the scores, None is 1 / sqrt(dim). softcap: bounds
     the scores, None does not. sinks: a score for each head (heads,) that takes part in every softmax and has no value.
-    documents: the number of each token's document (batch, seq), of the whole sequence; queries see their own only.
+    documents: the number of each token's document (batch, seq), of the whole sequence and on the CPU, whatever device
+    computes; queries see their own only.
     Returns (batch, heads, local, value_dim) in the dtype of `query`. Every rank calls it, forward and backward.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale

@@ -91,7 +91,8 @@ _MASK = "int? window, int? chunk, float scale, float? softcap"
 )
 def _attend(query, key, value, sinks, documents, *options):
     ring, rule, scale, softcap = _described(options)
-    return METHODS[ring.method].forward(query, key, value, sinks, documents, ring, rule, scale, softcap)
+    out, log_sum = METHODS[ring.method].forward(query, key, value, sinks, documents, ring, rule, scale, softcap)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), log_sum  # heads beside each other, with every method
 
 
 @_attend.register_fake
@@ -99,7 +100,8 @@ def _(query, key, value, sinks, documents, *options):
     group_size = RingAddress(*options[:-4]).heads_degree
     batch, heads, local, _ = query.shape
     log_sum = query.new_empty((batch, heads // group_size, group_size * local), dtype=torch.float32)
-    return query.new_empty((batch, heads, local, value.shape[-1])), log_sum
+    out = query.new_empty((batch, local, heads, value.shape[-1])).transpose(1, 2)
+    return out, log_sum
 
 
 @torch.library.custom_op(

@@ -10,7 +10,7 @@ Ring Attention: Liu et al., https://arxiv.org/abs/2310.01889.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,9 +93,11 @@ def ring_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of query (in its dtype), key, value (in fp32) and sinks, from what `ring_forward` returned."""
     blockwise = ring.blockwise(rule, scale, softcap)
-    homecoming = _Homecoming(ring, blockwise)
+    homecoming = _Homecoming(ring, blockwise, key, value)
     visits = _visits(ring, blockwise, key, value)
-    grad_query = blockwise.backward(grad_out, query, out, log_sum, visits, documents, homecoming.send)
+    grad_query = blockwise.backward(
+        grad_out, query, out, log_sum, visits, documents, homecoming.send, after_block=homecoming.land
+    )
     grad_key, grad_value = homecoming.collect()
     grad_sinks = None if sinks is None else sinks_gradient(sinks, log_sum, grad_out, out)
     return grad_query, grad_key, grad_value, grad_sinks
@@ -103,7 +105,7 @@ def ring_backward(
 
 def _visits(ring: Ring, blockwise: Blockwise, key: torch.Tensor, value: torch.Tensor) -> Iterator[Visit]:
     """This rank's own keys and values first; while they are computed with, the next ones travel."""
-    own_keys, own_values = blockwise.chunks(key), blockwise.chunks(value)
+    own_keys, own_values = blockwise.views(key), blockwise.views(value)
     communication = ring.communication()
     visit = (ring.rank, dict(enumerate(own_keys)), dict(enumerate(own_values)))
     for step in plan_steps(ring.layout, blockwise.rule, ring.rank):
@@ -114,7 +116,9 @@ def _visits(ring: Ring, blockwise: Blockwise, key: torch.Tensor, value: torch.Te
     yield visit
 
 
-def _start(communication: RingCommunication, step: Step, keys: list[torch.Tensor], values: list[torch.Tensor]) -> Visit:
+def _start(
+    communication: RingCommunication, step: Step, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+) -> Visit:
     for number in step.sends:
         communication.send(keys[number], step.sends_to)
         communication.send(values[number], step.sends_to)
@@ -129,35 +133,45 @@ def _start(communication: RingCommunication, step: Step, keys: list[torch.Tensor
 class _Homecoming:
     """Gradients of keys and values on their way back to their owner, and their sum there."""
 
-    def __init__(self, ring: Ring, blockwise: Blockwise) -> None:
+    def __init__(self, ring: Ring, blockwise: Blockwise, key: torch.Tensor, value: torch.Tensor) -> None:
         self._rank = ring.rank
         self._steps = {step.receives_from: step for step in plan_steps(ring.layout, blockwise.rule, ring.rank)}
-        self._own: Gradients = {}  # of this rank's chunks, which it visits first
+        self._totals = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key, value)]
+        self._own = list(zip(*(blockwise.views(total) for total in self._totals), strict=True))
+        self._expected = {source: list(step.sends) for source, step in self._steps.items()}
         self._communication = ring.communication()
         self._arriving: list[tuple[int, tuple[torch.Tensor, ...]]] = []
 
     def send(self, source: int, grads: Gradients) -> None:
-        """Send what was found for the chunks of `source`; and receive what another rank has found for this one's."""
+        """Send what was found for a chunk of `source`; and receive what another rank has found for this one's.
+
+        They travel while one block is computed, so that little of them is in memory. Every rank goes through the same
+        steps and, in each, through the chunks in their order; with its last a rank receives what comes later, too."""
         if source == self._rank:
-            self._own = grads
+            for number, found in grads.items():
+                self._add(number, found)
             return
-        self._land()
+        self.land()
         step = self._steps[source]
-        for number in step.receives:
-            for part in grads[number]:
+        for found in grads.values():
+            for part in found:
                 self._communication.send(part, source)
-        for number in step.sends:
+        is_last = set(step.receives[-1:]) <= grads.keys()
+        expected = [number for number in self._expected[source] if is_last or number in grads]
+        for number in expected:
+            self._expected[source].remove(number)
             arriving = tuple(self._communication.receive(part, step.sends_to) for part in self._own[number])
             self._arriving.append((number, arriving))
         self._communication.commit()
 
     def collect(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of this rank's keys and values, in fp32."""
-        self._land()
-        parts = zip(*(self._own[number] for number in sorted(self._own)), strict=True)
-        return tuple(part[0] if len(part) == 1 else torch.cat(part, 2) for part in parts)
+        self.land()
+        key, value = self._totals
+        return key, value
 
-    def _land(self) -> None:
+    def land(self) -> None:
+        """Wait for what is on its way, and add up what came."""
         if self._communication.is_under_way:
             self._communication.wait()
         for number, found in self._arriving:

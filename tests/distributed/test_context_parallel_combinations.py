@@ -134,7 +134,9 @@ def _compare(case: Case) -> None:
         found = sum(model.forward_backward(**batch, num_items_in_batch=targets) for batch in own)
         torch.testing.assert_close(found, expected, rtol=case.tolerance, atol=0)
         gradients = {name: p.grad for name, p in plain.named_parameters()}
-        errors = relative_errors(gradients, model.full_gradients())
+        with Messages("torch.distributed.tensor") as messages:
+            errors = relative_errors(gradients, model.full_gradients())
+        assert not messages.texts, "torch warns of gathers that it does one after the other, and nobody can act on it"
         worst = max(errors, key=errors.get)
         assert errors[worst] <= case.tolerance, f"step {step}: {worst} {errors[worst]:.1e}, all {errors}"
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
@@ -266,6 +268,34 @@ def test_methods_beside_tensor_parallelism_and_pipelines(four: WorkerPool):
     four.run(_compare, Case({"context_parallel_method": "ulysses", "tensor_parallel_degree": 2}, packed=True))
     shared = {"context_parallel_method": "allgather", "context_parallel_layout": "contiguous"}
     four.run(_compare, Case({**shared, **_schedule("1F1B")}, packed=True, recompute="full"))
+
+
+def _devices_of_a_batch() -> dict[str, tuple[str, torch.dtype]]:
+    """By name, of packed rows of which only the positions have not gone to an accelerator yet."""
+    context = _parallelized(Case()).context
+    batch = _batch(0, 1, packed=True)
+    on_device = {"input_ids": batch["input_ids"].to("meta"), "targets": batch["labels"].to("meta")}
+    with mock.patch("transformers_backend.context.check_vocabulary"):  # which looks at tokens
+        shared = context.share({**on_device, "position_ids": batch["position_ids"]})
+    return {name: (tensor.device.type, tensor.dtype) for name, tensor in shared.items()}
+
+
+def test_documents_are_known_without_waiting_for_an_accelerator(two: WorkerPool):
+    for found in two.run(_devices_of_a_batch):
+        assert found.pop("documents") == ("cpu", torch.int32)
+        assert found == dict.fromkeys(("input_ids", "targets", "position_ids", "latest"), ("meta", torch.int64))
+
+
+def _dropout_refused() -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=16, n_head=2, n_layer=2))
+    with pytest.raises(
+        ValueError, match=r"GPT2LMHeadModel has attn_pdrop = 0\.1\. Set hf_transformers\.config_overrides"
+    ):
+        HFTransformerModel.wrap(model).parallelize(ParallelismConfig(context_parallel_degree=2))
+
+
+def test_attention_dropout_is_refused_at_once(two: WorkerPool):
+    two.run(_dropout_refused)
 
 
 def _heads_refused() -> None:
