@@ -283,6 +283,19 @@ def test_documents_of_a_model_whose_layers_make_masks_are_refused(two: WorkerPoo
         assert "LlamaDecoderLayer makes its attention mask itself" in message
 
 
+def _batches_refused() -> None:
+    model = _parallelized(Case())
+    with pytest.raises(ValueError, match="differ between ranks of one context-parallel group of 2"):
+        model.forward_backward(**_batch(torch.distributed.get_rank(), 1, packed=False))
+    short = {name: tensor[:, :15] for name, tensor in _batch(0, 1, packed=False).items()}
+    with pytest.raises(ValueError, match=r"The length of the sequences = 15: .* the nearest are 12 or 16"):
+        model.evaluate(**short)
+
+
+def test_batches_that_cannot_be_shared_are_refused(two: WorkerPool):
+    two.run(_batches_refused)
+
+
 def _heads_refused() -> None:
     sizes = {**_SIZES, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 24}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
