@@ -129,7 +129,10 @@ class ParallelismConfig:
         if set(degrees.values()) == {1} and dist.is_initialized():
             degrees["data_parallel_replicate_degree"] = dist.get_world_size()
         is_async = given["tp_size"] > 1 and given["tp_handler"].enable_async_tp  # accelerate itself ignores it
-        return cls(**degrees, enable_async_tensor_parallel=is_async)
+        shared = {}
+        if given["cp_size"] > 1:
+            shared["context_parallel_method"] = _ACCELERATE_STRATEGIES[given["cp_handler"].cp_comm_strategy]
+        return cls(**degrees, **shared, enable_async_tensor_parallel=is_async)
 
     def problems(self) -> list[str]:
         found = []
@@ -291,6 +294,8 @@ _ACCELERATE_SIZES = {
     "tp_size": "tensor_parallel_degree",
     "cp_size": "context_parallel_degree",
 }
+# How ranks exchange a sequence; "alltoall" passes keys and values on from rank to rank.
+_ACCELERATE_STRATEGIES = {"allgather": "allgather", "alltoall": "ring"}
 # What says nothing by itself: the only backends that there are, and settings of sequence parallelism, which is refused.
 _ACCELERATE_SILENT = ("cp_backend", "sp_backend", "sp_handler")
 
@@ -321,10 +326,10 @@ def _without_counterpart(given: dict[str, Any]) -> list[str]:
             f"sp_size = {given['sp_size']}: the sequence parallelism of DeepSpeed is not available here; set it to 1, "
             "and raise dp_shard_size by that factor."
         )
-    if given["cp_size"] > 1 and given["cp_handler"].cp_comm_strategy != "allgather":
+    if given["cp_size"] > 1 and (strategy := given["cp_handler"].cp_comm_strategy) not in _ACCELERATE_STRATEGIES:
         found.append(
-            f'cp_handler.cp_comm_strategy = "{given["cp_handler"].cp_comm_strategy}": how ranks exchange a sequence '
-            "cannot be chosen here; leave it out."
+            f'cp_handler.cp_comm_strategy = "{strategy}": this version here does not know that way to exchange a '
+            f"sequence; take one of {', '.join(_ACCELERATE_STRATEGIES)}."
         )
     known = {*_ACCELERATE_SIZES, *_ACCELERATE_SILENT, "sp_size", "tp_handler", "cp_handler"}
     found += [

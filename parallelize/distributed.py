@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from parallelize.parallel_dims import data_parallel_mesh
+
 logger = logging.getLogger(__name__)
 
 _PATIENCE_SECONDS = 4 * 3600  # one rank writing or downloading a large model while the others wait
@@ -85,8 +87,7 @@ def set_timeout(seconds: int, mesh: DeviceMesh | None) -> None:
     timeout = timedelta(seconds=seconds)
     groups = [dist.group.WORLD]
     if mesh is not None:
-        flattened = mesh._get_root_mesh()._flatten_mapping.values()  # what FSDP2 shards over with context parallelism
-        groups += [*mesh.get_all_groups(), *(flat.get_group() for flat in flattened)]
+        groups += [*mesh.get_all_groups(), *data_parallel_mesh(mesh).get_all_groups()]
     for group in groups:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 

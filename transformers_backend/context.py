@@ -22,10 +22,13 @@ from transformers import PreTrainedModel
 from parallelize.context_parallel.kernels import choose_blocks
 from parallelize.context_parallel.layout import SequenceLayout, sequence_length_problems
 from parallelize.context_parallel.ring import Ring
+from transformers_backend.batch_checks import check_vocabulary
 from transformers_backend.context_attention import ContextAttention
 from transformers_backend.context_mixers import GatheredMixers
-from transformers_backend.decoder import describe_decoder
+from transformers_backend.context_rotary import WholeLengths
+from transformers_backend.decoder import describe_decoder, rotaries_by_length
 from transformers_backend.isolation import document_begins
+from transformers_backend.loss import IGNORE_INDEX
 
 _BATCH = ("input_ids", "targets", "position_ids")
 
@@ -69,15 +72,19 @@ class SharedContext:
         """What the model attends with where it has whole sequences: the name of a function of Transformers."""
         self._mesh, self._group, self._rank = plan.mesh, plan.mesh.get_group(), plan.mesh.get_local_rank()
         self._blocks, self._why_blocks = choose_blocks(self._mesh.device_type, dtype)
+        decoder = describe_decoder(hf_model)
+        self._vocabulary_size = hf_model.get_submodule(decoder.embedding).weight.shape[0]
         self._layout: SequenceLayout | None = None
         self._attention: ContextAttention | None = None
+        self._lengths: WholeLengths | None = None
         self._mixers: GatheredMixers | None = None
         self.way = f"whole sequence: {summarize(mixers)}" if mixers else plan.method
         """How a query reaches the keys of other ranks: the method, or which modules get the whole sequence."""
         if mixers:
-            self._mixers = GatheredMixers(hf_model, describe_decoder(hf_model), mixers, self._group)
+            self._mixers = GatheredMixers(hf_model, decoder, mixers, self._group)
         else:
             self._attention = ContextAttention(hf_model, self.own_attention)
+            self._lengths = WholeLengths(rotaries_by_length(hf_model))
 
     @property
     def takes_whole_sequences(self) -> bool:
@@ -99,7 +106,8 @@ class SharedContext:
             self._mixers.install()
 
     def share(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """This rank's part of `input_ids`, `targets` and `position_ids`, (batch, local); and `documents`, (batch, seq).
+        """This rank's part of `input_ids`, `targets` and `position_ids`, (batch, local); `documents`, (batch, seq); and
+        the `latest` position of each whole sequence, (batch,).
 
         Positions say where documents begin; a batch without them gets those of whole sequences. A model that takes
         whole sequences gets all as it is, but for the targets.
@@ -107,17 +115,19 @@ class SharedContext:
         rows, length = batch["input_ids"].shape
         degree, is_zigzag = self._mesh.size(), self.plan.is_zigzag
         if problems := sequence_length_problems("The length of the sequences", length, degree, is_zigzag=is_zigzag):
-            raise ValueError(problems[0])
+            raise ValueError(f"{problems[0]} Pad it at the end, with labels {IGNORE_INDEX}, or cut it.")
+        check_vocabulary(batch["input_ids"], batch["targets"], self._vocabulary_size)
         self._layout = SequenceLayout(length, degree, is_zigzag)
         if self.takes_whole_sequences:
             return {**batch, "targets": self._layout.shard(batch["targets"], self._rank, 1)}
-        shared = {}
+        shared: dict[str, torch.Tensor] = {}
         positions = batch.get("position_ids")
         if positions is None:
             positions = torch.arange(length, device=batch["input_ids"].device).expand(rows, -1)
         else:
             shared["documents"] = document_begins(positions).cumsum(1)
         whole = {**batch, "position_ids": positions}
+        shared["latest"] = whole["position_ids"].amax(1)
         return {**{name: self._layout.shard(whole[name], self._rank, 1) for name in _BATCH}, **shared}
 
     def inputs(
@@ -125,6 +135,7 @@ class SharedContext:
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         documents: torch.Tensor | None = None,
+        latest: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """What the model is to be called with next, for what `share` returned or some rows of it.
 
@@ -134,6 +145,7 @@ class SharedContext:
         if not self.is_sharing:
             return {"input_ids": input_ids}
         self._attention.documents = documents
+        self._lengths.latest = None if latest is None else latest.max()
         return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": torch.ones_like(input_ids)}
 
     @property
@@ -152,8 +164,11 @@ class SharedContext:
             with self._mixers.sharing(self._layout):
                 yield
             return
-        with self._attention.sharing(Ring(self._group, self._layout, self._blocks, self.plan.method)):
-            yield
+        try:
+            with self._attention.sharing(Ring(self._group, self._layout, self._blocks, self.plan.method)):
+                yield
+        finally:
+            self._lengths.latest = None
 
     def describe(self) -> str:
         """How sequences are shared, for the summary of a run."""

@@ -135,6 +135,17 @@ def learned_positions(hf_model: PreTrainedModel, decoder: Decoder) -> int | None
     return None
 
 
+def rotaries_by_length(hf_model: PreTrainedModel) -> list[nn.Module]:
+    """Rotary embeddings that choose their frequencies by the latest position that they are given (Transformers'
+    `dynamic_rope_update`). Their `rope_type` is one name, or one for each kind of layer."""
+
+    def chooses(kinds: str | dict[str, str]) -> bool:
+        names = kinds.values() if isinstance(kinds, dict) else [kinds]
+        return any("dynamic" in name or name == "longrope" for name in names)
+
+    return [module for module in hf_model.modules() if chooses(getattr(module, "rope_type", ""))]
+
+
 def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 

@@ -164,6 +164,8 @@ class HFTransformerModel:
         attention = proven_attention(self.model_args.attn_implementation)
         pipeline_plan = plan_pipeline(self.hf_model, self.decoder, attention, parallelism, seq_len)
         compute_dtype = param_dtype or self.hf_model.dtype
+        if self.dims.cp > 1:  # what is no causal model is refused as that, not for the way its sequences are shared
+            prove(self.hf_model.config, self.model_class, attention)
         self.context = choose_context(self.hf_model, self.mesh["cp"], parallelism, compute_dtype)
         split = choose_tensor_parallelism(self.hf_model, self.decoder, attention, self.mesh["tp"], parallelism)
         if self.context is not None:

@@ -96,7 +96,13 @@ def _check_causal(twin: PreTrainedModel, input_ids: torch.Tensor) -> None:
     """Changing the last token must not change what is predicted before it."""
     changed = input_ids.clone()
     changed[:, -1] = (changed[:, -1] + 7) % VOCABULARY_SIZE
-    before = twin(input_ids=input_ids, use_cache=False).logits[:, :-1]
+    try:
+        before = twin(input_ids=input_ids, use_cache=False).logits[:, :-1]
+    except MODEL_ERRORS as error:
+        raise ValueError(
+            f"{type(twin).__name__}: it does not run on input_ids alone ({type(error).__name__}: {error}), so this is "
+            "not a decoder-only language model (encoder-decoder models are not supported); it is refused."
+        ) from error
     after = twin(input_ids=changed, use_cache=False).logits[:, :-1]
     if (before - after).abs().max() > LOSS_TOLERANCE * before.abs().max():
         raise ValueError(

@@ -17,7 +17,15 @@ import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -306,3 +314,49 @@ def _heads_refused() -> None:
 
 def test_heads_that_cannot_be_shared_out_are_refused_at_once(two: WorkerPool):
     two.run(_heads_refused)
+
+
+def _batches_refused() -> list[str]:
+    """What is wrong in the part of one rank only is told on all."""
+    model = _parallelized(Case())
+    tokens = torch.arange(2 * _LENGTH).view(2, _LENGTH)
+    tokens_without_row, label_without_row, no_label = tokens.clone(), tokens.clone(), tokens.clone()
+    tokens_without_row[0, 7] = label_without_row[0, 7] = _SIZES["vocab_size"]  # which only rank 1 has
+    no_label[0, 7] = -1
+    odd = tokens[:, :-1]
+    messages = []
+    for input_ids, labels in (
+        (tokens_without_row, tokens), (tokens, label_without_row), (tokens, no_label), (odd, odd)
+    ):  # fmt: skip
+        for call in (model.forward_backward, model.evaluate):
+            with pytest.raises(ValueError, match=r"input_ids or labels have|length of the sequences") as caught:
+                call(input_ids, labels)
+        messages.append(str(caught.value))
+    ignored = tokens.masked_fill(tokens % 3 == 0, -100)
+    assert model.forward_backward(tokens, ignored).isfinite(), "the model is as good as before"
+    return messages
+
+
+def test_batches_that_cannot_be_computed_are_refused_on_every_rank(two: WorkerPool):
+    for *without_row, odd in two.run(_batches_refused):
+        assert all("must be from 0 to 97 (labels that are to be ignored -100)" in message for message in without_row)
+        assert "= 15: context_parallel_degree = 2 cuts" in odd
+        assert odd.endswith("Pad it at the end, with labels -100, or cut it.")
+
+
+def _not_causal_refused() -> list[str]:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    bert = BertLMHeadModel(BertConfig(**sizes, vocab_size=98))
+    t5 = T5ForConditionalGeneration(T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, vocab_size=98))
+    messages = []
+    for hf_model in (bert, t5):
+        with pytest.raises(ValueError, match=type(hf_model).__name__) as caught:
+            HFTransformerModel.wrap(hf_model).parallelize(ParallelismConfig(context_parallel_degree=2))
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_models_that_are_not_causal_are_refused_as_that(two: WorkerPool):
+    for bert, t5 in two.run(_not_causal_refused):
+        assert "predictions depend on later tokens" in bert
+        assert "encoder-decoder models are not supported" in t5

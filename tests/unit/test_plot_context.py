@@ -72,6 +72,11 @@ def test_the_numbers_of_the_page():
     assert 14 * chunk / (operations / 500e12) == pytest.approx(13e9, rel=0.05)
 
 
+def test_sequences_of_any_length_are_counted():
+    layout = SequenceLayout(2**40, 4)
+    assert sum(share.pairs for share in plot_context.shares_of(layout, MaskRule())) == 2**40 * (2**40 + 1) // 2
+
+
 def test_the_pictures_of_the_page_are_there():
     commands = re.findall(r"plot_context.py .*--plot docs/(\S+)$", PAGE, re.MULTILINE)
     assert (

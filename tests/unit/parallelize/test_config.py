@@ -297,6 +297,9 @@ def _no_settings_of_accelerate(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delenv(f"PARALLELISM_CONFIG_{name}", raising=False)
 
 
+_ALL_GATHER = {"context_parallel_degree": 2, "context_parallel_method": "allgather"}  # accelerate's default
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
@@ -305,8 +308,12 @@ def _no_settings_of_accelerate(monkeypatch: pytest.MonkeyPatch):
         ({"dp_shard_size": 4}, {"data_parallel_shard_degree": 4}),
         ({"tp_size": 2}, {"tensor_parallel_degree": 2}),
         ({"tp_size": 2, "tp_handler": TorchTensorParallelConfig()}, {"tensor_parallel_degree": 2}),
-        ({"cp_size": 2}, {"context_parallel_degree": 2}),
-        ({"cp_size": 2, "cp_backend": "torch"}, {"context_parallel_degree": 2}),
+        ({"cp_size": 2}, _ALL_GATHER),
+        ({"cp_size": 2, "cp_backend": "torch"}, _ALL_GATHER),
+        (
+            {"cp_size": 2, "cp_handler": TorchContextParallelConfig(cp_comm_strategy="alltoall")},
+            {"context_parallel_degree": 2, "context_parallel_method": "ring"},
+        ),
         ({"cp_handler": TorchContextParallelConfig(cp_comm_strategy="alltoall")}, {}),  # without effect at cp_size 1
         ({"sp_size": 1, "sp_backend": "deepspeed"}, {}),
         (
@@ -328,15 +335,19 @@ def _newer(**changes) -> object:
     return kind(**changes)
 
 
+def _later_strategy() -> TorchContextParallelConfig:
+    handler = TorchContextParallelConfig()
+    handler.cp_comm_strategy = "carousel"
+    return handler
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (lambda: accelerate.ParallelismConfig(sp_size=2), "sp_size = 2: the sequence parallelism of DeepSpeed is not"),
         (
-            lambda: accelerate.ParallelismConfig(
-                cp_size=2, cp_handler=TorchContextParallelConfig(cp_comm_strategy="alltoall")
-            ),
-            'cp_handler.cp_comm_strategy = "alltoall": how ranks exchange a sequence cannot be chosen here; leave it',
+            lambda: accelerate.ParallelismConfig(cp_size=2, cp_handler=_later_strategy()),
+            'cp_handler.cp_comm_strategy = "carousel": this version here does not know that way',
         ),
         (
             lambda: _newer(ep_size=4),
