@@ -17,7 +17,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from parallelize.compile import COMPILE_ERRORS, apply_compile
+from parallelize.compile import COMPILE_ERRORS, apply_compile, compiled_for_now
 from parallelize.config import ActivationCheckpointConfig, ParallelismConfig
 from parallelize.context_parallel.ulysses import heads_problem
 from parallelize.distributed import gather_objects, sum_over
@@ -162,7 +162,7 @@ class ContextProof:
             apply_compile(layers, backend=backend)
             return twin
 
-        with warnings.catch_warnings():
+        with compiled_for_now(), warnings.catch_warnings():
             # The compiler itself reads that attribute; where warnings are errors it would take this for a failure.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             return _on_all_ranks(

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from parallelize.activation_checkpoint import apply_activation_checkpointing
-from parallelize.compile import COMPILE_ERRORS, apply_compile
+from parallelize.compile import COMPILE_ERRORS, apply_compile, compiled_for_now
 from parallelize.config import ActivationCheckpointConfig
 from parallelize.tensor_parallel.vocabulary import VocabularyShard
 from transformers_backend.decoder import describe_decoder
@@ -187,7 +187,7 @@ def why_not_compile(
         apply_compile(layers, backend=backend)
 
     try:
-        with warnings.catch_warnings():
+        with compiled_for_now(), warnings.catch_warnings():
             # The compiler itself reads that attribute; where warnings are errors it would take this for a failure.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             reason = _difference_after(change, hf_config, model_class, attn_implementation, device)
