@@ -24,11 +24,11 @@ from parallelize.context_parallel.kernels import choose_blocks
 from parallelize.context_parallel.layout import SequenceLayout, sequence_length_problems
 from parallelize.context_parallel.levels import levels_of
 from parallelize.context_parallel.ring import Ring
-from transformers_backend.batch_checks import check_vocabulary
+from transformers_backend.batch_checks import check_positions, check_vocabulary
 from transformers_backend.context_attention import ContextAttention
 from transformers_backend.context_mixers import GatheredMixers
 from transformers_backend.context_rotary import WholeLengths
-from transformers_backend.decoder import describe_decoder, rotaries_by_length
+from transformers_backend.decoder import describe_decoder, learned_positions, rotaries_by_length
 from transformers_backend.isolation import document_begins
 from transformers_backend.loss import IGNORE_INDEX
 
@@ -90,6 +90,7 @@ class SharedContext:
         self._mesh, self._group, self._rank = plan.mesh, plan.mesh.get_group(), plan.mesh.get_local_rank()
         self._blocks, self._why_blocks = blocks or choose_blocks(self._mesh.device_type, torch.float32)
         decoder = describe_decoder(hf_model)
+        self._learned_positions = learned_positions(hf_model, decoder)
         self._vocabulary_size = hf_model.get_submodule(decoder.embedding).weight.shape[0]
         self._layout: SequenceLayout | None = None
         self._attention: ContextAttention | None = None
@@ -136,6 +137,8 @@ class SharedContext:
         if problems := sequence_length_problems("The length of the sequences", length, degree, is_zigzag=is_zigzag):
             raise ValueError(f"{problems[0]} Pad it at the end, with labels {IGNORE_INDEX}, or cut it.")
         check_vocabulary(batch["input_ids"], batch["targets"], self._vocabulary_size)
+        if self._learned_positions is not None and "position_ids" in batch:
+            check_positions(batch["position_ids"], self._learned_positions)
         self._layout = SequenceLayout(length, degree, is_zigzag)
         if self.takes_whole_sequences:
             whole = {name: tensor.to(batch["input_ids"].device) for name, tensor in batch.items()}

@@ -173,8 +173,9 @@ def _pairs(length: int, rule: MaskRule) -> tuple[torch.Tensor, torch.Tensor]:
         return places.repeat_interleave(length), places.repeat(length)
     generator = torch.Generator().manual_seed(0)
     queries, keys = torch.randint(0, length, (2, 8192), generator=generator)
-    some = queries[:2048]
-    beside = [(some, some + shift) for shift in (-1, 0, 1)]
+    some, few = queries[:2048], queries[:256]
+    beside = [(few, few - distance) for distance in range(-1, 31)]
+    beside += [(some, some % 8)]  # the first tokens, which some masks let all queries see
     if rule.window is not None:
         beside += [(some, some - rule.window + shift) for shift in (0, 1)]
     if rule.chunk is not None:

@@ -85,7 +85,7 @@ def isolate_shared(
     hf_config: PreTrainedConfig, model_class: type[PreTrainedModel], context: SharedContext
 ) -> Isolation:
     """How packed documents stay apart where ranks share them; a ValueError where they do not."""
-    isolation, reason = Isolation("the ring"), None
+    isolation, reason = Isolation("shared attention"), None
     if context.takes_whole_sequences:
         isolation = find_isolation(hf_config, model_class, context.own_attention)
         reason = isolation.reason

@@ -117,6 +117,19 @@ def test_two_ranks_compute_what_one_does(two: WorkerPool, case: Case):
         assert max(errors.values()) <= 1e-5, errors
 
 
+def _late_position_refused() -> None:
+    model = HFTransformerModel.wrap(_build(Case("gpt2")))
+    model.parallelize(ParallelismConfig(context_parallel_degree=2), mesh=_mesh(2))
+    tokens, positions = torch.full((1, 16), 5), torch.arange(16)[None].clone()
+    positions[0, 7] = 96  # which only rank 1 has
+    with pytest.raises(ValueError, match=r"position_ids must be from 0 to 95: the model has learned"):
+        model.forward_backward(tokens, tokens, position_ids=positions)
+
+
+def test_a_position_beyond_the_table_of_one_rank_is_refused_on_both(two: WorkerPool):
+    two.run(_late_position_refused)
+
+
 def _groups_with_timeout(mesh: DeviceMesh) -> set[str]:
     groups = []
     with mock.patch.object(dist.distributed_c10d, "_set_pg_timeout", lambda timeout, group: groups.append(group)):

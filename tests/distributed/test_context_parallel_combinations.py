@@ -131,7 +131,7 @@ def _parallelized(case: Case) -> HFTransformerModel:
             mesh=_mesh(ParallelDims.resolve(parallelism, torch.distributed.get_world_size())),
         )
     if case.packed:
-        assert model.isolate_documents().way == "the ring"
+        assert model.isolate_documents().way == "shared attention"
     return model
 
 
@@ -296,7 +296,7 @@ def test_documents_of_a_model_whose_layers_make_masks_are_refused(two: WorkerPoo
         assert "LlamaDecoderLayer makes its attention mask itself" in message
 
 
-def _batches_refused() -> None:
+def _unlike_batches_refused() -> None:
     model = _parallelized(Case())
     with pytest.raises(ValueError, match="differ between ranks of one context-parallel group of 2"):
         model.forward_backward(**_batch(torch.distributed.get_rank(), 1, packed=False))
@@ -306,7 +306,7 @@ def _batches_refused() -> None:
 
 
 def test_batches_that_cannot_be_shared_are_refused(two: WorkerPool):
-    two.run(_batches_refused)
+    two.run(_unlike_batches_refused)
 
 
 def _devices_of_a_batch() -> dict[str, tuple[str, torch.dtype]]:

@@ -168,7 +168,8 @@ def _refused(config: JobConfig) -> str:
         pytest.param({"training__seq_len": 30}, "training.seq_len = 30: context_parallel_degree = 2 cuts", id="length"),
         pytest.param({"hf_transformers__model_type": "llama",
                       "hf_transformers__config_overrides": _LLAMA | {"attention_dropout": 0.1}},
-                     "attention dropout = 0.1 is not available with context parallelism", id="attention dropout"),
+                     "LlamaForCausalLM has attention_dropout = 0.1. Set hf_transformers.config_overrides",
+                     id="attention dropout"),
     ],
 )  # fmt: skip
 def test_what_is_refused_is_refused_in_words_on_every_rank(two: WorkerPool, folder: str, changes: dict, message: str):

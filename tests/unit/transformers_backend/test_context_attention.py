@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
 from transformers.masking_utils import (
@@ -13,7 +16,7 @@ from transformers.masking_utils import (
 
 from parallelize.context_parallel.masks import CAUSAL, MaskRule
 from parallelize.context_parallel.operator import RingAddress, attention_operator
-from transformers_backend.context_attention import describe_mask
+from transformers_backend.context_attention import ContextAttention, SharedMask, describe_mask
 from transformers_backend.context_calls import choose_blocks_for, note_attention_calls, refuse_attention_dropout
 from transformers_backend.model_args import HFTransformerModelArgs
 
@@ -45,10 +48,27 @@ def test_a_mask_is_described(length: int):
         lambda batch, head, query, key: (key <= query) & ((query - key < 16) | (key < 4)),  # with sinks
     ],
 )
-@pytest.mark.parametrize("length", [120, 2000])
+@pytest.mark.parametrize("length", [120, 2000, 131_072])
 def test_another_mask_is_refused(wrong, length: int):
     with pytest.raises(ValueError, match="is no causal mask with a sliding window or chunks"):
         describe_mask(wrong, length)
+
+
+def test_attention_is_told_all_that_the_model_says():
+    """Softcap, sinks and scale of a call, and the mask's documents."""
+    model = SimpleNamespace(set_attn_implementation=lambda name: None)
+    attention = ContextAttention(model, "sdpa")
+    query = torch.randn(1, 2, 4, 8)
+    sinks, mask = torch.randn(2), SharedMask(CAUSAL, object(), torch.zeros(1, 8, dtype=torch.int32))
+    patched = mock.patch("transformers_backend.context_attention.attention_operator", return_value=query)
+    with patched as operator, attention.sharing(object()):
+        out, _ = attention._attend(
+            torch.nn.Module(), query, query, query, mask, scaling=0.25, softcap=30.0, s_aux=sinks
+        )
+    operator.assert_called_once_with(
+        query, query, query, mask.address, mask.rule, scale=0.25, softcap=30.0, sinks=sinks, documents=mask.documents
+    )
+    assert torch.equal(out, query.transpose(1, 2))
 
 
 @pytest.mark.parametrize("rule", [CAUSAL, MaskRule(window=4096), MaskRule(chunk=8192), MaskRule(chunk=3000)])
@@ -112,7 +132,7 @@ def test_softcaps_are_the_models_own():
 
 def test_documents_stay_on_the_cpu_beside_tensors_of_an_accelerator():
     address = RingAddress("nobody", "ring", 64, 2, True, "reference")
-    options = ("nobody", "ring", 64, 2, True, "reference", None, None, 0.25, None)
+    options = ("nobody", "ring", 64, 2, True, "reference", "", 1, True, None, None, 0.25, None)
     with torch._subclasses.FakeTensorMode(), torch.no_grad():
         query = torch.empty(2, 4, 32, 16, device="cuda", dtype=torch.bfloat16)
         key, value = (torch.empty(2, 2, 32, 16, device="cuda", dtype=torch.bfloat16) for _ in range(2))
