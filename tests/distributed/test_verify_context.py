@@ -101,6 +101,13 @@ def test_sequences_and_documents():
         (["--cp", "0"], "--cp 0: must be at least 1"),
         (["--cp", "2", "--cp-method", "rings"], "--cp-method rings: must be one of ring, allgather, ulysses"),
         (["--cp-method", "ulysses"], "--cp-method ulysses: is that of context parallelism; give --cp, too"),
+        (["--cp-ulysses", "2"], "--cp-ulysses 2: is that of context parallelism; give --cp, too"),
+        (["--cp", "4", "--cp-ulysses", "3"], "--cp-ulysses 3: must divide --cp 4"),
+        (["--cp", "4", "--cp-ulysses", "0"], "--cp-ulysses 0: must divide --cp 4"),
+        (
+            ["--cp", "4", "--cp-ulysses", "2", "--cp-method", "allgather"],
+            "--cp-ulysses 2: is around the ring; leave out --cp-method allgather",
+        ),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments: list[str], message: str, capsys: pytest.CaptureFixture):
@@ -118,13 +125,21 @@ def test_the_degrees():
 def test_the_document_has_a_section_for_every_mesh():
     document = ""
     for number, mesh in enumerate(
-        [{"cp": 2}, {"cp": 4, "cp_method": "ulysses"}, {"tp": 2, "pp": 2, "cp": 2}, {"cp": 2}]
+        [
+            {"cp": 2},
+            {"cp": 4, "cp_method": "ulysses"},
+            {"tp": 2, "pp": 2, "cp": 2},
+            {"cp": 2},
+            {"cp": 4, "cp_ulysses": 2},
+        ]
     ):
         report = Report("doge", way="self_attn", documents="refused", notes=["documents: because"])
         parallelism = parallelism_of(**mesh)
         document = with_section(document, [report], parallelism=parallelism, compile=False, command=f"number {number}")
     _, *sections = document.split("\n## ")
-    assert [section.splitlines()[0] for section in sections] == ["cp 2", "cp 4, ulysses", "tp 2 x pp 2 x cp 2"]
+    assert [section.splitlines()[0] for section in sections] == [
+        "cp 2", "cp 4, ulysses", "tp 2 x pp 2 x cp 2", "cp 4, ulysses 2",
+    ]  # fmt: skip
     assert "`number 3`" in sections[0], "the last with this mesh"
     assert "| doge | - | - | - | - | - | self_attn | refused | pass; documents: because |" in sections[0]
     assert "| - | - | self_attn | refused |" in sections[2]

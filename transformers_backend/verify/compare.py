@@ -72,18 +72,22 @@ def verify(
     cp: int = 1,
     schedule: str = "1F1B",
     cp_method: str = "ring",
+    cp_ulysses: int = 1,
     compile: bool = False,
     kernels: Sequence[str] = ("none",),
     on_report: Callable[[Report], None] | None = None,
 ) -> list[Report]:
     """Verify models on `fsdp` x `tp` x `pp` x `cp` local processes and return their reports.
 
-    schedule: of the pipeline, where `pp` is above 1. cp_method: of attention, where `cp` is above 1.
+    schedule: of the pipeline, where `pp` is above 1. cp_method: of attention, where `cp` is above 1; cp_ulysses: of
+    these ranks so many exchange tokens for heads, and the ring is over the rest.
     on_report: sees each as it comes.
     """
     context = mp.get_context("spawn")
     queue = context.Queue()
-    parallelism = parallelism_of(fsdp=fsdp, tp=tp, pp=pp, cp=cp, schedule=schedule, cp_method=cp_method)
+    parallelism = parallelism_of(
+        fsdp=fsdp, tp=tp, pp=pp, cp=cp, schedule=schedule, cp_method=cp_method, cp_ulysses=cp_ulysses
+    )
     processes = fsdp * tp * pp * cp
     with tempfile.TemporaryDirectory() as folder:
         workers = mp.spawn(

@@ -34,7 +34,14 @@ def rows_of_a_call(parallelism: ParallelismConfig) -> int:
 
 
 def parallelism_of(
-    *, fsdp: int = 1, tp: int = 1, pp: int = 1, cp: int = 1, schedule: str = "1F1B", cp_method: str = "ring"
+    *,
+    fsdp: int = 1,
+    tp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    schedule: str = "1F1B",
+    cp_method: str = "ring",
+    cp_ulysses: int = 1,
 ) -> ParallelismConfig:
     """The mesh of a report."""
     return ParallelismConfig(
@@ -42,6 +49,7 @@ def parallelism_of(
         tensor_parallel_degree=tp,
         context_parallel_degree=cp,
         context_parallel_method=cp_method,
+        context_parallel_ulysses_degree=cp_ulysses,
         pipeline_parallel_degree=pp,
         pipeline_parallel_schedule=schedule,
         pipeline_parallel_microbatch_size=_ROWS,

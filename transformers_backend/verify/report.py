@@ -158,7 +158,9 @@ def _title(parallelism: ParallelismConfig) -> str:
     title = title if is_usual else f"{title}, {schedule}"
     method = parallelism.context_parallel_method
     is_usual = parallelism.context_parallel_degree == 1 or method == ParallelismConfig.context_parallel_method
-    return title if is_usual else f"{title}, {method}"
+    title = title if is_usual else f"{title}, {method}"
+    ulysses = parallelism.context_parallel_ulysses_degree
+    return title if ulysses == 1 else f"{title}, ulysses {ulysses}"
 
 
 def _section(title: str, reports: list[Report], parallelism: ParallelismConfig, command: str) -> str:
