@@ -45,6 +45,11 @@ class KernelPlan:
             self.kernels[name] = found
         self.kinds[type(module).__name__, found if isinstance(found, str) else found.kernel] += 1
 
+    def summary(self) -> str:
+        """How many modules compute by which kernel, e.g. "rms_norm 5"."""
+        counts = Counter(kernel.kernel for kernel in self.kernels.values())
+        return ", ".join(f"{name} {count}" for name, count in counts.items())
+
 
 def choose_kernels(
     hf_model: PreTrainedModel, config: KernelConfig, device: torch.device, *, is_compiled: bool

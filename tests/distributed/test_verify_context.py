@@ -16,8 +16,8 @@ from transformers_backend.verify import Report, main, verify
 from transformers_backend.verify.command import parse
 from transformers_backend.verify.compare import global_batch
 from transformers_backend.verify.context import loss_of_documents_alone, packed_batch, sequence_length
-from transformers_backend.verify.pipeline import parallelism_of
 from transformers_backend.verify.report import with_section
+from transformers_backend.verify.setting import setting_of
 
 # The promise of the project, written out here so that a loosened tolerance in the sources shows.
 LOSS, GRADIENT = 1e-5, 1e-4
@@ -81,7 +81,7 @@ def loss_of(twin: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, posi
 
 def test_sequences_and_documents():
     for degree in (2, 3, 4, 5, 6, 8):
-        seq = sequence_length(parallelism_of(cp=degree))
+        seq = sequence_length(setting_of(cp=degree).parallelism)
         assert seq % (2 * degree) == 0
         assert 3 * WINDOW <= seq <= 6 * WINDOW, "longer than a window, and no longer than a table of positions"
         input_ids, labels, positions = packed_batch(6, seq)
@@ -92,7 +92,7 @@ def test_sequences_and_documents():
         assert labels[positions == 0].eq(-100).all()
         counts = (labels != -100).sum(1).tolist()
         assert len(set(counts)) == 4, "rows have different numbers of targets"
-    assert sequence_length(parallelism_of(fsdp=2)) == global_batch(1)[0].shape[1] == 24
+    assert sequence_length(setting_of(fsdp=2).parallelism) == global_batch(1)[0].shape[1] == 24
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,8 @@ def test_the_document_has_a_section_for_every_mesh():
         ]
     ):
         report = Report("doge", way="self_attn", documents="refused", notes=["documents: because"])
-        parallelism = parallelism_of(**mesh)
-        document = with_section(document, [report], parallelism=parallelism, compile=False, command=f"number {number}")
+        setting = setting_of(**mesh)
+        document = with_section(document, [report], setting=setting, command=f"number {number}")
     _, *sections = document.split("\n## ")
     assert [section.splitlines()[0] for section in sections] == [
         "cp 2", "cp 4, ulysses", "tp 2 x pp 2 x cp 2", "cp 4, ulysses 2",

@@ -15,9 +15,9 @@ from transformers import CONFIG_MAPPING
 from parallelize.config import CONTEXT_PARALLEL_METHODS, KERNELS, PIPELINE_SCHEDULES
 from parallelize.pipeline_parallel.schedules import is_zero_bubble
 from transformers_backend.job_config.rules import model_source_problems
-from transformers_backend.verify.compare import DENSE_MODEL_TYPES, is_model_type, verify
-from transformers_backend.verify.pipeline import parallelism_of
+from transformers_backend.verify.compare import DENSE_MODEL_TYPES, is_model_type, run
 from transformers_backend.verify.report import print_header, print_report, summary, with_section
+from transformers_backend.verify.setting import setting_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,23 +26,17 @@ def main(arguments: list[str] | None = None) -> int:
     models = [*options.models, *(DENSE_MODEL_TYPES if options.all_dense else ())]
     mesh = {"fsdp": options.fsdp, "tp": options.tp, "pp": options.pp, "cp": options.cp, "schedule": options.schedule}
     mesh |= {"cp_method": options.cp_method, "cp_ulysses": options.cp_ulysses}
-    parallelism = parallelism_of(**mesh)
+    setting = setting_of(**mesh, compile=options.compile, kernels=KERNELS if options.kernels else ("none",))
     if not options.json:
-        print_header(parallelism)
-    reports = verify(
-        models,
-        **mesh,
-        compile=options.compile,
-        kernels=list(KERNELS) if options.kernels else ["none"],
-        on_report=None if options.json else lambda report: print_report(report, parallelism),
-    )
+        print_header(setting)
+    reports = run(models, setting, on_report=None if options.json else lambda report: print_report(report, setting))
     print(
         json.dumps([dataclasses.asdict(report) for report in reports], indent=2) if options.json else summary(reports)
     )
     if options.write_docs is not None:
         document = options.write_docs.read_text() if options.write_docs.is_file() else ""
         command = f"scripts/verify.sh {' '.join(given)}"
-        document = with_section(document, reports, parallelism=parallelism, compile=options.compile, command=command)
+        document = with_section(document, reports, setting=setting, command=command)
         options.write_docs.write_text(document)
     return 1 if any(report.verdict == "fail" for report in reports) else 0
 
