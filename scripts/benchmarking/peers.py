@@ -182,7 +182,8 @@ def train_torchtitan(settings: Settings, gate: Gate) -> None:
     torch.manual_seed(0)
     with torch_device():
         model = Transformer(_torchtitan_arguments(settings))
-    model.init_weights(buffer_device=torch_device())
+    with torch.no_grad():
+        model.init_weights(buffer_device=torch_device())
     if build_config(settings).tie_word_embeddings:
         model.output.weight = model.tok_embeddings.weight
     compute_loss = cross_entropy_loss
