@@ -16,13 +16,17 @@ if importlib.util.find_spec("triton") is None:
         """Leave a kernel that is never launched as it is."""
         return kernel
 
+    class OutOfResources(Exception):
+        """Never raised: nothing is launched."""
+
 else:
     import triton
     import triton.language as tl
+    from triton.runtime.errors import OutOfResources
 
     jit = triton.jit
 
-__all__ = ["jit", "launches_on", "next_power_of_two", "processors", "tl"]
+__all__ = ["OutOfResources", "jit", "launches_on", "next_power_of_two", "processors", "tl"]
 
 
 def launches_on(device: torch.device) -> bool:
