@@ -32,7 +32,6 @@ from parallelize.kernels.language import OutOfResources, jit, launches_on, next_
 
 LARGEST_HEAD = {torch.float32: 256, torch.bfloat16: 512, torch.float16: 512}
 """The widest queries, keys and values that tiles have room for, of every dtype that is computed."""
-_LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def attention_block_forward(
     query: (batch, heads, queries, dim); key: (batch, key_heads, keys, dim); value: (batch, key_heads, keys, value_dim),
     key_heads dividing heads, all of one dtype, views too. A query that sees no key has output 0 and log-sum-exp -inf.
     """
-    query, key, value = (_with_dense_rows(tensor) for tensor in (query, key, value))
+    query, key, value = (_prepared(tensor) for tensor in (query, key, value))
     batch, heads, queries, _ = query.shape
     out = query.new_empty((batch, heads, queries, value.shape[-1]), dtype=torch.float32)
     log_sum = query.new_empty((batch, heads, queries), dtype=torch.float32)
@@ -90,7 +89,7 @@ def attention_block_forward(
         mask, options = _mask_arguments(plan, batch, tiles, by_queries=True)
         _forward_kernel[(_count(queries, tiles.queries), heads, batch)](
             query, key, value, out, log_sum, *_strides(query, key, value), *mask, queries, key.shape[2],
-            *_factors(plan), **options, **_sizes(query, key, value, tiles),
+            *_factors(plan, query.dtype), **options, **_sizes(query, key, value, tiles),
         )  # fmt: skip
 
     if out.numel() or log_sum.numel():
@@ -113,27 +112,29 @@ def attention_block_backward(
     grad_out, out: (batch, heads, queries, value_dim), and log_sum: (batch, heads, queries) in fp32, of all keys that
     the queries see, in this block and elsewhere.
     """
-    tensors = tuple(_with_dense_rows(tensor) for tensor in (query, key, value, grad_out, out))
+    tensors = tuple(_prepared(tensor) for tensor in (query, key, value, grad_out, out))
     query, key, value = tensors[:3]
     batch, heads, queries, _ = query.shape
     key_heads, keys = key.shape[1:3]
     log_sum = log_sum.contiguous()
     grads = [tensor.new_empty(tensor.shape, dtype=torch.float32) for tensor in (query, key, value)]
     delta = torch.empty_like(log_sum)  # the first kernel finds it for the second
-    sums = (log_sum, delta)
+    sums, factors = (log_sum, delta), _factors(plan, query.dtype)
 
     def launch_for_queries(tiles: Tiles) -> None:
         mask, options = _mask_arguments(plan, batch, tiles, by_queries=True)
         _grad_query_kernel[(_count(queries, tiles.queries), heads, batch)](
-            *tensors, *sums, grads[0], *_strides(*tensors), *mask, queries, keys, *_factors(plan), plan.scale,
+            *tensors, *sums, grads[0], *_strides(*tensors), *mask, queries, keys, *factors, plan.scale,
             **options, **_sizes(query, key, value, tiles),
         )  # fmt: skip
 
     def launch_for_keys(tiles: Tiles) -> None:
         mask, options = _mask_arguments(plan, batch, tiles, by_queries=False)
+        hides_more = options["HAS_WINDOW"] or options["HAS_CHUNK"] or options["HAS_DOCUMENTS"]
+        has_end = hides_more or queries % tiles.queries > 0 or keys % tiles.keys > 0
         _grad_key_kernel[(_count(keys, tiles.keys), key_heads, batch)](
-            *tensors[:4], *sums, *grads[1:], *_strides(*tensors[:4]), *mask, queries, keys, *_factors(plan),
-            plan.scale, **options, **_sizes(query, key, value, tiles),
+            *tensors[:4], *sums, *grads[1:], *_strides(*tensors[:4]), *mask, queries, keys, *factors,
+            plan.scale, **options, HAS_END=has_end, **_sizes(query, key, value, tiles),
         )  # fmt: skip
 
     if query.numel():
@@ -146,7 +147,10 @@ def attention_block_backward(
 # What kernels are given.
 
 
-def _with_dense_rows(tensor: torch.Tensor) -> torch.Tensor:
+def _prepared(tensor: torch.Tensor) -> torch.Tensor:
+    """With dense rows, which is what kernels read; a copy only where they are not."""
+    if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
+        tensor = tensor.float()  # the interpreter takes bf16 in a product for integers
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -158,11 +162,16 @@ def _count(tokens: int, tile: int) -> int:
     return -(-tokens // tile)
 
 
-def _factors(plan: BlockPlan) -> tuple[float, float]:
-    """Of scores, what comes before the softcap and what after it; kernels compute exp2."""
+def _factors(plan: BlockPlan, dtype: torch.dtype) -> tuple[float, float]:
+    """Of scores, what comes before the softcap and what after it.
+
+    In half precision log2(e) is among them, because a GPU computes exp2; in fp32 the products would be rounded before
+    a large log-sum-exp is taken away from them.
+    """
+    unit = 1.0 if dtype == torch.float32 else math.log2(math.e)
     if plan.softcap is None:
-        return plan.scale * _LOG2_E, 1.0
-    return plan.scale / plan.softcap, plan.softcap * _LOG2_E
+        return plan.scale * unit, 1.0
+    return plan.scale / plan.softcap, plan.softcap * unit
 
 
 def _mask_arguments(plan: BlockPlan, batch: int, tiles: Tiles, *, by_queries: bool) -> tuple[tuple, dict[str, bool]]:
@@ -175,9 +184,7 @@ def _mask_arguments(plan: BlockPlan, batch: int, tiles: Tiles, *, by_queries: bo
     rule = (plan.query_start, plan.key_start, window or 0, chunk or 0)
     if plan.query_documents is None:
         return (*rule, None, None, None, 0, 0), options
-    documents = [
-        _with_dense_rows(numbers).expand(batch, -1) for numbers in (plan.query_documents, plan.key_documents)
-    ]
+    documents = [_prepared(numbers).expand(batch, -1) for numbers in (plan.query_documents, plan.key_documents)]
     sides = [*zip(documents, (tiles.queries, tiles.keys), strict=True)]
     ranges = _document_ranges(*(sides if by_queries else sides[::-1]))
     return (*rule, *documents, ranges, documents[0].stride(0), documents[1].stride(0)), options
@@ -339,12 +346,21 @@ def _tanh(x):
 
 @jit
 def _scores(products, factor, outer, HAS_SOFTCAP: tl.constexpr):
-    """Scores times log2(e), and the softcap's slope there (1 without it)."""
+    """Scores in the unit of `_factors`, and the softcap's slope there (1 without it)."""
     if HAS_SOFTCAP:
         ratio = _tanh(products * factor)
         return ratio * outer, 1.0 - ratio * ratio
     else:
         return products * factor, 1.0
+
+
+@jit
+def _exp(scores, inputs):
+    """Of scores in the unit that goes with the dtype of `inputs`."""
+    if inputs.dtype == tl.float32:
+        return tl.exp(scores)
+    else:
+        return tl.exp2(scores)
 
 
 @jit
@@ -466,8 +482,8 @@ def _forward_tiles_of_keys(
         greater = tl.maximum(most, tl.max(scores, 1))
         # Where nothing has been seen yet, anything but -inf, from which -inf cannot be taken away.
         level = tl.where(greater == float("-inf"), 0.0, greater)
-        weights = tl.exp2(scores - level[:, None])
-        shrink = tl.exp2(most - level)
+        weights = _exp(scores - level[:, None], query)
+        shrink = _exp(most - level, query)
         value_tile = _load_rows(value, tile * KEYS, keys, value_row, IS_PARTIAL, KEYS, VALUE_DIM, VALUE_WIDTH)
         out = out * shrink[:, None]
         out = tl.dot(weights.to(value_tile.dtype), value_tile, out, input_precision="ieee")
@@ -524,8 +540,12 @@ def _forward_kernel(
         True, HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS, HAS_SOFTCAP, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, KEYS,
     )  # fmt: skip
     divisor = tl.where(total == 0, 1.0, total)
-    logarithm = tl.where(total == 0, float("-inf"), (most + tl.log2(divisor)) * 0.6931471805599453)
+    if query_tile.dtype == tl.float32:
+        logarithm = most + tl.log(divisor)
+    else:
+        logarithm = (most + tl.log2(divisor)) * 0.6931471805599453
     place = (batch * tl.num_programs(1) + head) * queries
+    logarithm = tl.where(total == 0, float("-inf"), logarithm)
     tl.store(log_sum + place + query_number, logarithm, mask=query_number < queries)
     _store_rows(
         out + place * VALUE_DIM, tile * QUERIES, queries, sums / divisor[:, None], QUERIES, VALUE_DIM, VALUE_WIDTH
@@ -554,7 +574,7 @@ def _grad_query_tiles_of_keys(
                 query_document[:, None], key_document[None, :], HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS,
             )  # fmt: skip
             scores = tl.where(seen, scores, float("-inf"))
-        weights = tl.exp2(scores - log_sum[:, None])
+        weights = _exp(scores - log_sum[:, None], query)
         change = tl.dot(grad_out, tl.trans(value_tile), input_precision="ieee")
         grad_scores = weights * (change - delta[:, None])
         if HAS_SOFTCAP:
@@ -564,9 +584,11 @@ def _grad_query_tiles_of_keys(
 
 
 @jit
-def _for_exp2(log_sum):
-    """Times log2(e); infinity for queries that see nothing anywhere, so that their weights are 0."""
-    return tl.where(log_sum == float("-inf"), float("inf"), log_sum * 1.4426950408889634)
+def _for_exp(log_sum, inputs):
+    """In the unit of scores; infinity for queries that see nothing anywhere, so that their weights are 0."""
+    if inputs.dtype != tl.float32:
+        log_sum = log_sum * 1.4426950408889634
+    return tl.where(log_sum == float("-inf"), float("inf"), log_sum)
 
 
 @jit
@@ -606,7 +628,7 @@ def _grad_query_kernel(
     inside = query_number < queries
     delta_tile = tl.sum(grad_out_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     tl.store(delta + place + query_number, delta_tile, mask=inside)
-    log_sum_tile = _for_exp2(tl.load(log_sum + place + query_number, mask=inside, other=float("-inf")))
+    log_sum_tile = _for_exp(tl.load(log_sum + place + query_number, mask=inside, other=float("-inf")), query_tile)
     grad_out_tile = grad_out_tile.to(query_tile.dtype)
     first, whole_first, whole_stop, stop = _key_tiles(
         tile * QUERIES, queries, keys, query_start, key_start, window, chunk, ranges,
@@ -663,7 +685,7 @@ def _grad_key_tiles_of_queries(
                 query_document[None, :], key_document[:, None], HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS,
             )  # fmt: skip
             scores = tl.where(seen, scores, float("-inf"))
-        weights = tl.exp2(scores - _for_exp2(log_sum_tile)[None, :])
+        weights = _exp(scores - _for_exp(log_sum_tile, key)[None, :], key)
         grad_value = tl.dot(weights.to(grad_tile.dtype), grad_tile, grad_value, input_precision="ieee")
         change = tl.dot(value, tl.trans(grad_tile), input_precision="ieee")
         grad_scores = weights * (change - delta_tile[None, :])
@@ -681,8 +703,8 @@ def _grad_key_kernel(
     query_start, key_start, window, chunk, query_documents, key_documents, ranges, query_document_row,
     key_document_row, queries, keys, factor, outer, scale,
     HAS_WINDOW: tl.constexpr, HAS_CHUNK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    HAS_END: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """A program has a tile of keys of a head, and goes through the queries of all heads that it serves."""
     tile = tl.program_id(0)
@@ -723,12 +745,13 @@ def _grad_key_kernel(
             query_start, key_start, window, chunk, queries, keys, factor, outer,
             False, HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS, HAS_SOFTCAP, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, QUERIES,
         )  # fmt: skip
-        key_sums, value_sums = _grad_key_tiles_of_queries(
-            key_sums, value_sums, key_tile, value_tile, key_number, key_document, head_query, head_grad,
-            log_sum + place, delta + place, query_documents, whole_stop, stop, query_row, grad_out_row, query_start,
-            key_start, window, chunk, queries, keys, factor, outer,
-            True, HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS, HAS_SOFTCAP, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, QUERIES,
-        )  # fmt: skip
+        if HAS_END:  # queries after the last that see all keys, and the last tile if it is not full
+            key_sums, value_sums = _grad_key_tiles_of_queries(
+                key_sums, value_sums, key_tile, value_tile, key_number, key_document, head_query, head_grad,
+                log_sum + place, delta + place, query_documents, whole_stop, stop, query_row, grad_out_row, query_start,
+                key_start, window, chunk, queries, keys, factor, outer,
+                True, HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS, HAS_SOFTCAP, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, QUERIES,
+            )  # fmt: skip
     place = (batch * tl.num_programs(1) + number) * keys
     _store_rows(grad_key + place * DIM, tile * KEYS, keys, key_sums * scale, KEYS, DIM, WIDTH)
     _store_rows(grad_value + place * VALUE_DIM, tile * KEYS, keys, value_sums, KEYS, VALUE_DIM, VALUE_WIDTH)
