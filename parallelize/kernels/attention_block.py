@@ -181,7 +181,8 @@ def _mask_arguments(plan: BlockPlan, batch: int, tiles: Tiles, *, by_queries: bo
         "HAS_WINDOW": window is not None, "HAS_CHUNK": chunk is not None,
         "HAS_DOCUMENTS": plan.query_documents is not None, "HAS_SOFTCAP": plan.softcap is not None,
     }  # fmt: skip
-    rule = (plan.query_start, plan.key_start, window or 0, chunk or 0)
+    # Places are added to these in 32 bits; no sequence is as long as that.
+    rule = (plan.query_start, plan.key_start, *(min(size or 0, 2**30) for size in (window, chunk)))
     if plan.query_documents is None:
         return (*rule, None, None, None, 0, 0), options
     documents = [_prepared(numbers).expand(batch, -1) for numbers in (plan.query_documents, plan.key_documents)]
@@ -223,52 +224,61 @@ def _range(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return first, last, last - first == count
 
 
-# How work is cut. The lists are by what is known of such kernels; none has been measured on a GPU yet.
+# How work is cut: candidates for heads up to so wide, in bf16, best first. Compiled for compute capabilities 8.0 and 9.0
+# they keep (nearly) everything in registers and load ahead; none has been measured on a GPU yet. The last ones always
+# fit. There is no search at run time: results would then depend on what happened to be the fastest.
 
-_FORWARD_TILES = (
-    Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2),
-    Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1),
-)  # fmt: skip
-_GRAD_QUERY_TILES = (
-    Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1),
-    Tiles(16, 16, 4, 1),
-)  # fmt: skip
-_GRAD_KEY_TILES = (
-    Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(32, 64, 4, 2), Tiles(32, 64, 4, 1), Tiles(32, 32, 4, 1),
-    Tiles(16, 16, 4, 1),
-)  # fmt: skip
+_SMALLEST = (Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1))
+_FORWARD_TILES = {
+    64: (Tiles(128, 128, 8, 2), Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2)),
+    128: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)),
+    256: (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2)),
+    512: (Tiles(32, 32, 8, 1),),
+}
+_GRAD_QUERY_TILES = {
+    64: (Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)),
+    128: (Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)),
+    256: (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
+    512: (Tiles(32, 32, 8, 1),),
+}
+_GRAD_KEY_TILES = {
+    64: (Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 2)),
+    128: (Tiles(32, 128, 8, 2), Tiles(32, 64, 8, 2)),
+    256: (Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 2)),
+    512: (Tiles(32, 32, 8, 1),),
+}
 
 
 def _forward_tiles(query: torch.Tensor, value: torch.Tensor) -> list[Tiles]:
-    widths = _widths(query, value)
-    # The output's sum is in registers, and so are scores: of a wide head both together would not be.
-    first = 0 if max(widths) <= 64 else 1
-    return _that_fit(_FORWARD_TILES[first:], query, lambda tiles: (
-        tiles.queries * widths[0] + tiles.stages * tiles.keys * sum(widths)
+    width, value_width = _widths(query, value)
+    return _that_fit(_FORWARD_TILES, query, value, lambda tiles: (
+        tiles.queries * width + tiles.stages * tiles.keys * (width + value_width)
     ))  # fmt: skip
 
 
 def _grad_query_tiles(query: torch.Tensor, value: torch.Tensor) -> list[Tiles]:
     width = sum(_widths(query, value))
-    return _that_fit(_GRAD_QUERY_TILES[1 if width > 256 else 0 :], query, lambda tiles: (
+    return _that_fit(_GRAD_QUERY_TILES, query, value, lambda tiles: (
         (tiles.queries + tiles.stages * tiles.keys) * width + tiles.queries * tiles.keys
     ))  # fmt: skip
 
 
 def _grad_key_tiles(query: torch.Tensor, value: torch.Tensor) -> list[Tiles]:
     width = sum(_widths(query, value))
-    return _that_fit(_GRAD_KEY_TILES[2 if width > 256 else 0 :], query, lambda tiles: (
+    return _that_fit(_GRAD_KEY_TILES, query, value, lambda tiles: (
         (tiles.keys + tiles.stages * tiles.queries) * width + 2 * tiles.queries * tiles.keys
     ))  # fmt: skip
 
 
-def _that_fit(candidates: tuple[Tiles, ...], query: torch.Tensor, numbers: Callable[[Tiles], int]) -> list[Tiles]:
+def _that_fit(
+    by_width: dict[int, tuple[Tiles, ...]], query: torch.Tensor, value: torch.Tensor, numbers: Callable[[Tiles], int]
+) -> list[Tiles]:
     """Those for which a GPU's shared memory has room for so many numbers, and the smallest."""
     if query.device.type != "cuda":
-        return [Tiles(32, 32)]
+        return [_SMALLEST[0]]
     room = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin
-    fitting = [tiles for tiles in candidates if numbers(tiles) * query.element_size() <= room]
-    return fitting or [candidates[-1]]
+    candidates = by_width[max(64, *_widths(query, value))]
+    return [*(tiles for tiles in candidates if numbers(tiles) * query.element_size() <= room), *_SMALLEST]
 
 
 def _launch_with(candidates: list[Tiles], launch: Callable[[Tiles], None]) -> None:

@@ -41,8 +41,19 @@ _CASES = {
 def _tensors(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
     """query, key, value and grad_out, with tokens before heads in memory, as models have them."""
     given = case.tensors()
-    names = ("query", "key", "value", "grad_out")
-    return [given[name].to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for name in names]
+    parts = (given[name][: _rows(case)] for name in ("query", "key", "value", "grad_out"))
+    return [part.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for part in parts]
+
+
+def _rows(case: Case) -> int:
+    """One where rows have no documents: the interpreter is slow."""
+    return 2 if case.document_lengths else 1
+
+
+def _expected(case: Case) -> list[torch.Tensor]:
+    """In float64: output, and gradients of query, key and value."""
+    out, grads = full_attention(case)
+    return [tensor[: _rows(case)] for tensor in (out, *grads.values())]
 
 
 def _computed(blocks, case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -72,8 +83,7 @@ def _in_plain_torch(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
 
 def _check(name: str, dtype: torch.dtype) -> None:
     case = _CASES[name].but(dtype=dtype)
-    out, grads = full_attention(case)
-    expected = [out, *grads.values()]
+    expected = _expected(case)
     found, usual = _computed(TritonBlocks(_TILES), case, dtype), _in_plain_torch(case, dtype)
     if dtype == torch.float32:
         # A softmax that is kept is more exact than one found again from its logarithm, rounded to fp32.
@@ -94,17 +104,16 @@ def test_in_fp32_it_is_as_exact_as_plain_torch(name: str):
 
 @in_interpreter
 def test_large_scores_in_fp32():
-    """Exponents are wrong by as much as a score is rounded: where the two kernels add up its products in other orders."""
+    """Exponents are wrong by as much as a score is rounded: kernels add up its products in orders of their own."""
     case = _CASES["large scores"]
     query, key = (tensor.double() for tensor in _tensors(case, torch.float32)[:2])
     rounding = (query @ key.transpose(-1, -2) * case.scale).abs().max().item() * torch.finfo(torch.float32).eps
-    out, grads = full_attention(case)
-    for ours, right in zip(_computed(TritonBlocks(_TILES), case, torch.float32), (out, *grads.values()), strict=True):
+    for ours, right in zip(_computed(TritonBlocks(_TILES), case, torch.float32), _expected(case), strict=True):
         assert error(ours, right) <= rounding < 1e-4
 
 
 @in_interpreter
-@pytest.mark.parametrize("name", ["window", "everything", "large scores"])
+@pytest.mark.parametrize("name", ["everything", "large scores"])
 def test_in_fp16_it_is_as_exact_as_plain_torch(name: str):
     _check(name, torch.float16)
 
@@ -136,9 +145,10 @@ def _somewhere(seed: int) -> tuple[BlockMask, dict]:
 def test_blocks_anywhere_are_those_of_the_reference(seed: int):
     mask, options = _somewhere(seed)
     generator = torch.Generator().manual_seed(seed)
+    rows = 1 if mask.query_documents is None else 2
 
     def draw(heads: int, tokens: Chunk, dim: int) -> torch.Tensor:
-        return torch.randn((2, heads, len(tokens), dim + 3), generator=generator)[..., :dim]
+        return torch.randn((rows, heads, len(tokens), dim + 3), generator=generator)[..., :dim]
 
     query, key = draw(2, mask.queries, 20), draw(1, mask.keys, 20)
     value, grad_out = draw(1, mask.keys, 16), draw(2, mask.queries, 16)
@@ -147,7 +157,7 @@ def test_blocks_anywhere_are_those_of_the_reference(seed: int):
         out, log_sum = blocks.forward(query, key, value, mask, **options)
         elsewhere = torch.where(log_sum.isinf(), log_sum, log_sum + 0.5)  # there are keys in other blocks
         results.append([out, log_sum, *blocks.backward(grad_out, query, key, value, out, elsewhere, mask, **options)])
-    hidden = ~mask.visible(torch.device("cpu")).any(-1).expand(2, 2, -1)
+    hidden = ~mask.visible(torch.device("cpu")).any(-1).expand(rows, 2, -1)
     assert torch.equal(results[0][0][hidden], torch.zeros(int(hidden.sum()), 16))
     assert torch.equal(results[0][1].isinf(), hidden)
     for found, expected in zip(*results, strict=True):
