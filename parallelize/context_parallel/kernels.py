@@ -13,11 +13,11 @@ from parallelize.context_parallel.masks import BlockMask
 from parallelize.kernels.attention_block import (
     LARGEST_HEAD,
     BlockPlan,
-    Tiles,
     attention_block_backward,
     attention_block_forward,
     takes,
 )
+from parallelize.kernels.attention_block_tiles import Tiles
 from parallelize.kernels.language import launches_on
 
 _HALF = (torch.bfloat16, torch.float16)

@@ -2,7 +2,8 @@
 
     file                 what it computes
     rms_norm.py          RMSNorm, Llama's and Gemma's orders of rounding
-    attention_block.py   attention of some queries to some keys, for context parallelism
+    attention_block.py   attention of some queries to some keys, for context parallelism; ..._kernels.py, ..._parts.py
+                         and ..._tiles.py beside it are its kernels, what they share, and how they cut their work
     replace.py           puts kernels into a model, module by module
 
 An operator launches its kernel on a GPU (and on any device in Triton's interpreter), and computes the reference

@@ -23,25 +23,23 @@ compiler see an operator around all blocks of a layer (`context_parallel/operato
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from parallelize.kernels.language import OutOfResources, jit, launches_on, next_power_of_two, tl
+from parallelize.kernels.attention_block_kernels import forward_kernel, grad_key_kernel, grad_query_kernel
+from parallelize.kernels.attention_block_tiles import (
+    Tiles,
+    forward_tiles,
+    grad_key_tiles,
+    grad_query_tiles,
+    launch_with,
+    widths,
+)
+from parallelize.kernels.language import launches_on
 
 LARGEST_HEAD = {torch.float32: 256, torch.bfloat16: 512, torch.float16: 512}
 """The widest queries, keys and values that tiles have room for, of every dtype that is computed."""
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a kernel cuts its work: tokens of a tile (powers of two from 16 on), and warps and stages of the pipeline."""
-
-    queries: int
-    keys: int
-    warps: int = 4
-    stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,13 +85,13 @@ def attention_block_forward(
 
     def launch(tiles: Tiles) -> None:
         mask, options = _mask_arguments(plan, batch, tiles, by_queries=True)
-        _forward_kernel[(_count(queries, tiles.queries), heads, batch)](
+        forward_kernel[(_count(queries, tiles.queries), heads, batch)](
             query, key, value, out, log_sum, *_strides(query, key, value), *mask, queries, key.shape[2],
             *_factors(plan, query.dtype), **options, **_sizes(query, key, value, tiles),
         )  # fmt: skip
 
     if out.numel() or log_sum.numel():
-        _launch_with(_forward_tiles(query, value) if tiles is None else [tiles], launch)
+        launch_with(forward_tiles(query, value) if tiles is None else [tiles], launch)
     return out, log_sum
 
 
@@ -123,7 +121,7 @@ def attention_block_backward(
 
     def launch_for_queries(tiles: Tiles) -> None:
         mask, options = _mask_arguments(plan, batch, tiles, by_queries=True)
-        _grad_query_kernel[(_count(queries, tiles.queries), heads, batch)](
+        grad_query_kernel[(_count(queries, tiles.queries), heads, batch)](
             *tensors, *sums, grads[0], *_strides(*tensors), *mask, queries, keys, *factors, plan.scale,
             **options, **_sizes(query, key, value, tiles),
         )  # fmt: skip
@@ -132,15 +130,15 @@ def attention_block_backward(
         mask, options = _mask_arguments(plan, batch, tiles, by_queries=False)
         hides_more = options["HAS_WINDOW"] or options["HAS_CHUNK"] or options["HAS_DOCUMENTS"]
         has_end = hides_more or queries % tiles.queries > 0 or keys % tiles.keys > 0
-        _grad_key_kernel[(_count(keys, tiles.keys), key_heads, batch)](
+        grad_key_kernel[(_count(keys, tiles.keys), key_heads, batch)](
             *tensors[:4], *sums, *grads[1:], *_strides(*tensors[:4]), *mask, queries, keys, *factors,
             plan.scale, **options, HAS_END=has_end, **_sizes(query, key, value, tiles),
         )  # fmt: skip
 
     if query.numel():
-        _launch_with(_grad_query_tiles(query, value) if tiles is None else [tiles], launch_for_queries)
+        launch_with(grad_query_tiles(query, value) if tiles is None else [tiles], launch_for_queries)
     if key.numel():
-        _launch_with(_grad_key_tiles(query, value) if tiles is None else [tiles], launch_for_keys)
+        launch_with(grad_key_tiles(query, value) if tiles is None else [tiles], launch_for_keys)
     return tuple(grads)
 
 
@@ -224,544 +222,10 @@ def _range(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return first, last, last - first == count
 
 
-# How work is cut: candidates for heads up to so wide, in bf16, best first. Compiled for compute capabilities 8.0 and 9.0
-# they keep (nearly) everything in registers and load ahead; none has been measured on a GPU yet. The last ones always
-# fit. There is no search at run time: results would then depend on what happened to be the fastest.
-
-_SMALLEST = (Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1))
-_FORWARD_TILES = {
-    64: (Tiles(128, 128, 8, 2), Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2)),
-    128: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)),
-    256: (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2)),
-    512: (Tiles(32, 32, 8, 1),),
-}
-_GRAD_QUERY_TILES = {
-    64: (Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)),
-    128: (Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)),
-    256: (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
-    512: (Tiles(32, 32, 8, 1),),
-}
-_GRAD_KEY_TILES = {
-    64: (Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 2)),
-    128: (Tiles(32, 128, 8, 2), Tiles(32, 64, 8, 2)),
-    256: (Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 2)),
-    512: (Tiles(32, 32, 8, 1),),
-}
-
-
-def _forward_tiles(query: torch.Tensor, value: torch.Tensor) -> list[Tiles]:
-    width, value_width = _widths(query, value)
-    return _that_fit(_FORWARD_TILES, query, value, lambda tiles: (
-        tiles.queries * width + tiles.stages * tiles.keys * (width + value_width)
-    ))  # fmt: skip
-
-
-def _grad_query_tiles(query: torch.Tensor, value: torch.Tensor) -> list[Tiles]:
-    width = sum(_widths(query, value))
-    return _that_fit(_GRAD_QUERY_TILES, query, value, lambda tiles: (
-        (tiles.queries + tiles.stages * tiles.keys) * width + tiles.queries * tiles.keys
-    ))  # fmt: skip
-
-
-def _grad_key_tiles(query: torch.Tensor, value: torch.Tensor) -> list[Tiles]:
-    width = sum(_widths(query, value))
-    return _that_fit(_GRAD_KEY_TILES, query, value, lambda tiles: (
-        (tiles.keys + tiles.stages * tiles.queries) * width + 2 * tiles.queries * tiles.keys
-    ))  # fmt: skip
-
-
-def _that_fit(
-    by_width: dict[int, tuple[Tiles, ...]], query: torch.Tensor, value: torch.Tensor, numbers: Callable[[Tiles], int]
-) -> list[Tiles]:
-    """Those for which a GPU's shared memory has room for so many numbers, and the smallest."""
-    if query.device.type != "cuda":
-        return [_SMALLEST[0]]
-    room = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin
-    candidates = by_width[max(64, *_widths(query, value))]
-    return [*(tiles for tiles in candidates if numbers(tiles) * query.element_size() <= room), *_SMALLEST]
-
-
-def _launch_with(candidates: list[Tiles], launch: Callable[[Tiles], None]) -> None:
-    """With the first that the GPU has room for: how much a kernel needs is known exactly once it is compiled."""
-    for tiles in candidates[:-1]:
-        try:
-            return launch(tiles)
-        except OutOfResources:
-            continue
-    return launch(candidates[-1])
-
-
-def _widths(query: torch.Tensor, value: torch.Tensor) -> tuple[int, int]:
-    """Of the tiles of queries and keys, and of values: heads of other sizes are filled up with zeros."""
-    return tuple(max(16, next_power_of_two(tensor.shape[-1])) for tensor in (query, value))
-
-
 def _sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles) -> dict[str, int]:
-    width, value_width = _widths(query, value)
+    width, value_width = widths(query, value)
     return {
         "GROUP": query.shape[1] // key.shape[1], "DIM": query.shape[-1], "VALUE_DIM": value.shape[-1],
         "WIDTH": width, "VALUE_WIDTH": value_width, "QUERIES": tiles.queries, "KEYS": tiles.keys,
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
-
-
-# Parts of the kernels. Places are those in the whole sequence, numbers those of tokens in their block.
-
-
-@jit
-def _load_rows(
-    base, first, count, stride,
-    IS_PARTIAL: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """(ROWS, WIDTH) from row `first` on, zeros beyond `count` rows and DIM columns.
-
-    IS_PARTIAL: whether there may be rows beyond `count`.
-    """
-    row = first + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    places = base + row.to(tl.int64)[:, None] * stride + column[None, :]
-    if IS_PARTIAL:
-        if DIM < WIDTH:
-            return tl.load(places, mask=(row < count)[:, None] & (column < DIM)[None, :], other=0.0)
-        else:
-            return tl.load(places, mask=(row < count)[:, None], other=0.0)
-    else:
-        if DIM < WIDTH:
-            return tl.load(places, mask=(column < DIM)[None, :], other=0.0)
-        else:
-            return tl.load(places)
-
-
-@jit
-def _store_rows(base, first, count, tile, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Into a dense (count, DIM)."""
-    row = first + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    inside = (row < count)[:, None] & (column < DIM)[None, :]
-    tl.store(base + row.to(tl.int64)[:, None] * DIM + column[None, :], tile, mask=inside)
-
-
-@jit
-def _tanh(x):
-    """Exact to a unit in the last place or so: Cephes' polynomial near 0, where 1 - 2 / (exp(2x) + 1) loses digits."""
-    size = tl.minimum(tl.abs(x), 10.0)
-    far = 1.0 - 2.0 / (tl.exp2(size * 2.8853900817779268) + 1.0)
-    square = x * x
-    near = -5.70498872745e-3 * square + 2.06390887954e-2
-    near = near * square - 5.37397155531e-2
-    near = near * square + 1.33314422036e-1
-    near = near * square - 3.33332819422e-1
-    return tl.where(size < 0.625, x + x * square * near, tl.where(x < 0, -far, far))
-
-
-@jit
-def _scores(products, factor, outer, HAS_SOFTCAP: tl.constexpr):
-    """Scores in the unit of `_factors`, and the softcap's slope there (1 without it)."""
-    if HAS_SOFTCAP:
-        ratio = _tanh(products * factor)
-        return ratio * outer, 1.0 - ratio * ratio
-    else:
-        return products * factor, 1.0
-
-
-@jit
-def _exp(scores, inputs):
-    """Of scores in the unit that goes with the dtype of `inputs`."""
-    if inputs.dtype == tl.float32:
-        return tl.exp(scores)
-    else:
-        return tl.exp2(scores)
-
-
-@jit
-def _sees(
-    query, key, keys, query_start, key_start, window, chunk, query_document, key_document,
-    HAS_WINDOW: tl.constexpr, HAS_CHUNK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-):  # fmt: skip
-    """Whether queries see keys, by their numbers, of shapes that broadcast."""
-    query_place, key_place = query_start + query, key_start + key
-    seen = (key_place <= query_place) & (key < keys)
-    if HAS_WINDOW:
-        seen = seen & (query_place - key_place < window)
-    if HAS_CHUNK:
-        seen = seen & (query_place // chunk == key_place // chunk)
-    if HAS_DOCUMENTS:
-        seen = seen & (query_document == key_document)
-    return seen
-
-
-@jit
-def _tile_ranges(
-    seen_first, seen_stop, whole_first, whole_stop, ranges, TILE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr
-):  # fmt: skip
-    """Numbers of tiles from numbers of tokens: first, first of the whole ones, end of the whole ones, end.
-
-    ranges: those by documents, of this program.
-    """
-    first, stop = tl.maximum(seen_first, 0) // TILE, (tl.maximum(seen_stop, 0) + TILE - 1) // TILE
-    whole_first, whole_stop = (tl.maximum(whole_first, 0) + TILE - 1) // TILE, tl.maximum(whole_stop, 0) // TILE
-    if HAS_DOCUMENTS:
-        first, stop = tl.maximum(first, tl.load(ranges)), tl.minimum(stop, tl.load(ranges + 1))
-        whole_first = tl.maximum(whole_first, tl.load(ranges + 2))
-        whole_stop = tl.minimum(whole_stop, tl.load(ranges + 3))
-    stop = tl.maximum(first, stop)
-    whole_first = tl.minimum(tl.maximum(whole_first, first), stop)
-    whole_stop = tl.minimum(tl.maximum(whole_stop, whole_first), stop)
-    return first, whole_first, whole_stop, stop
-
-
-@jit
-def _key_tiles(
-    first_query, queries, keys, query_start, key_start, window, chunk, ranges,
-    HAS_WINDOW: tl.constexpr, HAS_CHUNK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """The tiles of keys that a tile of queries sees, as `_tile_ranges` has them."""
-    first = query_start + first_query
-    last = query_start + tl.minimum(first_query + QUERIES, queries) - 1
-    seen_first, whole_first = first * 0 + key_start, first * 0 + key_start
-    if HAS_WINDOW:
-        seen_first = tl.maximum(seen_first, first - window + 1)
-        whole_first = tl.maximum(whole_first, last - window + 1)
-    if HAS_CHUNK:
-        seen_first = tl.maximum(seen_first, first // chunk * chunk)
-        whole_first = tl.maximum(whole_first, last // chunk * chunk)
-    return _tile_ranges(
-        seen_first - key_start, tl.minimum(last + 1 - key_start, keys),
-        whole_first - key_start, tl.minimum(first + 1 - key_start, keys), ranges, KEYS, HAS_DOCUMENTS,
-    )  # fmt: skip
-
-
-@jit
-def _query_tiles(
-    first_key, queries, keys, query_start, key_start, window, chunk, ranges,
-    HAS_WINDOW: tl.constexpr, HAS_CHUNK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """The tiles of queries that see a tile of keys, as `_tile_ranges` has them; none is whole if the keys' is not."""
-    first = key_start + first_key
-    last = key_start + tl.minimum(first_key + KEYS, keys) - 1
-    query_stop = query_start + queries
-    seen_stop, whole_stop = first * 0 + query_stop, first * 0 + query_stop
-    if HAS_WINDOW:
-        seen_stop = tl.minimum(seen_stop, last + window)
-        whole_stop = tl.minimum(whole_stop, first + window)
-    if HAS_CHUNK:
-        seen_stop = tl.minimum(seen_stop, (last // chunk + 1) * chunk)
-        whole_stop = tl.minimum(whole_stop, (first // chunk + 1) * chunk)
-    whole_stop = tl.where(first_key + KEYS > keys, query_start, whole_stop)
-    return _tile_ranges(
-        first - query_start, seen_stop - query_start, last - query_start, whole_stop - query_start, ranges, QUERIES,
-        HAS_DOCUMENTS,
-    )  # fmt: skip
-
-
-@jit
-def _load_numbers(base, number, count, HAS_DOCUMENTS: tl.constexpr):
-    """Of documents, for tokens by their numbers; anything where there are none."""
-    if HAS_DOCUMENTS:
-        return tl.load(base + number, mask=number < count, other=-1)
-    else:
-        return number
-
-
-# The kernels.
-
-
-@jit
-def _forward_tiles_of_keys(
-    out, total, most, query, query_number, query_document, key, value, key_documents, first_tile, stop_tile,
-    key_row, value_row, query_start, key_start, window, chunk, keys, factor, outer,
-    IS_PARTIAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CHUNK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """More keys for output, sum of exponentials and greatest score."""
-    for tile in range(first_tile, stop_tile):
-        key_tile = _load_rows(key, tile * KEYS, keys, key_row, IS_PARTIAL, KEYS, DIM, WIDTH)
-        products = tl.dot(query, tl.trans(key_tile), input_precision="ieee")
-        scores, _ = _scores(products, factor, outer, HAS_SOFTCAP)
-        if IS_PARTIAL:
-            key_number = tile * KEYS + tl.arange(0, KEYS)
-            key_document = _load_numbers(key_documents, key_number, keys, HAS_DOCUMENTS)
-            seen = _sees(
-                query_number[:, None], key_number[None, :], keys, query_start, key_start, window, chunk,
-                query_document[:, None], key_document[None, :], HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS,
-            )  # fmt: skip
-            scores = tl.where(seen, scores, float("-inf"))
-        greater = tl.maximum(most, tl.max(scores, 1))
-        # Where nothing has been seen yet, anything but -inf, from which -inf cannot be taken away.
-        level = tl.where(greater == float("-inf"), 0.0, greater)
-        weights = _exp(scores - level[:, None], query)
-        shrink = _exp(most - level, query)
-        value_tile = _load_rows(value, tile * KEYS, keys, value_row, IS_PARTIAL, KEYS, VALUE_DIM, VALUE_WIDTH)
-        out = out * shrink[:, None]
-        out = tl.dot(weights.to(value_tile.dtype), value_tile, out, input_precision="ieee")
-        total = total * shrink + tl.sum(weights, 1)
-        most = greater
-    return out, total, most
-
-
-@jit
-def _forward_kernel(
-    query, key, value, out, log_sum,
-    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
-    query_start, key_start, window, chunk, query_documents, key_documents, ranges, query_document_row,
-    key_document_row, queries, keys, factor, outer,
-    HAS_WINDOW: tl.constexpr, HAS_CHUNK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """A program has a tile of queries of a head; those with the most keys before them come first."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    key += batch * key_batch + head // GROUP * key_head
-    value += batch * value_batch + head // GROUP * value_head
-    if HAS_DOCUMENTS:
-        query_documents += batch * query_document_row
-        key_documents += batch * key_document_row
-        ranges += (batch * tl.num_programs(0) + tile) * 4
-    query_number = tile * QUERIES + tl.arange(0, QUERIES)
-    query_document = _load_numbers(query_documents, query_number, queries, HAS_DOCUMENTS)
-    query_tile = _load_rows(
-        query + batch * query_batch + head * query_head, tile * QUERIES, queries, query_row, True, QUERIES, DIM, WIDTH
-    )
-    first, whole_first, whole_stop, stop = _key_tiles(
-        tile * QUERIES, queries, keys, query_start, key_start, window, chunk, ranges,
-        HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS, QUERIES, KEYS,
-    )  # fmt: skip
-    sums = tl.zeros((QUERIES, VALUE_WIDTH), tl.float32)
-    total = tl.zeros((QUERIES,), tl.float32)
-    most = tl.full((QUERIES,), float("-inf"), tl.float32)
-    if HAS_WINDOW or HAS_CHUNK or HAS_DOCUMENTS:  # else a causal mask hides nothing on this side
-        sums, total, most = _forward_tiles_of_keys(
-            sums, total, most, query_tile, query_number, query_document, key, value, key_documents, first, whole_first,
-            key_row, value_row, query_start, key_start, window, chunk, keys, factor, outer,
-            True, HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS, HAS_SOFTCAP, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, KEYS,
-        )  # fmt: skip
-    sums, total, most = _forward_tiles_of_keys(
-        sums, total, most, query_tile, query_number, query_document, key, value, key_documents, whole_first, whole_stop,
-        key_row, value_row, query_start, key_start, window, chunk, keys, factor, outer,
-        False, HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS, HAS_SOFTCAP, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, KEYS,
-    )  # fmt: skip
-    sums, total, most = _forward_tiles_of_keys(
-        sums, total, most, query_tile, query_number, query_document, key, value, key_documents, whole_stop, stop,
-        key_row, value_row, query_start, key_start, window, chunk, keys, factor, outer,
-        True, HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS, HAS_SOFTCAP, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, KEYS,
-    )  # fmt: skip
-    divisor = tl.where(total == 0, 1.0, total)
-    if query_tile.dtype == tl.float32:
-        logarithm = most + tl.log(divisor)
-    else:
-        logarithm = (most + tl.log2(divisor)) * 0.6931471805599453
-    place = (batch * tl.num_programs(1) + head) * queries
-    logarithm = tl.where(total == 0, float("-inf"), logarithm)
-    tl.store(log_sum + place + query_number, logarithm, mask=query_number < queries)
-    _store_rows(
-        out + place * VALUE_DIM, tile * QUERIES, queries, sums / divisor[:, None], QUERIES, VALUE_DIM, VALUE_WIDTH
-    )
-
-
-@jit
-def _grad_query_tiles_of_keys(
-    grad, query, query_number, query_document, grad_out, log_sum, delta, key, value, key_documents, first_tile,
-    stop_tile, key_row, value_row, query_start, key_start, window, chunk, keys, factor, outer,
-    IS_PARTIAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CHUNK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """More keys for the gradient of queries, without the scale."""
-    for tile in range(first_tile, stop_tile):
-        key_tile = _load_rows(key, tile * KEYS, keys, key_row, IS_PARTIAL, KEYS, DIM, WIDTH)
-        value_tile = _load_rows(value, tile * KEYS, keys, value_row, IS_PARTIAL, KEYS, VALUE_DIM, VALUE_WIDTH)
-        products = tl.dot(query, tl.trans(key_tile), input_precision="ieee")
-        scores, slope = _scores(products, factor, outer, HAS_SOFTCAP)
-        if IS_PARTIAL:
-            key_number = tile * KEYS + tl.arange(0, KEYS)
-            key_document = _load_numbers(key_documents, key_number, keys, HAS_DOCUMENTS)
-            seen = _sees(
-                query_number[:, None], key_number[None, :], keys, query_start, key_start, window, chunk,
-                query_document[:, None], key_document[None, :], HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS,
-            )  # fmt: skip
-            scores = tl.where(seen, scores, float("-inf"))
-        weights = _exp(scores - log_sum[:, None], query)
-        change = tl.dot(grad_out, tl.trans(value_tile), input_precision="ieee")
-        grad_scores = weights * (change - delta[:, None])
-        if HAS_SOFTCAP:
-            grad_scores = grad_scores * slope
-        grad = tl.dot(grad_scores.to(key_tile.dtype), key_tile, grad, input_precision="ieee")
-    return grad
-
-
-@jit
-def _for_exp(log_sum, inputs):
-    """In the unit of scores; infinity for queries that see nothing anywhere, so that their weights are 0."""
-    if inputs.dtype != tl.float32:
-        log_sum = log_sum * 1.4426950408889634
-    return tl.where(log_sum == float("-inf"), float("inf"), log_sum)
-
-
-@jit
-def _grad_query_kernel(
-    query, key, value, grad_out, out, log_sum, delta, grad_query,
-    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
-    grad_out_batch, grad_out_head, grad_out_row, out_batch, out_head, out_row,
-    query_start, key_start, window, chunk, query_documents, key_documents, ranges, query_document_row,
-    key_document_row, queries, keys, factor, outer, scale,
-    HAS_WINDOW: tl.constexpr, HAS_CHUNK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """As `_forward_kernel`; also finds and keeps `delta`, the sum of output times its gradient of every query."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    key += batch * key_batch + head // GROUP * key_head
-    value += batch * value_batch + head // GROUP * value_head
-    if HAS_DOCUMENTS:
-        query_documents += batch * query_document_row
-        key_documents += batch * key_document_row
-        ranges += (batch * tl.num_programs(0) + tile) * 4
-    query_number = tile * QUERIES + tl.arange(0, QUERIES)
-    query_document = _load_numbers(query_documents, query_number, queries, HAS_DOCUMENTS)
-    query_tile = _load_rows(
-        query + batch * query_batch + head * query_head, tile * QUERIES, queries, query_row, True, QUERIES, DIM, WIDTH
-    )
-    grad_out_tile = _load_rows(
-        grad_out + batch * grad_out_batch + head * grad_out_head, tile * QUERIES, queries, grad_out_row,
-        True, QUERIES, VALUE_DIM, VALUE_WIDTH,
-    )  # fmt: skip
-    out_tile = _load_rows(
-        out + batch * out_batch + head * out_head, tile * QUERIES, queries, out_row, True, QUERIES, VALUE_DIM,
-        VALUE_WIDTH,
-    )  # fmt: skip
-    place = (batch * tl.num_programs(1) + head) * queries
-    inside = query_number < queries
-    delta_tile = tl.sum(grad_out_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    tl.store(delta + place + query_number, delta_tile, mask=inside)
-    log_sum_tile = _for_exp(tl.load(log_sum + place + query_number, mask=inside, other=float("-inf")), query_tile)
-    grad_out_tile = grad_out_tile.to(query_tile.dtype)
-    first, whole_first, whole_stop, stop = _key_tiles(
-        tile * QUERIES, queries, keys, query_start, key_start, window, chunk, ranges,
-        HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS, QUERIES, KEYS,
-    )  # fmt: skip
-    grad = tl.zeros((QUERIES, WIDTH), tl.float32)
-    if HAS_WINDOW or HAS_CHUNK or HAS_DOCUMENTS:
-        grad = _grad_query_tiles_of_keys(
-            grad, query_tile, query_number, query_document, grad_out_tile, log_sum_tile, delta_tile, key, value,
-            key_documents, first, whole_first, key_row, value_row, query_start, key_start, window, chunk, keys, factor,
-            outer, True, HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS, HAS_SOFTCAP, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, KEYS,
-        )  # fmt: skip
-    grad = _grad_query_tiles_of_keys(
-        grad, query_tile, query_number, query_document, grad_out_tile, log_sum_tile, delta_tile, key, value,
-        key_documents, whole_first, whole_stop, key_row, value_row, query_start, key_start, window, chunk, keys, factor,
-        outer, False, HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS, HAS_SOFTCAP, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, KEYS,
-    )  # fmt: skip
-    grad = _grad_query_tiles_of_keys(
-        grad, query_tile, query_number, query_document, grad_out_tile, log_sum_tile, delta_tile, key, value,
-        key_documents, whole_stop, stop, key_row, value_row, query_start, key_start, window, chunk, keys, factor,
-        outer, True, HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS, HAS_SOFTCAP, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, KEYS,
-    )  # fmt: skip
-    _store_rows(grad_query + place * DIM, tile * QUERIES, queries, grad * scale, QUERIES, DIM, WIDTH)
-
-
-@jit
-def _grad_key_tiles_of_queries(
-    grad_key, grad_value, key, value, key_number, key_document, query, grad_out, log_sum, delta, query_documents,
-    first_tile, stop_tile, query_row, grad_out_row, query_start, key_start, window, chunk, queries, keys, factor, outer,
-    IS_PARTIAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CHUNK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr,
-):  # fmt: skip
-    """More queries of one head for the gradients of keys and values; scores here are (keys, queries)."""
-    for tile in range(first_tile, stop_tile):
-        query_tile = _load_rows(query, tile * QUERIES, queries, query_row, IS_PARTIAL, QUERIES, DIM, WIDTH)
-        grad_tile = _load_rows(
-            grad_out, tile * QUERIES, queries, grad_out_row, IS_PARTIAL, QUERIES, VALUE_DIM, VALUE_WIDTH
-        ).to(query_tile.dtype)
-        query_number = tile * QUERIES + tl.arange(0, QUERIES)
-        if IS_PARTIAL:
-            inside = query_number < queries
-            log_sum_tile = tl.load(log_sum + query_number, mask=inside, other=float("-inf"))
-            delta_tile = tl.load(delta + query_number, mask=inside, other=0.0)
-        else:
-            log_sum_tile = tl.load(log_sum + query_number)
-            delta_tile = tl.load(delta + query_number)
-        products = tl.dot(key, tl.trans(query_tile), input_precision="ieee")
-        scores, slope = _scores(products, factor, outer, HAS_SOFTCAP)
-        if IS_PARTIAL:
-            query_document = _load_numbers(query_documents, query_number, queries, HAS_DOCUMENTS)
-            seen = _sees(
-                query_number[None, :], key_number[:, None], keys, query_start, key_start, window, chunk,
-                query_document[None, :], key_document[:, None], HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS,
-            )  # fmt: skip
-            scores = tl.where(seen, scores, float("-inf"))
-        weights = _exp(scores - _for_exp(log_sum_tile, key)[None, :], key)
-        grad_value = tl.dot(weights.to(grad_tile.dtype), grad_tile, grad_value, input_precision="ieee")
-        change = tl.dot(value, tl.trans(grad_tile), input_precision="ieee")
-        grad_scores = weights * (change - delta_tile[None, :])
-        if HAS_SOFTCAP:
-            grad_scores = grad_scores * slope
-        grad_key = tl.dot(grad_scores.to(query_tile.dtype), query_tile, grad_key, input_precision="ieee")
-    return grad_key, grad_value
-
-
-@jit
-def _grad_key_kernel(
-    query, key, value, grad_out, log_sum, delta, grad_key, grad_value,
-    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
-    grad_out_batch, grad_out_head, grad_out_row,
-    query_start, key_start, window, chunk, query_documents, key_documents, ranges, query_document_row,
-    key_document_row, queries, keys, factor, outer, scale,
-    HAS_WINDOW: tl.constexpr, HAS_CHUNK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_END: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """A program has a tile of keys of a head, and goes through the queries of all heads that it serves."""
-    tile = tl.program_id(0)
-    number, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    if HAS_DOCUMENTS:
-        query_documents += batch * query_document_row
-        key_documents += batch * key_document_row
-        ranges += (batch * tl.num_programs(0) + tile) * 4
-    key_number = tile * KEYS + tl.arange(0, KEYS)
-    key_document = _load_numbers(key_documents, key_number, keys, HAS_DOCUMENTS)
-    key_tile = _load_rows(
-        key + batch * key_batch + number * key_head, tile * KEYS, keys, key_row, True, KEYS, DIM, WIDTH
-    )
-    value_tile = _load_rows(
-        value + batch * value_batch + number * value_head, tile * KEYS, keys, value_row, True, KEYS, VALUE_DIM,
-        VALUE_WIDTH,
-    )  # fmt: skip
-    first, whole_first, whole_stop, stop = _query_tiles(
-        tile * KEYS, queries, keys, query_start, key_start, window, chunk, ranges,
-        HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS, QUERIES, KEYS,
-    )  # fmt: skip
-    key_sums = tl.zeros((KEYS, WIDTH), tl.float32)
-    value_sums = tl.zeros((KEYS, VALUE_WIDTH), tl.float32)
-    for member in range(GROUP):
-        head = number * GROUP + member
-        head_query = query + batch * query_batch + head * query_head
-        head_grad = grad_out + batch * grad_out_batch + head * grad_out_head
-        place = (batch * tl.num_programs(1) * GROUP + head) * queries
-        key_sums, value_sums = _grad_key_tiles_of_queries(
-            key_sums, value_sums, key_tile, value_tile, key_number, key_document, head_query, head_grad,
-            log_sum + place, delta + place, query_documents, first, whole_first, query_row, grad_out_row, query_start,
-            key_start, window, chunk, queries, keys, factor, outer,
-            True, HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS, HAS_SOFTCAP, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, QUERIES,
-        )  # fmt: skip
-        key_sums, value_sums = _grad_key_tiles_of_queries(
-            key_sums, value_sums, key_tile, value_tile, key_number, key_document, head_query, head_grad,
-            log_sum + place, delta + place, query_documents, whole_first, whole_stop, query_row, grad_out_row,
-            query_start, key_start, window, chunk, queries, keys, factor, outer,
-            False, HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS, HAS_SOFTCAP, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, QUERIES,
-        )  # fmt: skip
-        if HAS_END:  # queries after the last that see all keys, and the last tile if it is not full
-            key_sums, value_sums = _grad_key_tiles_of_queries(
-                key_sums, value_sums, key_tile, value_tile, key_number, key_document, head_query, head_grad,
-                log_sum + place, delta + place, query_documents, whole_stop, stop, query_row, grad_out_row, query_start,
-                key_start, window, chunk, queries, keys, factor, outer,
-                True, HAS_WINDOW, HAS_CHUNK, HAS_DOCUMENTS, HAS_SOFTCAP, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, QUERIES,
-            )  # fmt: skip
-    place = (batch * tl.num_programs(1) + number) * keys
-    _store_rows(grad_key + place * DIM, tile * KEYS, keys, key_sums * scale, KEYS, DIM, WIDTH)
-    _store_rows(grad_value + place * VALUE_DIM, tile * KEYS, keys, value_sums, KEYS, VALUE_DIM, VALUE_WIDTH)

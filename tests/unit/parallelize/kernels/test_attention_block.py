@@ -12,7 +12,8 @@ from parallelize.context_parallel.blocks import ReferenceBlocks
 from parallelize.context_parallel.kernels import TritonBlocks
 from parallelize.context_parallel.layout import Chunk, SequenceLayout
 from parallelize.context_parallel.masks import CAUSAL, BlockMask, MaskRule
-from parallelize.kernels.attention_block import Tiles, _document_ranges
+from parallelize.kernels.attention_block import _document_ranges
+from parallelize.kernels.attention_block_tiles import Tiles
 from parallelize.kernels.language import launches_on
 from tests.full_attention import Case, error, full_attention, visible
 from tests.unit.parallelize.context_parallel.test_context_rings import _attend
@@ -27,7 +28,7 @@ _CASES = {
     "window": _SMALL.but(rule=MaskRule(window=20)),
     "window and chunks": _SMALL.but(rule=MaskRule(window=30, chunk=37), length=61),
     "softcap": _SMALL.but(softcap=3.0, scale=0.7),
-    "a softcap that nothing reaches": _SMALL.but(softcap=50.0),
+    "full tiles, and a softcap that nothing reaches": _SMALL.but(softcap=50.0, length=64),
     "documents": _SMALL.but(document_lengths=(40, 1, 31)),
     "everything": _SMALL.but(
         document_lengths=(50, 22), rule=MaskRule(window=35), softcap=5.0, value_dim=24, dim=12, heads=3
