@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 
@@ -25,7 +26,8 @@ _TILES = Tiles(32, 16)
 _SMALL = Case(heads=2, key_heads=1, length=72)
 _CASES = {
     "causal": _SMALL,
-    "window": _SMALL.but(rule=MaskRule(window=20)),
+    "window": _SMALL.but(rule=MaskRule(window=50), length=96),  # wider than a tile of both: some tiles are whole
+    "chunks": _SMALL.but(rule=MaskRule(chunk=37), length=96),
     "window and chunks": _SMALL.but(rule=MaskRule(window=30, chunk=37), length=61),
     "softcap": _SMALL.but(softcap=3.0, scale=0.7),
     "full tiles, and a softcap that nothing reaches": _SMALL.but(softcap=50.0, length=64),
@@ -82,25 +84,57 @@ def _in_plain_torch(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
 
 
-def _check(name: str, dtype: torch.dtype) -> None:
+@functools.cache
+def _errors(name: str, dtype: torch.dtype) -> list[tuple[float, float]]:
+    """(the kernel's, that of plain torch) of output and gradients of query, key and value; see `_usual`."""
     case = _CASES[name].but(dtype=dtype)
-    expected = _expected(case)
-    found, usual = _computed(TritonBlocks(_TILES), case, dtype), _in_plain_torch(case, dtype)
-    if dtype == torch.float32:
-        # A softmax that is kept is more exact than one found again from its logarithm, rounded to fp32.
-        usual[1:] = _computed(ReferenceBlocks(), case, dtype)[1:]
-    for what, ours, torchs, right in zip(("out", "query", "key", "value"), found, usual, expected, strict=True):
-        assert ours.dtype == torch.float32
-        if right.abs().max() < 1e-12:  # of one token: the softmax of one score has no gradient
-            assert ours.abs().max() <= 1e-6
-        else:
-            assert error(ours, right) <= 1.1 * error(torchs, right), what
+    found = _computed(TritonBlocks(_TILES), case, dtype)
+    assert all(tensor.dtype == torch.float32 for tensor in found)
+    return [
+        (error(ours, right), error(torchs, right))
+        for ours, torchs, right in zip(found, _usual(case, dtype), _expected(case), strict=True)
+    ]
+
+
+def _usual(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
+    """A whole softmax in plain torch; but for gradients in fp32 blocks in plain torch, given the same log-sum-exp.
+
+    A softmax that is kept has more exact gradients in fp32 than one found again block by block, from a log-sum-exp that
+    is rounded and from the output: of queries, over 8 draws, those of the kernel are 1.2 to 1.4 times as wrong, and
+    those of the reference 1.4 times; 1.0 to 1.1 times with neither.
+    """
+    usual = _in_plain_torch(case, dtype)
+    return [usual[0], *_computed(ReferenceBlocks(), case, dtype)[1:]] if dtype == torch.float32 else usual
+
+
+_IN_FP32 = [name for name in _CASES if name not in ("one token", "large scores")]
 
 
 @in_interpreter
-@pytest.mark.parametrize("name", [name for name in _CASES if name != "large scores"])
-def test_in_fp32_it_is_as_exact_as_plain_torch(name: str):
-    _check(name, torch.float32)
+@pytest.mark.parametrize("name", _IN_FP32)
+def test_in_fp32_each_case_is_right(name: str):
+    (ours, torchs), *gradients = _errors(name, torch.float32)
+    assert ours <= 1.1 * torchs
+    # So few numbers are up to a fifth more or less exact by chance (0.80 to 1.17 over draws): see the next test.
+    assert all(ours <= 1.3 * torchs for ours, torchs in gradients)
+
+
+@in_interpreter
+@pytest.mark.parametrize("part", range(4))
+def test_in_fp32_all_cases_together_are_as_exact_as_plain_torch(part: int):
+    squares = [[error**2 for error in _errors(name, torch.float32)[part]] for name in _IN_FP32]
+    ours, torchs = (sum(column) ** 0.5 for column in zip(*squares, strict=True))
+    assert ours <= 1.1 * torchs
+
+
+@in_interpreter
+def test_of_one_token_there_is_nothing_to_weigh():
+    case = _CASES["one token"]
+    out, grad_query, grad_key, grad_value = _computed(TritonBlocks(_TILES), case, torch.float32)
+    value, grad_out = _tensors(case, torch.float32)[2:]
+    assert torch.equal(out, value.expand_as(out))
+    torch.testing.assert_close(grad_value, grad_out.sum(1, keepdim=True))
+    assert max(grad_query.abs().max(), grad_key.abs().max()) <= 1e-6
 
 
 @in_interpreter
@@ -116,13 +150,13 @@ def test_large_scores_in_fp32():
 @in_interpreter
 @pytest.mark.parametrize("name", ["everything", "large scores"])
 def test_in_fp16_it_is_as_exact_as_plain_torch(name: str):
-    _check(name, torch.float16)
+    assert all(ours <= 1.1 * torchs for ours, torchs in _errors(name, torch.float16))
 
 
 @in_interpreter
 def test_bf16_is_taken():
     # Of fp16 the rounding is tested above; the interpreter computes no products in bf16.
-    _check("everything", torch.bfloat16)
+    assert all(ours <= 1.1 * torchs for ours, torchs in _errors("everything", torch.bfloat16))
 
 
 def _somewhere(seed: int) -> tuple[BlockMask, dict]:
