@@ -125,11 +125,11 @@ class TritonBlocks:
 
 
 def _plan(mask: BlockMask, device: torch.device, scale: float, softcap: float | None) -> BlockPlan:
-    documents = (
-        None if numbers is None else numbers.to(device) for numbers in (mask.query_documents, mask.key_documents)
-    )
-    rule = mask.rule
-    return BlockPlan(mask.queries.start, mask.keys.start, scale, softcap, rule.window, rule.chunk, *documents)
+    rule, mask = mask.rule, mask.on(device)
+    return BlockPlan(
+        mask.queries.start, mask.keys.start, scale, softcap, rule.window, rule.chunk, mask.query_documents,
+        mask.key_documents,
+    )  # fmt: skip
 
 
 BLOCKS: dict[str, BlockAttention] = {
