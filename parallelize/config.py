@@ -29,7 +29,7 @@ TENSOR_PARALLEL_STYLES = (
 CONTEXT_PARALLEL_METHODS = ("ring", "allgather", "ulysses")
 """What `ParallelismConfig.context_parallel_method` may be."""
 
-KERNELS = ("rms_norm",)
+KERNELS = ("rms_norm", "gated_activation", "rotary")
 """What `KernelConfig.enable` may name; see parallelize/kernels/."""
 
 PIPELINE_SCHEDULES = (
@@ -418,8 +418,9 @@ class CompileConfig:
 @dataclass
 class KernelConfig:
     enable: list[str] = field(default_factory=lambda: ["auto"])
-    """Triton kernels that modules may compute by, each proven equal to the module first: any of "rms_norm"; or "none";
-    or "auto", those that make the run faster on its device, which on a CPU are none."""
+    """Triton kernels that modules may compute by, each proven equal to the module first: any of "rms_norm",
+    "gated_activation", "rotary"; or "none"; or "auto", those that make the run faster on its device, which on a CPU are
+    none."""
 
     def problems(self) -> list[str]:
         if self.enable in (["auto"], ["none"]):

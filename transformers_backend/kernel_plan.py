@@ -20,8 +20,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from parallelize.config import KERNELS, KernelConfig
-from parallelize.kernels.replace import ModuleKernel, NormKernel
+from parallelize.kernels.replace import ModuleKernel, NormKernel, RotaryKernel
+from transformers_backend.kernel_gates import gate_kernels
+from transformers_backend.kernel_rotary import rotary_kernels
 from transformers_backend.proof import MODEL_ERRORS
+from transformers_backend.twin import build_twin
 
 _COLUMNS = 96  # of what a module without parameters is tried on
 _SLACK = 1e-5  # of gradients in fp32, relative to the largest
@@ -31,10 +34,16 @@ _SLACK = 1e-5  # of gradients in fp32, relative to the largest
 class KernelPlan:
     """What computes by a kernel, and what could not."""
 
-    kernels: dict[str, ModuleKernel] = field(default_factory=dict)
+    kernels: dict[str, ModuleKernel | RotaryKernel] = field(default_factory=dict)
     """By name of the module."""
     kinds: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How many modules there are of (class, the kernel's name or why it has none)."""
+
+    def add(self, name: str, module: nn.Module, found: ModuleKernel | RotaryKernel | str) -> None:
+        """found: the module's kernel, or why it has none."""
+        if not isinstance(found, str):
+            self.kernels[name] = found
+        self.kinds[type(module).__name__, found if isinstance(found, str) else found.kernel] += 1
 
     def summary(self) -> str:
         """How many modules compute by which kernel, e.g. "rms_norm 5"."""
@@ -54,9 +63,13 @@ def choose_kernels(
             kind = _kind(module)
             if kind not in found:
                 found[kind] = find_norm_kernel(module) or "computes something else"
-            if isinstance(found[kind], NormKernel):
-                plan.kernels[name] = found[kind]
-            plan.kinds[type(module).__name__, getattr(found[kind], "kernel", found[kind])] += 1
+            plan.add(name, module, found[kind])
+    searches = {"gated_activation": gate_kernels, "rotary": rotary_kernels}
+    if searches.keys() & set(names):
+        twin = build_twin(hf_model.config, type(hf_model))
+        for name in (name for name in searches if name in names):
+            for found in searches[name](hf_model, twin):
+                plan.add(*found)
     return plan
 
 
