@@ -29,7 +29,7 @@ TENSOR_PARALLEL_STYLES = (
 CONTEXT_PARALLEL_METHODS = ("ring", "allgather", "ulysses")
 """What `ParallelismConfig.context_parallel_method` may be."""
 
-KERNELS = ("rms_norm",)
+KERNELS = ("rms_norm", "linear_cross_entropy")
 """What `KernelConfig.enable` may name; see parallelize/kernels/."""
 
 PIPELINE_SCHEDULES = (
