@@ -21,6 +21,9 @@ from transformers import PreTrainedModel
 
 from parallelize.config import KERNELS, KernelConfig
 from parallelize.kernels.replace import ModuleKernel, NormKernel
+from transformers_backend.decoder import describe_decoder
+from transformers_backend.head_kernel import find_linear_head
+from transformers_backend.loss import LinearHead
 from transformers_backend.proof import MODEL_ERRORS
 
 _COLUMNS = 96  # of what a module without parameters is tried on
@@ -33,6 +36,8 @@ class KernelPlan:
 
     kernels: dict[str, ModuleKernel] = field(default_factory=dict)
     """By name of the module."""
+    linear_head: LinearHead | None = None
+    """What the head is, where the loss is computed from it without logits; `loss.py` does so."""
     kinds: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How many modules there are of (class, the kernel's name or why it has none)."""
 
@@ -52,16 +57,25 @@ def choose_kernels(
             if isinstance(found[kind], NormKernel):
                 plan.kernels[name] = found[kind]
             plan.kinds[type(module).__name__, getattr(found[kind], "kernel", found[kind])] += 1
+    if "linear_cross_entropy" in names:
+        head = find_linear_head(hf_model)
+        plan.linear_head = head if isinstance(head, LinearHead) else None
+        plan.kinds[describe_decoder(hf_model).head, head if isinstance(head, str) else "linear_cross_entropy"] += 1
     return plan
 
 
 def enabled_kernels(config: KernelConfig, device: torch.device, *, is_compiled: bool) -> tuple[str, ...]:
-    """The names that "auto" stands for: on a GPU all that the compiler does not make as well itself."""
+    """The names that "auto" stands for: on a GPU all that the compiler does not make as well itself.
+
+    Not linear_cross_entropy: it saves memory for a fourth matrix product, and how long that takes is unmeasured.
+    """
     if config.enable == ["none"]:
         return ()
     if config.enable != ["auto"]:
         return tuple(config.enable)
-    return KERNELS if device.type == "cuda" and not is_compiled else ()
+    if device.type != "cuda" or is_compiled:
+        return ()
+    return tuple(name for name in KERNELS if name != "linear_cross_entropy")
 
 
 def _norms(hf_model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

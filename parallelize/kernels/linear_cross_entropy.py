@@ -29,7 +29,6 @@ import torch.distributed as dist
 
 from parallelize.kernels.language import launches_on
 from parallelize.kernels.linear_cross_entropy_kernels import launch_gradients, launch_statistics
-from parallelize.tensor_parallel.collectives import enter
 from parallelize.tensor_parallel.vocabulary import join_statistics
 
 _SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}  # tokens x vocabulary entries whose gradients exist at one time
@@ -53,13 +52,12 @@ def linear_cross_entropy(
     hidden (..., features), weight (vocabulary, features) and bias (vocabulary,) of one dtype; targets (...) int64,
     `ignore_index` counts nothing, and a target outside the vocabulary makes the loss infinite. softcap: above 0.
     group: ranks that hold parts of the vocabulary; weight and bias are then this rank's entries from `first` on
-    (possibly none), targets are global, hidden and the loss are the same on every rank.
+    (possibly none), targets are global, hidden and the loss are the same on every rank. The gradient of hidden is this
+    rank's term: hidden comes from `tensor_parallel.collectives.enter`, which sums it.
     """
     if hidden.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         raise ValueError(f"hidden states in {hidden.dtype} and a head in {weight.dtype}: cast one of them.")
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
-    if group is not None:
-        hidden = enter(hidden, group)
     lse, found = _statistics(hidden, weight, bias, targets, first, ignore_index, scale, softcap or 0.0)
     if group is not None:
         lse, found = join_statistics(lse, found, group)
@@ -194,13 +192,12 @@ def _keep(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_lse, grad_found):
     hidden, weight, bias, targets, lse = ctx.saved_tensors
-    # A schedule that computes gradients of inputs and of weights in two calls comes here twice.
-    wants_hidden, *of_head = ctx.needs_input_grad[:3]
-    grad_hidden, grad_weight, grad_bias = _gradients(
-        grad_lse, grad_found, hidden, weight, bias, targets, lse, *ctx.options, wants_hidden, any(of_head)
-    )
-    gradients = [grad_hidden, grad_weight, grad_bias]
     wanted = ctx.needs_input_grad[:3]
+    # Nothing is changed in place: zero-bubble schedules come here twice, for the inputs and for the weights. Torch does
+    # not say which of the two it is, so that both compute everything.
+    gradients = _gradients(
+        grad_lse, grad_found, hidden, weight, bias, targets, lse, *ctx.options, wanted[0], any(wanted[1:])
+    )
     return *[gradient if wants else None for gradient, wants in zip(gradients, wanted, strict=True)], *[None] * 5
 
 
