@@ -1,8 +1,8 @@
 """What a user can choose about parallelism, activation checkpointing, compilation and kernels.
 
 These dataclasses are the `[parallelism]`, `[activation_checkpoint]`, `[compile]` and `[kernels]` sections of a job's
-TOML file and the arguments of `HFTransformerModel.parallelize`. Names and meanings follow torchtitan v0.2.2 wherever a field means
-the same. They are read at the top (`parallelize/model.py`); leaf functions take flat values.
+TOML file and the arguments of `HFTransformerModel.parallelize`. Names and meanings follow torchtitan v0.2.2 wherever a
+field means the same. They are read at the top (`parallelize/model.py`); leaf functions take flat values.
 
 `problems()` returns every violated rule as a sentence that names key, value, rule and remedy, so that a job can
 report all of them at once; `check(...)` raises them as one `ValueError`.

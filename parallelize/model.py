@@ -43,8 +43,9 @@ def parallelize_model(
 
     layers: names of the decoder layers on this rank. stacks: which of them run one after another, () where a list of
     layers runs from its first to its last. separate_units: of further modules that are sharded on their own (an untied
-    embedding). kernels: what modules compute by, proven equal to them. tensor_plan: how weights are split over mesh["tp"], or None; sequence_parallel: whether the sequence is
-    split over it, too. has_dropout: whether the model draws random numbers in training.
+    embedding). kernels: what modules compute by, proven equal to them. tensor_plan: how weights are split over
+    mesh["tp"], or None; sequence_parallel: whether the sequence is split over it, too. has_dropout: whether the model
+    draws random numbers in training.
     param_dtype: dtype of the computation, None for the parameters' own. Gradients are summed over ranks in fp32. Where
     `needs_fsdp` says no, the caller computes within `parameters_cast_to(model, param_dtype)` instead.
     """

@@ -2,7 +2,8 @@
 # Finds or makes the Python environment. The other scripts source this file and call one of
 #
 #   setup_environment run      what training and verifying need
-#   setup_environment test     the same, pytest, and the optional packages that tests use (moto, s3fs, matplotlib)
+#   setup_environment test     the same, pytest, and the optional packages that tests use (moto, s3fs, matplotlib, and
+#                              Triton where there is one for the machine)
 #   setup_environment check    the same, ruff and import-linter
 #
 # Afterwards REPOSITORY is the checkout and PYTHON the interpreter to use, and PYTHONPATH begins with the checkout, so
@@ -54,6 +55,7 @@ _find_python() {
 # Whether an interpreter has all that a need stands for. Reads the metadata, because importing takes seconds.
 _python_has() {
     "$1" - "$2" 2>/dev/null <<'CODE'
+import platform
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -63,6 +65,8 @@ least_versions = {"torch": (2, 11), "transformers": (5, 17), "safetensors": (0,)
 if sys.version_info < (3, 11):
     least_versions["tomli"] = (0,)  # tomllib came with 3.11
 test = ["pytest", "moto", "s3fs", "matplotlib"]
+if platform.system() == "Linux" and platform.machine() == "x86_64":
+    test.append("triton")
 tools = {"run": [], "test": test, "check": [*test, "ruff", "importlinter"]}[sys.argv[1]]
 for name, least in least_versions.items():
     try:
@@ -126,7 +130,8 @@ _make_environment() {
     fi
     if [[ "$need" != run ]]; then
         echo "set-up: installing the test tools of constraints.txt into $_ENVIRONMENT" >&2
-        _pip_install pytest "moto[server,s3]" s3fs matplotlib ruff import-linter
+        _pip_install pytest "moto[server,s3]" s3fs matplotlib ruff import-linter \
+            'triton; platform_system == "Linux" and platform_machine == "x86_64"'
     fi
     if [[ -e "$_ENVIRONMENT/incomplete" ]]; then
         _checksum_of_pins >"$_ENVIRONMENT/installed"

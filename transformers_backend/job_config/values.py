@@ -101,8 +101,9 @@ def type_problems(section: str, config: object) -> list[str]:
 
 
 def convert(value: Any, kind: Any) -> Any:
-    """Return a value read from TOML or text as its field keeps it: integers as floats where floats are wanted,
-    one string as a list of it where a list is wanted, None for "none" inside tables, and tables of strings flat, because TOML nests a.b = "c" where "a.b" is not quoted."""
+    """Return a value read from TOML or text as its field keeps it: integers as floats where floats are wanted, a
+    string as a list of it where a list is wanted, None for "none" inside tables, and tables of strings flat, because
+    TOML nests a.b = "c" where "a.b" is not quoted."""
     inner, _ = without_none(kind)
     if is_table_of_strings(inner) and isinstance(value, dict):
         return dict(_flat(value))

@@ -216,7 +216,7 @@ def test_the_plan_of_tensor_parallelism_has_the_names_of_modules_as_keys(tmp_pat
         ("[training]\ndtype = 'float16'", 'training.dtype = "float16": must be one of "bfloat16", "float32".'),
         ("[training]\nglobal_batch_size = 12", "training.global_batch_size = 12: must be a multiple of"),
         ("[training]\ndataset_path = 'no/such'", 'training.dataset_path = "no/such": no such file or folder'),
-        ("[compile]\ncomponents = 'model'", 'compile.components = "model": must be a list of strings.'),
+        ("[compile]\ncomponents = 3", "compile.components = 3: must be a list of strings."),
         ("[compile]\ncomponents = ['head']", 'compile.components has "head"'),
         ("[optimizer]\nbeta2 = 1.0", "optimizer.beta2 = 1.0: must be in [0, 1)"),
         ("[optimizer]\nname = 'Adam'", 'optimizer.name = "Adam": must be one of "AdamW", "Muon".'),
