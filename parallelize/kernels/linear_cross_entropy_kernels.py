@@ -1,6 +1,6 @@
 """The Triton kernels of `linear_cross_entropy.py`, and what allocates for them and launches them.
 
-    _forward_kernel        block of tokens x part of the vocabulary   ->  log-sum-exp of the part, the target's logit
+    _forward_kernel        block of tokens x part of the vocabulary   ->  maximum and sum of the part, the target's logit
     _logits_grad_kernel    block of tokens x block of a slice         ->  gradient of these logits
     _hidden_grad_kernel    block of tokens x block of features        +=  logits' gradient @ weight, fp32
     _weight_grad_kernel    block of a slice x block of features        =  logits' gradient^T @ hidden, fp32 until stored
@@ -41,15 +41,20 @@ def launch_statistics(
     parts = max(1, min(-(-vocabulary // columns), -(-4 * processors(hidden.device) // blocks)))
     part_size = -(-vocabulary // (parts * columns)) * columns
     parts = -(-vocabulary // part_size)
-    partial = nothing.expand(parts, tokens).contiguous()
+    maxima = hidden.new_full((parts, tokens), -torch.inf, dtype=torch.float32)
+    sums = torch.zeros_like(maxima)
     found = nothing.clone()
     _forward_kernel[(blocks * parts,)](
         hidden, weight, weight if bias is None else bias.contiguous(), targets.contiguous(), order, count,
-        partial, found, tokens, vocabulary, features, part_size, blocks, first, scale, softcap,
+        maxima, sums, found, tokens, vocabulary, features, part_size, blocks, first, scale, softcap,
         HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap != 0,
         ROWS=rows, COLUMNS=columns, INNER=inner, **options,
     )  # fmt: skip
-    return torch.where(is_ignored, 0.0, partial.logsumexp(0)), found
+    # One logarithm, of the whole sum: rounded once. Where all logits are -inf nothing is subtracted.
+    largest = maxima.amax(0)
+    shift = torch.where(largest == -torch.inf, 0.0, largest)
+    lse = largest + (sums * (maxima - shift).exp()).sum(0).log()
+    return torch.where(is_ignored, 0.0, lse), found
 
 
 def launch_gradients(
@@ -120,7 +125,7 @@ def _tile(like: torch.Tensor, rows: int, columns: int, inner: int) -> tuple[int,
     if like.is_cuda and torch.cuda.get_device_properties(like.device).shared_memory_per_block_optin < 160 * 1024:
         most_columns, most_inner = 128, 32
     if like.dtype == torch.float32:  # whole fp32 products, without tensor cores: registers are what is short
-        most_rows, most_columns, most_inner = 64, 64, 32
+        most_rows, most_columns, most_inner = min(most_rows, 64), min(most_columns, 64), min(most_inner, 32)
     sizes = zip((rows, columns, inner), (most_rows, most_columns, most_inner), strict=True)
     tile = [max(16, min(next_power_of_two(size), most)) for size, most in sizes]
     return *tile, {"num_warps": 8 if tile[0] * tile[1] >= 128 * 128 else 4, "num_stages": stages}
@@ -137,12 +142,18 @@ def _tanh(x):
 
 
 @jit
+def _tanh_slope(x):
+    """1 - tanh(x)^2, without the digits that this subtraction loses where tanh(x) is nearly 1."""
+    decay = tl.exp(-2 * tl.abs(x))
+    return 4 * decay / ((1 + decay) * (1 + decay))
+
+
+@jit
 def _compute_logits(
-    hidden, weight, bias, token, has_token, entry, has_entry, features, scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    hidden, weight, bias, token, has_token, entry, has_entry, features, scale,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Logits (ROWS, COLUMNS) in fp32 of tokens and entries of the vocabulary, both int64."""
+    """Logits (ROWS, COLUMNS) in fp32, before the softcap, of tokens and entries of the vocabulary, both int64."""
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, features, INNER):
         feature = start + tl.arange(0, INNER)
@@ -156,15 +167,12 @@ def _compute_logits(
         total = tl.dot(x, w, total, input_precision="ieee")
     if HAS_BIAS:
         total += tl.load(bias + entry, mask=has_entry, other=0.0).to(tl.float32)[None, :]
-    total = total * scale
-    if HAS_SOFTCAP:
-        total = softcap * _tanh(total / softcap)
-    return total
+    return total * scale
 
 
 @jit
 def _forward_kernel(
-    hidden, weight, bias, targets, order, count, partial, found,
+    hidden, weight, bias, targets, order, count, maxima, sums, found,
     tokens, vocabulary, features, part_size, blocks, first, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
@@ -184,9 +192,11 @@ def _forward_kernel(
             entry = part * part_size + start + tl.arange(0, COLUMNS)
             has_entry = entry < vocabulary
             logits = _compute_logits(
-                hidden, weight, bias, token, has_token, entry, has_entry, features, scale, softcap,
-                HAS_BIAS, HAS_SOFTCAP, ROWS, COLUMNS, INNER,
+                hidden, weight, bias, token, has_token, entry, has_entry, features, scale,
+                HAS_BIAS, ROWS, COLUMNS, INNER,
             )  # fmt: skip
+            if HAS_SOFTCAP:
+                logits = softcap * _tanh(logits / softcap)
             logits = tl.where(has_entry[None, :], logits, float("-inf"))
             is_target = has_token[:, None] & has_entry[None, :] & (entry[None, :] == target[:, None])
             target_logit = tl.sum(tl.where(is_target, logits, 0.0), 1)
@@ -197,8 +207,8 @@ def _forward_kernel(
             shift = tl.where(larger == float("-inf"), 0.0, larger)
             total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
             largest = larger
-        shift = tl.where(largest == float("-inf"), 0.0, largest)
-        tl.store(partial + part * tokens + token, shift + tl.log(total), mask=has_token)
+        tl.store(maxima + part * tokens + token, largest, mask=has_token)
+        tl.store(sums + part * tokens + token, total, mask=has_token)
 
 
 @jit
@@ -221,18 +231,20 @@ def _logits_grad_kernel(
         has_entry = column < slice_size
         entry = column.to(tl.int64) + slice_start
         logits = _compute_logits(
-            hidden, weight, bias, token, has_token, entry, has_entry, features, scale, softcap,
-            HAS_BIAS, HAS_SOFTCAP, ROWS, COLUMNS, INNER,
+            hidden, weight, bias, token, has_token, entry, has_entry, features, scale,
+            HAS_BIAS, ROWS, COLUMNS, INNER,
         )  # fmt: skip
+        slope = scale
+        if HAS_SOFTCAP:
+            slope = scale * _tanh_slope(logits / softcap)
+            logits = softcap * _tanh(logits / softcap)
         target = tl.load(targets + token, mask=has_token, other=0) - first
         of_lse = tl.load(grad_lse + token, mask=has_token, other=0.0)
         of_found = tl.load(grad_found + token, mask=has_token, other=0.0)
         normalizer = tl.load(lse + token, mask=has_token, other=0.0)
         grad = tl.exp(logits - normalizer[:, None]) * of_lse[:, None]
         grad += tl.where(entry[None, :] == target[:, None], of_found[:, None], 0.0)
-        if HAS_SOFTCAP:
-            grad = grad * (1 - (logits / softcap) * (logits / softcap))
-        grad = grad * scale
+        grad = grad * slope
         inside = has_token[:, None] & has_entry[None, :]
         tl.store(
             logits_grad + row[:, None] * width + column[None, :], grad.to(logits_grad.dtype.element_ty), mask=inside
