@@ -3,7 +3,7 @@
     logits = cap(scale * (hidden @ weight^T + bias))       cap(z) = softcap * tanh(z / softcap), or z
     loss   = sum over tokens of lse - logits[target] + z_loss * lse^2,    lse = log(sum(exp(logits)))
 
-The forward keeps lse and the target's logit of every token: a program goes through its part of the vocabulary for a
+The forward keeps lse (with what its rounding lost) and the target's logit of every token: a program goes through its part of the vocabulary for a
 block of tokens, with a running maximum and sum in fp32. The backward computes logits again, for all tokens and a slice
 of the vocabulary at a time, and keeps their gradient (tokens, slice) in the dtype of the hidden states, as plain torch
 does, for two matrix products:
@@ -26,9 +26,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from parallelize.kernels.language import launches_on
-from parallelize.kernels.linear_cross_entropy_kernels import launch_gradients, launch_statistics
+from parallelize.kernels.linear_cross_entropy_kernels import launch_gradients, launch_statistics, sum_precisely
 from parallelize.tensor_parallel.vocabulary import join_statistics
 
 _SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}  # tokens x vocabulary entries whose gradients exist at one time
@@ -58,7 +59,7 @@ def linear_cross_entropy(
     if hidden.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         raise ValueError(f"hidden states in {hidden.dtype} and a head in {weight.dtype}: cast one of them.")
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
-    lse, found = _statistics(hidden, weight, bias, targets, first, ignore_index, scale, softcap or 0.0)
+    lse, _, found = _statistics(hidden, weight, bias, targets, first, ignore_index, scale, softcap or 0.0)
     if group is not None:
         lse, found = join_statistics(lse, found, group)
     losses = lse - found
@@ -100,30 +101,35 @@ def _statistics(
     ignore_index: int,
     scale: float,
     softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each token the log-sum-exp and the target's logit over these entries of the vocabulary: (tokens,) in fp32.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each token over these entries of the vocabulary the log-sum-exp, what its rounding lost, and the target's
+    logit, each (tokens,) in fp32.
 
-    They are -inf where there is nothing to sum or no target among them, and 0 for ignored tokens. softcap 0: none.
+    The first and the last are -inf where there is nothing to sum or no target among the entries; all are 0 for ignored
+    tokens. softcap 0: none.
     """
     if _launches(hidden):
         return launch_statistics(hidden, weight, bias, targets, first, ignore_index, scale, softcap)
     kept = (targets != ignore_index).nonzero()[:, 0]
     wide = hidden[kept].to(_wide(hidden))
-    lse = wide.new_full(kept.shape, -torch.inf)
-    found = wide.new_full(kept.shape, -torch.inf)
+    largest, found = wide.new_full((2, *kept.shape), -torch.inf)
+    total = torch.zeros_like(largest)
     for entries in _slices(weight.shape[0], len(kept), hidden.device):
         logits = _logits(wide, weight[entries], None if bias is None else bias[entries], scale, softcap)
-        lse = torch.logaddexp(lse, logits.logsumexp(-1))
+        larger = torch.maximum(largest, logits.amax(-1))
+        shift = torch.where(larger == -torch.inf, 0.0, larger)
+        total = total * (largest - shift).exp() + (logits - shift[:, None]).exp_().sum(-1)
+        largest = larger
         columns, is_here = _columns(targets[kept], first, entries)
         found = torch.where(is_here, logits.gather(-1, columns[:, None])[:, 0], found)
-    everywhere = wide.new_zeros((2, len(targets)))
-    everywhere[:, kept] = torch.stack([lse, found])
-    return everywhere[0].clone(), everywhere[1].clone()
+    everywhere = wide.new_zeros((3, len(targets)))
+    everywhere[:, kept] = torch.stack([*sum_precisely(largest, total.log()), found])
+    return everywhere[0].clone(), everywhere[1].clone(), everywhere[2].clone()
 
 
 @_statistics.register_fake
 def _(hidden, weight, bias, targets, first, ignore_index, scale, softcap):
-    return tuple(hidden.new_empty(targets.shape, dtype=_wide(hidden)) for _ in range(2))
+    return tuple(hidden.new_empty(targets.shape, dtype=_wide(hidden)) for _ in range(3))
 
 
 @torch.library.custom_op("parallelize::linear_cross_entropy_backward", mutates_args=())
@@ -135,6 +141,7 @@ def _gradients(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     lse: torch.Tensor,
+    lse_lost: torch.Tensor,
     first: int,
     ignore_index: int,
     scale: float,
@@ -146,7 +153,7 @@ def _gradients(
     if _launches(hidden):
         entries = max(1, _SLICE_ELEMENTS["cuda" if hidden.is_cuda else "cpu"] // max(len(targets), 1))
         return launch_gradients(
-            grad_lse, grad_found, hidden, weight, bias, targets, lse, first, ignore_index, scale, softcap,
+            grad_lse, grad_found, hidden, weight, bias, targets, lse, lse_lost, first, ignore_index, scale, softcap,
             wants_hidden, wants_weight, slice_entries=entries,
         )  # fmt: skip
     kept = (targets != ignore_index).nonzero()[:, 0]
@@ -157,7 +164,7 @@ def _gradients(
     for entries in _slices(weight.shape[0], len(kept), hidden.device):
         part = weight[entries].to(wide.dtype)
         logits = _logits(wide, part, None if bias is None else bias[entries], scale, softcap)
-        grad = (logits - lse[kept, None]).exp_() * grad_lse[kept, None]
+        grad = (logits - lse[kept, None]).exp_() * (grad_lse * (1 - lse_lost))[kept, None]  # exp(-lost) is 1 - lost
         columns, is_here = _columns(targets[kept], first, entries)
         grad.scatter_add_(-1, columns[:, None], (grad_found[kept] * is_here)[:, None])
         if softcap:
@@ -177,7 +184,7 @@ def _gradients(
 
 
 @_gradients.register_fake
-def _(grad_lse, grad_found, hidden, weight, bias, targets, lse, first, ignore_index, scale, softcap, wants_hidden, wants_weight):  # fmt: skip # noqa: E501
+def _(grad_lse, grad_found, hidden, weight, bias, targets, lse, lse_lost, first, ignore_index, scale, softcap, wants_hidden, wants_weight):  # fmt: skip # noqa: E501
     return (
         hidden.new_empty(hidden.shape if wants_hidden else (0,)),
         weight.new_empty(weight.shape if wants_weight else (0,)),
@@ -187,16 +194,16 @@ def _(grad_lse, grad_found, hidden, weight, bias, targets, lse, first, ignore_in
 
 def _keep(ctx, inputs, output) -> None:
     hidden, weight, bias, targets, *ctx.options = inputs
-    ctx.save_for_backward(hidden, weight, bias, targets, output[0])
+    ctx.save_for_backward(hidden, weight, bias, targets, *output[:2])
 
 
-def _backward(ctx, grad_lse, grad_found):
-    hidden, weight, bias, targets, lse = ctx.saved_tensors
+def _backward(ctx, grad_lse, _, grad_found):
+    hidden, weight, bias, targets, *lse = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
     # Nothing is changed in place: zero-bubble schedules come here twice, for the inputs and for the weights. Torch does
     # not say which of the two it is, so that both compute everything.
     gradients = _gradients(
-        grad_lse, grad_found, hidden, weight, bias, targets, lse, *ctx.options, wanted[0], any(wanted[1:])
+        grad_lse, grad_found, hidden, weight, bias, targets, *lse, *ctx.options, wanted[0], any(wanted[1:])
     )
     return *[gradient if wants else None for gradient, wants in zip(gradients, wanted, strict=True)], *[None] * 5
 
@@ -217,10 +224,7 @@ def _wide(hidden: torch.Tensor) -> torch.dtype:
 def _logits(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float
 ) -> torch.Tensor:
-    logits = hidden @ weight.to(hidden.dtype).T
-    if bias is not None:
-        logits = logits + bias.to(hidden.dtype)
-    logits = logits * scale
+    logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)) * scale
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 

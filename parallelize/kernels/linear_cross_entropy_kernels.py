@@ -27,13 +27,13 @@ def launch_statistics(
     ignore_index: int,
     scale: float,
     softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-sum-exp and the target's logit of each token (tokens,), in fp32; 0 for ignored tokens."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-sum-exp, what its rounding lost, and the target's logit of each token (tokens,), in fp32."""
     (tokens, features), vocabulary = hidden.shape, weight.shape[0]
     is_ignored = targets == ignore_index
     nothing = torch.where(is_ignored, 0.0, -torch.inf)
     if tokens == 0 or vocabulary == 0:
-        return nothing, nothing.clone()
+        return nothing, torch.zeros_like(nothing), nothing.clone()
     hidden, weight, order, count = hidden.contiguous(), weight.contiguous(), *_in_order(is_ignored)
     rows, columns, inner, options = _tile(hidden, tokens, vocabulary, features)
     blocks = -(-tokens // rows)
@@ -50,11 +50,21 @@ def launch_statistics(
         HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap != 0,
         ROWS=rows, COLUMNS=columns, INNER=inner, **options,
     )  # fmt: skip
-    # One logarithm, of the whole sum: rounded once. Where all logits are -inf nothing is subtracted.
     largest = maxima.amax(0)
-    shift = torch.where(largest == -torch.inf, 0.0, largest)
-    lse = largest + (sums * (maxima - shift).exp()).sum(0).log()
-    return torch.where(is_ignored, 0.0, lse), found
+    shift = torch.where(largest == -torch.inf, 0.0, largest)  # where all logits are -inf nothing is subtracted
+    lse, lost = sum_precisely(largest, (sums * (maxima - shift).exp()).sum(0).log())
+    return torch.where(is_ignored, 0.0, lse), torch.where(is_ignored, 0.0, lost), found
+
+
+def sum_precisely(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """one + other rounded, and what that lost (Knuth's TwoSum); the latter is 0 where the sum is infinite.
+
+    All probabilities of a token have the rounding error of its log-sum-exp; sums over them would show it.
+    """
+    total = one + other
+    of_other = total - one
+    lost = (one - (total - of_other)) + (other - of_other)
+    return total, torch.where(total.isinf(), 0.0, lost)
 
 
 def launch_gradients(
@@ -65,6 +75,7 @@ def launch_gradients(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     lse: torch.Tensor,
+    lse_lost: torch.Tensor,
     first: int,
     ignore_index: int,
     scale: float,
@@ -84,7 +95,7 @@ def launch_gradients(
         return total.to(hidden.dtype), grad_weight.zero_(), grad_bias.zero_()
     hidden, weight, order, count = hidden.contiguous(), weight.contiguous(), *_in_order(targets == ignore_index)
     bias = bias.contiguous() if has_bias else weight
-    targets, lse = targets.contiguous(), lse.contiguous()
+    targets, lse, lse_lost = targets.contiguous(), lse.contiguous(), lse_lost.contiguous()
     grad_lse, grad_found = grad_lse.contiguous(), grad_found.contiguous()
     rows, columns, inner, options = _tile(hidden, tokens, min(slice_entries, vocabulary), features)
     width = min(max(slice_entries // columns, 1) * columns, vocabulary)
@@ -92,7 +103,7 @@ def launch_gradients(
     for start in range(0, vocabulary, width):
         size = min(width, vocabulary - start)
         _logits_grad_kernel[(-(-tokens // rows) * -(-size // columns),)](
-            hidden, weight, bias, targets, order, count, lse, grad_lse, grad_found, logits_grad,
+            hidden, weight, bias, targets, order, count, lse, lse_lost, grad_lse, grad_found, logits_grad,
             tokens, features, start, size, width, first, scale, softcap,
             HAS_BIAS=has_bias, HAS_SOFTCAP=softcap != 0, ROWS=rows, COLUMNS=columns, INNER=inner, **options,
         )  # fmt: skip
@@ -213,7 +224,7 @@ def _forward_kernel(
 
 @jit
 def _logits_grad_kernel(
-    hidden, weight, bias, targets, order, count, lse, grad_lse, grad_found, logits_grad,
+    hidden, weight, bias, targets, order, count, lse, lse_lost, grad_lse, grad_found, logits_grad,
     tokens, features, slice_start, slice_size, width, first, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
@@ -242,7 +253,8 @@ def _logits_grad_kernel(
         of_lse = tl.load(grad_lse + token, mask=has_token, other=0.0)
         of_found = tl.load(grad_found + token, mask=has_token, other=0.0)
         normalizer = tl.load(lse + token, mask=has_token, other=0.0)
-        grad = tl.exp(logits - normalizer[:, None]) * of_lse[:, None]
+        lost = tl.load(lse_lost + token, mask=has_token, other=0.0)
+        grad = tl.exp(logits - normalizer[:, None]) * (of_lse * (1 - lost))[:, None]  # exp(-lost) is 1 - lost
         grad += tl.where(entry[None, :] == target[:, None], of_found[:, None], 0.0)
         grad = grad * slope
         inside = has_token[:, None] & has_entry[None, :]
