@@ -1,4 +1,4 @@
-"""Whether a model's head is one matrix product, a scale and a softcap: what `linear_cross_entropy` computes the loss of.
+"""Whether a model's head is one matrix product, a scale and a softcap, as `linear_cross_entropy` takes it to be.
 
     the head's own code around a small matrix -> how logits depend on the product -> `LinearHead`
     the twin -> loss and every gradient by the kernel against those by the head itself -> that, or why not

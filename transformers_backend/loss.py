@@ -47,7 +47,10 @@ SumLoss = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class LinearHead:
-    """A head that is one matrix product: cap(scale * (hidden @ weight^T + bias)), cap(z) = softcap * tanh(z / softcap)."""
+    """A head that is one matrix product: cap(scale * (hidden @ weight^T + bias)).
+
+    cap(z) = softcap * tanh(z / softcap), or z where that is None.
+    """
 
     scale: float
     softcap: float | None

@@ -117,7 +117,8 @@ def loss_and_gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Our loss of a twin, with the head in three chunks or on full logits, and every gradient.
 
-    vocabulary: what a rank's head computes of it. linear_head: for a loss without logits. before_run: called when the loss is installed.
+    vocabulary: what a rank's head computes of it. linear_head: for a loss without logits.
+    before_run: called when the loss is installed.
     """
     columns = VOCABULARY_SIZE if vocabulary is None else vocabulary.largest
     chunk_elements = input_ids.numel() * columns // 3 + 1

@@ -1,6 +1,6 @@
 """The Triton kernels of `linear_cross_entropy.py`, and what allocates for them and launches them.
 
-    _forward_kernel        block of tokens x part of the vocabulary   ->  maximum and sum of the part, the target's logit
+    _forward_kernel        block of tokens x part of the vocabulary   ->  maximum, sum, the target's logit
     _logits_grad_kernel    block of tokens x block of a slice         ->  gradient of these logits
     _hidden_grad_kernel    block of tokens x block of features        +=  logits' gradient @ weight, fp32
     _weight_grad_kernel    block of a slice x block of features        =  logits' gradient^T @ hidden, fp32 until stored

@@ -6,9 +6,21 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig,
-    LlamaForCausalLM, MiniCPM3Config, MiniCPM3ForCausalLM, ModernBertDecoderConfig, ModernBertDecoderForCausalLM,
-    PhiConfig, PhiForCausalLM, PreTrainedModel,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MiniCPM3Config,
+    MiniCPM3ForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
 )  # fmt: skip
 
 from parallelize.config import KernelConfig
@@ -33,7 +45,8 @@ CASES = {
 def test_the_loss_is_the_heads_own(name: str):
     model_class, config, expected = CASES[name]
     found = find_linear_head(build_twin(config, model_class))
-    assert isinstance(found, LinearHead) and found.softcap == expected.softcap
+    assert isinstance(found, LinearHead)
+    assert found.softcap == expected.softcap
     assert found.scale == pytest.approx(expected.scale, rel=1e-9)
     own, ours = (build_twin(config, model_class) for _ in range(2))
     batch = example_batch()
@@ -44,7 +57,14 @@ def test_the_loss_is_the_heads_own(name: str):
 
 
 def test_the_scale_is_the_models_and_not_the_twins():
-    config = MiniCPM3Config(hidden_size=256, dim_model_base=32, num_hidden_layers=2, vocab_size=100)
+    config = MiniCPM3Config(
+        hidden_size=256,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        dim_model_base=32,
+        num_hidden_layers=2,
+        vocab_size=100,
+    )
     with torch.device("meta"):
         model = MiniCPM3ForCausalLM(config)
     assert find_linear_head(model) == LinearHead(0.125, None)
@@ -80,8 +100,10 @@ def test_only_by_name():
     model = build_twin(LlamaConfig(), LlamaForCausalLM)
     assert describe_decoder(model).head == "lm_head"
     plan = _plan(model, ["linear_cross_entropy"])
-    assert plan.linear_head == LinearHead(1.0, None) and plan.kinds["lm_head", "linear_cross_entropy"] == 1
+    assert plan.linear_head == LinearHead(1.0, None)
+    assert plan.kinds["lm_head", "linear_cross_entropy"] == 1
     for device in ("cpu", "cuda"):
         assert _plan(model, ["auto"], device).linear_head is None
     refused = _plan(build_twin(ModernBertDecoderConfig(), ModernBertDecoderForCausalLM), ["linear_cross_entropy"])
-    assert refused.linear_head is None and any("more than its matrix" in reason for _, reason in refused.kinds)
+    assert refused.linear_head is None
+    assert any("more than its matrix" in reason for _, reason in refused.kinds)
