@@ -1,12 +1,12 @@
-"""Summed cross-entropy of a linear head, never with all logits: hidden states, the head's weight and targets in, a scalar out.
+"""Summed cross-entropy of a linear head, without all logits: from hidden states, the head's weight and targets.
 
     logits = cap(scale * (hidden @ weight^T + bias))       cap(z) = softcap * tanh(z / softcap), or z
     loss   = sum over tokens of lse - logits[target] + z_loss * lse^2,    lse = log(sum(exp(logits)))
 
 The forward keeps lse (with what its rounding lost) and the target's logit of every token: a program goes through its
-part of the vocabulary for a block of tokens, with a running maximum and sum in fp32. The backward computes logits again,
-for all tokens and a slice of the vocabulary at a time, and keeps their gradient (tokens, slice) in the dtype of the
-hidden states, as plain torch does, for two matrix products:
+part of the vocabulary for a block of tokens, with a running maximum and sum in fp32. The backward computes logits
+again, for all tokens and a slice of the vocabulary at a time, and keeps their gradient (tokens, slice) in the dtype of
+the hidden states, as plain torch does, for two matrix products:
 
     grad_hidden    summed over the vocabulary in fp32, also from slice to slice; rounded once, at the end
     grad_weight    of a slice is complete at once: one program adds a tile up over all tokens in fp32, rounds it once,
