@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -29,3 +30,18 @@ def apply_compile(layers: Iterable[nn.Module], *, backend: str) -> None:
     for layer in layers:
         compiled = torch.compile(layer.forward, backend=backend, fullgraph=True)
         layer.forward = with_local_parameters(layer, compiled)
+
+
+@contextlib.contextmanager
+def compiled_for_now() -> Iterator[None]:
+    """Within the block a small copy of a model is compiled; the compiler begins anew with it, and after it.
+
+    The compiler takes a size that it has seen another value of for one that keeps changing. The layers of the model
+    itself are the same code as the copy's, so that it would compile them for batches and sequences of any size: slower
+    to compile (on a CPU, 20 seconds for a layer instead of one) and slower to run.
+    """
+    torch.compiler.reset()
+    try:
+        yield
+    finally:
+        torch.compiler.reset()

@@ -107,12 +107,17 @@ class ParallelismConfig:
 
     context_parallel_degree: int = 1
     """Number of ranks that each sequence is split over; twice as many must divide its length (in the contiguous layout
-    as many). 1 means disabled, and then neither of the two keys below has an effect."""
+    as many). 1 means disabled, and then none of the three keys below has an effect."""
 
     context_parallel_method: Literal["ring", "allgather", "ulysses"] = "ring"
     """How attention sees the whole sequence: "ring" passes keys and values around while it computes (least memory),
     "allgather" collects all of them at once, "ulysses" exchanges tokens for heads, of which the degree must be a
     divisor."""
+
+    context_parallel_ulysses_degree: int = 1
+    """Of the ranks that share a sequence so many neighbours exchange tokens for heads, and the ring is over the rest:
+    for large degrees, with context_parallel_method = "ring". It must divide context_parallel_degree and the attention
+    heads of a rank. 1 means the ring alone."""
 
     context_parallel_layout: Literal["zigzag", "contiguous"] = "zigzag"
     """Which tokens a rank has: "zigzag" an early and a late chunk, so that all have the same to compute, "contiguous"
@@ -132,7 +137,10 @@ class ParallelismConfig:
         if set(degrees.values()) == {1} and dist.is_initialized():
             degrees["data_parallel_replicate_degree"] = dist.get_world_size()
         is_async = given["tp_size"] > 1 and given["tp_handler"].enable_async_tp  # accelerate itself ignores it
-        return cls(**degrees, enable_async_tensor_parallel=is_async)
+        shared = {}
+        if given["cp_size"] > 1:
+            shared["context_parallel_method"] = _ACCELERATE_STRATEGIES[given["cp_handler"].cp_comm_strategy]
+        return cls(**degrees, **shared, enable_async_tensor_parallel=is_async)
 
     def problems(self) -> list[str]:
         found = []
@@ -149,9 +157,30 @@ class ParallelismConfig:
         found += choice_problems("parallelism", self, "sequence_parallel", ("auto", "always", "never"))
         found += choice_problems("parallelism", self, "context_parallel_method", CONTEXT_PARALLEL_METHODS)
         found += choice_problems("parallelism", self, "context_parallel_layout", ("zigzag", "contiguous"))
+        found += self._ulysses_problems()
         for pattern, style in self.tensor_parallel_plan.items():
             found += _plan_entry_problems(pattern, style)
         return found + self._pipeline_problems()
+
+    def _ulysses_problems(self) -> list[str]:
+        """Whether it divides the heads is found out with the model."""
+        key = f"parallelism.context_parallel_ulysses_degree = {self.context_parallel_ulysses_degree}"
+        degree, ulysses = self.context_parallel_degree, self.context_parallel_ulysses_degree
+        if ulysses < 1:
+            return [f"{key}: must be at least 1 (1 means the ring alone)."]
+        found = []
+        if degree <= 1 or ulysses == 1:
+            return found
+        if degree % ulysses:
+            divisors = [divisor for divisor in range(1, degree + 1) if degree % divisor == 0]
+            nearest = min(divisors, key=lambda divisor: abs(divisor - ulysses))
+            found.append(f"{key}: must divide context_parallel_degree = {degree}; the nearest that does is {nearest}.")
+        if self.context_parallel_method != "ring":
+            found.append(
+                f'{key} with context_parallel_method = "{self.context_parallel_method}": only around a ring are tokens '
+                'exchanged for heads by some of the ranks. Set the method to "ring", or this to 1.'
+            )
+        return found
 
     def _pipeline_problems(self) -> list[str]:
         """Of the keys by themselves; `pipeline_parallel/schedules.py` has the rules that need a batch or a model."""
@@ -294,6 +323,8 @@ _ACCELERATE_SIZES = {
     "tp_size": "tensor_parallel_degree",
     "cp_size": "context_parallel_degree",
 }
+# How ranks exchange a sequence; "alltoall" passes keys and values on from rank to rank.
+_ACCELERATE_STRATEGIES = {"allgather": "allgather", "alltoall": "ring"}
 # What says nothing by itself: the only backends that there are, and settings of sequence parallelism, which is refused.
 _ACCELERATE_SILENT = ("cp_backend", "sp_backend", "sp_handler")
 
@@ -324,10 +355,10 @@ def _without_counterpart(given: dict[str, Any]) -> list[str]:
             f"sp_size = {given['sp_size']}: the sequence parallelism of DeepSpeed is not available here; set it to 1, "
             "and raise dp_shard_size by that factor."
         )
-    if given["cp_size"] > 1 and given["cp_handler"].cp_comm_strategy != "allgather":
+    if given["cp_size"] > 1 and (strategy := given["cp_handler"].cp_comm_strategy) not in _ACCELERATE_STRATEGIES:
         found.append(
-            f'cp_handler.cp_comm_strategy = "{given["cp_handler"].cp_comm_strategy}": how ranks exchange a sequence '
-            "cannot be chosen here; leave it out."
+            f'cp_handler.cp_comm_strategy = "{strategy}": this version here does not know that way to exchange a '
+            f"sequence; take one of {', '.join(_ACCELERATE_STRATEGIES)}."
         )
     known = {*_ACCELERATE_SIZES, *_ACCELERATE_SILENT, "sp_size", "tp_handler", "cp_handler"}
     found += [

@@ -15,6 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from parallelize.context_parallel.levels import groups_made
+from parallelize.parallel_dims import data_parallel_mesh
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +89,7 @@ def set_timeout(seconds: int, mesh: DeviceMesh | None) -> None:
     timeout = timedelta(seconds=seconds)
     groups = [dist.group.WORLD]
     if mesh is not None:
-        flattened = mesh._get_root_mesh()._flatten_mapping.values()  # what FSDP2 shards over with context parallelism
-        groups += [*mesh.get_all_groups(), *(flat.get_group() for flat in flattened)]
+        groups += [*mesh.get_all_groups(), *data_parallel_mesh(mesh).get_all_groups(), *groups_made(mesh["cp"])]
     for group in groups:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
@@ -200,3 +203,18 @@ def same_outcome(*kinds: type[Exception], group: dist.ProcessGroup | None = None
         raise failure
     rank, (kind, message) = next(iter(failures.items()))
     raise kinds[kind](f"rank {rank}: {message}") from failure
+
+
+def gathered(tensor: DTensor) -> torch.Tensor:
+    """All of a DTensor, on every rank of its mesh, which all call it.
+
+    `full_tensor` does the same, and where two dimensions of the mesh shard one dimension of the tensor it warns that it
+    gathers twice: with FSDP2 over tensor parallelism that is so by their order (`_StridedShard`: FSDP2's shards are cut
+    out of those of tensor parallelism, so they are joined first), and nobody could do anything about it.
+    """
+    placements = list(tensor.placements)
+    for dimension in sorted(range(len(placements)), key=lambda number: (type(placements[number]) is Shard, -number)):
+        if not placements[dimension].is_replicate():
+            placements[dimension] = Replicate()
+            tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()

@@ -58,8 +58,12 @@ def shares_of(layout: SequenceLayout, rule: MaskRule) -> list[Share]:
 
 
 def _seen_pairs(rule: MaskRule, queries: Chunk) -> int:
-    places = torch.arange(queries.start, queries.stop)
-    return int((places + 1).clamp(max=rule.window or queries.stop).sum())
+    """Those of all queries of a chunk: query p sees p + 1 keys, or a window of them."""
+    window = min(rule.window or queries.stop, queries.stop)
+    first_full = max(queries.start, window)  # the first query before which there are more keys than it sees
+    return (first_full * (first_full + 1) - queries.start * (queries.start + 1)) // 2 + (
+        queries.stop - first_full
+    ) * window
 
 
 def bytes_of_chunk(layout: SequenceLayout, kv_heads: int, head_dim: int, itemsize: int = 2) -> int:

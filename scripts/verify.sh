@@ -6,6 +6,7 @@
 #   scripts/verify.sh llama phi3 --fsdp 2 --tp 2          on 2 x 2 processes; how much of each model is split
 #   scripts/verify.sh llama --pp 2 --schedule GPipe       on the 2 ranks of a pipeline, by this schedule
 #   scripts/verify.sh llama gemma2 --cp 2                 on 2 ranks that share every sequence; packed documents, too
+#   scripts/verify.sh llama --cp 4 --cp-ulysses 2         on 4, of which pairs exchange tokens for heads
 #   scripts/verify.sh --help                              the options
 #
 # MODEL is a model type, a hub id or a folder; a relative folder starts at the checkout.

@@ -1,4 +1,5 @@
-"""What is wrong with a batch before the model sees it: shapes, and tokens that differ between ranks of one model.
+"""What is wrong with a batch before the model sees it: shapes, tokens that differ between ranks of one model, and
+tokens and positions that there are not.
 
 `HFTransformerModel` asks with every call.
 """
@@ -9,6 +10,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallelize.distributed import are_equal
+from transformers_backend.loss import IGNORE_INDEX
 
 # Ranks that differ only along these dimensions of the mesh compute on the same tokens.
 _SAME_BATCH = {"cp": "context-parallel group", "tp": "tensor-parallel group", "pp": "pipeline"}
@@ -41,6 +43,35 @@ def check_same_batch(*batch: torch.Tensor | None, mesh: DeviceMesh | None, devic
         f"{' or '.join(f'{kind} of {size}' for kind, size in kinds.items() if size > 1)}, which compute on the same "
         "tokens. Give each rank the batch of its data_rank, of dims.data_parallel_size."
     )
-    if same.device.type == "cpu" and not same:
+    _require(same, message)
+
+
+def check_vocabulary(input_ids: torch.Tensor, targets: torch.Tensor, size: int) -> None:
+    """Tokens and targets must be in a vocabulary of `size`; a ValueError at once on a CPU, later on CUDA.
+
+    For ranks that share a sequence: the model itself would fail only on the one that has the token, and the others
+    would wait for it.
+    """
+    is_token = (input_ids >= 0) & (input_ids < size)
+    is_target = (targets == IGNORE_INDEX) | ((targets >= 0) & (targets < size))
+    good = is_token.all() & is_target.all()
+    message = (
+        f"input_ids or labels have a token that the model has not: they must be from 0 to {size - 1} (labels that are "
+        f"to be ignored {IGNORE_INDEX}). Use the model's own tokenizer, or resize_token_embeddings first."
+    )
+    _require(good, message)
+
+
+def check_positions(position_ids: torch.Tensor, count: int) -> None:
+    """Positions must be in a learned table of `count`; likewise."""
+    good = ((position_ids >= 0) & (position_ids < count)).all()
+    _require(
+        good, f"position_ids must be from 0 to {count - 1}: the model has learned so many positions. Cut the rows."
+    )
+
+
+def _require(good: torch.Tensor, message: str) -> None:
+    """good: bool scalar. An accelerator is not waited for: its error comes later."""
+    if good.device.type == "cpu" and not good:
         raise ValueError(message)
-    torch._assert_async(same, message)
+    torch._assert_async(good, message)

@@ -19,13 +19,18 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from parallelize.context_parallel.blocks import BlockAttention
 from parallelize.context_parallel.kernels import choose_blocks
 from parallelize.context_parallel.layout import SequenceLayout, sequence_length_problems
+from parallelize.context_parallel.levels import levels_of
 from parallelize.context_parallel.ring import Ring
+from transformers_backend.batch_checks import check_positions, check_vocabulary
 from transformers_backend.context_attention import ContextAttention
 from transformers_backend.context_mixers import GatheredMixers
-from transformers_backend.decoder import describe_decoder
+from transformers_backend.context_rotary import WholeLengths
+from transformers_backend.decoder import describe_decoder, learned_positions, rotaries_by_length
 from transformers_backend.isolation import document_begins
+from transformers_backend.loss import IGNORE_INDEX
 
 _BATCH = ("input_ids", "targets", "position_ids")
 
@@ -42,10 +47,24 @@ class ContextPlan:
     mesh: DeviceMesh
     """Of the ranks that share each of them."""
     method: str = "ring"
-    """One of `methods.METHODS`."""
+    """As `ParallelismConfig.context_parallel_method`."""
     is_zigzag: bool = True
     """How they lie on the ranks: see `layout.py`."""
     kind: Kind = "attention"
+    ulysses_degree: int = 1
+    """As `ParallelismConfig.context_parallel_ulysses_degree`."""
+
+    @property
+    def heads_degree(self) -> int:
+        """How many ranks exchange tokens for heads; the ring is over the rest, which "ulysses" has none of."""
+        return self.mesh.size() if self.method == "ulysses" else self.ulysses_degree
+
+    @property
+    def way(self) -> str:
+        """The method in a few words."""
+        if self.ulysses_degree == 1:
+            return self.method
+        return f"ring {self.mesh.size() // self.ulysses_degree} x ulysses {self.ulysses_degree}"
 
 
 class SharedContext:
@@ -57,10 +76,11 @@ class SharedContext:
         plan: ContextPlan,
         *,
         mixers: Sequence[str] = (),
-        dtype: torch.dtype = torch.float32,
+        blocks: tuple[BlockAttention, str] | None = None,
     ) -> None:
-        """Change the model, before anything else does. dtype: that attention computes in.
+        """Change the model, before anything else does.
 
+        blocks: what computes attention's, and a sentence that says why; None chooses for fp32.
         mixers: modules that run on the whole sequence, where attention does not run over the ranks.
         """
         assert bool(mixers) == (plan.kind != "attention")
@@ -68,16 +88,22 @@ class SharedContext:
         self.own_attention = hf_model.config._attn_implementation
         """What the model attends with where it has whole sequences: the name of a function of Transformers."""
         self._mesh, self._group, self._rank = plan.mesh, plan.mesh.get_group(), plan.mesh.get_local_rank()
-        self._blocks, self._why_blocks = choose_blocks(self._mesh.device_type, dtype)
+        self._blocks, self._why_blocks = blocks or choose_blocks(self._mesh.device_type, torch.float32)
+        decoder = describe_decoder(hf_model)
+        self._learned_positions = learned_positions(hf_model, decoder)
+        self._vocabulary_size = hf_model.get_submodule(decoder.embedding).weight.shape[0]
         self._layout: SequenceLayout | None = None
         self._attention: ContextAttention | None = None
+        self._lengths: WholeLengths | None = None
         self._mixers: GatheredMixers | None = None
-        self.way = f"whole sequence: {summarize(mixers)}" if mixers else plan.method
+        self.way = f"whole sequence: {summarize(mixers)}" if mixers else plan.way
         """How a query reaches the keys of other ranks: the method, or which modules get the whole sequence."""
         if mixers:
-            self._mixers = GatheredMixers(hf_model, describe_decoder(hf_model), mixers, self._group)
+            self._mixers = GatheredMixers(hf_model, decoder, mixers, self._group)
         else:
             self._attention = ContextAttention(hf_model, self.own_attention)
+            self._lengths = WholeLengths(rotaries_by_length(hf_model))
+            self._levels = levels_of(plan.mesh, plan.heads_degree)
 
     @property
     def takes_whole_sequences(self) -> bool:
@@ -99,25 +125,32 @@ class SharedContext:
             self._mixers.install()
 
     def share(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """This rank's part of `input_ids`, `targets` and `position_ids`, (batch, local); and `documents`, (batch, seq).
+        """This rank's part of `input_ids`, `targets` and `position_ids`, (batch, local); `documents`, (batch, seq); and
+        the `latest` position of each whole sequence, (batch,).
 
-        Positions say where documents begin; a batch without them gets those of whole sequences. A model that takes
-        whole sequences gets all as it is, but for the targets.
+        Positions say where documents begin; a batch without them gets those of whole sequences. `documents` are on the
+        CPU (int32), where attention reads them for every block: give the positions as they came, before they go to a
+        device, which they do here. A model that takes whole sequences gets all as it is, but for the targets.
         """
         rows, length = batch["input_ids"].shape
         degree, is_zigzag = self._mesh.size(), self.plan.is_zigzag
         if problems := sequence_length_problems("The length of the sequences", length, degree, is_zigzag=is_zigzag):
-            raise ValueError(problems[0])
+            raise ValueError(f"{problems[0]} Pad it at the end, with labels {IGNORE_INDEX}, or cut it.")
+        check_vocabulary(batch["input_ids"], batch["targets"], self._vocabulary_size)
+        if self._learned_positions is not None and "position_ids" in batch:
+            check_positions(batch["position_ids"], self._learned_positions)
         self._layout = SequenceLayout(length, degree, is_zigzag)
         if self.takes_whole_sequences:
-            return {**batch, "targets": self._layout.shard(batch["targets"], self._rank, 1)}
-        shared = {}
-        positions = batch.get("position_ids")
+            whole = {name: tensor.to(batch["input_ids"].device) for name, tensor in batch.items()}
+            return {**whole, "targets": self._layout.shard(batch["targets"], self._rank, 1)}
+        shared: dict[str, torch.Tensor] = {}
+        device, positions = batch["input_ids"].device, batch.get("position_ids")
         if positions is None:
-            positions = torch.arange(length, device=batch["input_ids"].device).expand(rows, -1)
+            positions = torch.arange(length, device=device).expand(rows, -1)
         else:
-            shared["documents"] = document_begins(positions).cumsum(1)
-        whole = {**batch, "position_ids": positions}
+            shared["documents"] = document_begins(positions.cpu()).cumsum(1, dtype=torch.int32)
+        whole = {**batch, "position_ids": positions.to(device)}
+        shared["latest"] = whole["position_ids"].amax(1)
         return {**{name: self._layout.shard(whole[name], self._rank, 1) for name in _BATCH}, **shared}
 
     def inputs(
@@ -125,6 +158,7 @@ class SharedContext:
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         documents: torch.Tensor | None = None,
+        latest: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """What the model is to be called with next, for what `share` returned or some rows of it.
 
@@ -134,6 +168,7 @@ class SharedContext:
         if not self.is_sharing:
             return {"input_ids": input_ids}
         self._attention.documents = documents
+        self._lengths.latest = None if latest is None else latest.max()
         return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": torch.ones_like(input_ids)}
 
     @property
@@ -152,8 +187,16 @@ class SharedContext:
             with self._mixers.sharing(self._layout):
                 yield
             return
-        with self._attention.sharing(Ring(self._group, self._layout, self._blocks, self.plan.method)):
-            yield
+        try:
+            with self._attention.sharing(self._ring()):
+                yield
+        finally:
+            self._lengths.latest = None
+
+    def _ring(self) -> Ring:
+        if self.plan.method == "allgather":
+            return Ring(self._group, self._layout, self._blocks, "allgather")
+        return self._levels.over(self._layout, self._blocks)
 
     def describe(self) -> str:
         """How sequences are shared, for the summary of a run."""
@@ -165,7 +208,7 @@ class SharedContext:
                 f"every rank computes for all of it: {summarize(self._mixers.names)}"
             )
         return (
-            f"{self.plan.method} attention on {self._mesh.size()} ranks, each with {parts} of every sequence "
+            f"{self.way} attention on {self._mesh.size()} ranks, each with {parts} of every sequence "
             f"({layout}); blocks by {self._why_blocks}"
         )
 

@@ -39,7 +39,7 @@ class SharedMask:
     rule: MaskRule
     address: RingAddress
     documents: torch.Tensor | None
-    """The number of every token's document, (batch, seq); None where sequences are one document each."""
+    """The number of every token's document, (batch, seq) on the CPU; None where sequences are one document each."""
 
 
 class ContextAttention:
@@ -105,7 +105,7 @@ class ContextAttention:
             )
         if dropout:
             raise ValueError(
-                f"{name}: attention dropout = {dropout} is not available with context parallelism; set it to 0"
+                f"{name}: attention dropout = {dropout} is not available where ranks share sequences; set it to 0"
             )
         unknown = [name for name, item in kwargs.items() if item is not None and name not in _WITHOUT_EFFECT]
         if any(isinstance(kwargs[name], torch.Tensor) for name in unknown):
@@ -134,29 +134,52 @@ def describe_mask(mask_function: Callable, length: int) -> MaskRule:
         zero = torch.zeros((), dtype=torch.int64)
         return torch.as_tensor(mask_function(zero, zero, queries, keys)).expand(queries.shape)
 
-    last = length - 1
-    keys = torch.arange(length)
-    seen = int(sees(torch.full((length,), last), keys).sum())  # of all keys, by the last query
-    candidates = [MaskRule()] if seen == length else [MaskRule(window=seen)]
-    if seen < length:
-        first = last + 1 - seen  # that a query of the last chunk sees
-        sizes = [size for size in range(seen, first + 1) if first % size == 0]
-        candidates += [MaskRule(chunk=size) for size in sizes[:64]]
-    queries, keys = _pairs(length)
-    answers = sees(queries, keys)
-    for rule in candidates:
-        if torch.equal(answers, rule.sees(queries, keys)):
-            return rule
-    raise ValueError("the model's attention mask is no causal mask with a sliding window or chunks")
+    rule = _candidate(sees, length)
+    pairs = _pairs(length, rule)
+    if not torch.equal(sees(*pairs), rule.sees(*pairs)):
+        raise ValueError("the model's attention mask is no causal mask with a sliding window or chunks")
+    return rule
 
 
-def _pairs(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places of queries and keys to ask about: all of short sequences, else many at random and near the diagonal"""
+def _candidate(sees: Callable, length: int) -> MaskRule:
+    """The only rule that may answer as `sees` does."""
+
+    def first_seen(query: int) -> int:
+        low, high = 0, query
+        while low < high:
+            middle = (low + high) // 2
+            if sees(torch.tensor([query]), torch.tensor([middle])).item():
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    first = first_seen(length - 1)
+    if first == 0:
+        return MaskRule()
+    # With a window the query at `first` sees keys before it. Otherwise it begins the last chunk, and the one before it
+    # ends a whole chunk (of one token, which is a window of one).
+    if first_seen(first) < first:
+        return MaskRule(window=length - first)
+    size = first - first_seen(first - 1)
+    return MaskRule(window=1) if size == 1 else MaskRule(chunk=size)
+
+
+def _pairs(length: int, rule: MaskRule) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of queries and keys to ask about: all of short sequences, else many at random, near the diagonal and at
+    the rule's own borders."""
     if length <= 128:
         places = torch.arange(length)
         return places.repeat_interleave(length), places.repeat(length)
     generator = torch.Generator().manual_seed(0)
     queries, keys = torch.randint(0, length, (2, 8192), generator=generator)
-    near = torch.arange(length)
-    beside = [(near + shift).clamp(0, length - 1) for shift in (-1, 0, 1)]
-    return torch.cat([queries, near, near, near]), torch.cat([keys, *beside])
+    some, few = queries[:2048], queries[:256]
+    beside = [(few, few - distance) for distance in range(-1, 31)]
+    beside += [(some, some % 8)]  # the first tokens, which some masks let all queries see
+    if rule.window is not None:
+        beside += [(some, some - rule.window + shift) for shift in (0, 1)]
+    if rule.chunk is not None:
+        begins = some // rule.chunk * rule.chunk
+        beside += [(some, begins - 1), (some, begins), (begins, begins - 1), (begins + rule.chunk - 1, begins)]
+    every = [(queries, keys), *beside]
+    return tuple(torch.cat(places).clamp(0, length - 1) for places in zip(*every, strict=True))

@@ -17,11 +17,12 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from parallelize.compile import COMPILE_ERRORS, apply_compile
+from parallelize.compile import COMPILE_ERRORS, apply_compile, compiled_for_now
 from parallelize.config import ActivationCheckpointConfig, ParallelismConfig
-from parallelize.context_parallel.ulysses import ulysses_problem
+from parallelize.context_parallel.ulysses import heads_problem
 from parallelize.distributed import gather_objects, sum_over
 from transformers_backend.context import ContextPlan, Kind, SharedContext, summarize
+from transformers_backend.context_calls import choose_blocks_for, refuse_attention_dropout
 from transformers_backend.context_mixers import find_mixers
 from transformers_backend.decoder import describe_decoder
 from transformers_backend.flops import attention_costs
@@ -52,7 +53,7 @@ def choose_context(
     method, layout = parallelism.context_parallel_method, parallelism.context_parallel_layout
     reasons: list[str] = []
     for kind in get_args(Kind):
-        plan = ContextPlan(mesh, method, layout == "zigzag", kind)
+        plan = ContextPlan(mesh, method, layout == "zigzag", kind, parallelism.context_parallel_ulysses_degree)
         proof = ContextProof.of(hf_model, plan)
         reason = proof.why_not()
         if reason is None:
@@ -66,7 +67,10 @@ def choose_context(
         )
     if kind == "attention":
         _check_heads(hf_model.config, plan, parallelism)
-        return SharedContext(hf_model, plan, dtype=dtype)
+        refuse_attention_dropout(hf_model.config, type(hf_model), mesh.size())
+        layer_count = len(describe_decoder(hf_model).layers)
+        blocks = choose_blocks_for(hf_model.config, type(hf_model), layer_count, mesh.device_type, dtype)
+        return SharedContext(hf_model, plan, blocks=blocks)
     mixers = proof.mixers_of_model()
     logger.warning(
         "%s: no attention over the ranks, because with it the model computes something else (%s). Instead every rank "
@@ -74,14 +78,14 @@ def choose_context(
         "not divided by context_parallel_degree = %d: %s",
         type(hf_model).__name__, reasons[0], mesh.size(), summarize(mixers),
     )  # fmt: skip
-    return SharedContext(hf_model, plan, mixers=mixers, dtype=dtype)
+    return SharedContext(hf_model, plan, mixers=mixers)
 
 
 def isolate_shared(
     hf_config: PreTrainedConfig, model_class: type[PreTrainedModel], context: SharedContext
 ) -> Isolation:
     """How packed documents stay apart where ranks share them; a ValueError where they do not."""
-    isolation, reason = Isolation("the ring"), None
+    isolation, reason = Isolation("shared attention"), None
     if context.takes_whole_sequences:
         isolation = find_isolation(hf_config, model_class, context.own_attention)
         reason = isolation.reason
@@ -99,10 +103,11 @@ def isolate_shared(
 
 def _check_heads(hf_config: PreTrainedConfig, plan: ContextPlan, parallelism: ParallelismConfig) -> None:
     costs = attention_costs(hf_config, 1)
-    if plan.method != "ulysses" or not costs:
+    if not costs:
         return
     heads, tensor_ranks = costs[0].heads, parallelism.tensor_parallel_degree
-    if problem := ulysses_problem(heads if heads % tensor_ranks else heads // tensor_ranks, plan.mesh.size()):
+    own = heads if heads % tensor_ranks else heads // tensor_ranks
+    if problem := heads_problem(own, plan.heads_degree, is_ring=plan.method == "ring"):
         raise ValueError(problem)
 
 
@@ -157,7 +162,7 @@ class ContextProof:
             apply_compile(layers, backend=backend)
             return twin
 
-        with warnings.catch_warnings():
+        with compiled_for_now(), warnings.catch_warnings():
             # The compiler itself reads that attribute; where warnings are errors it would take this for a failure.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             return _on_all_ranks(
@@ -183,8 +188,7 @@ class ContextProof:
 
     def _twin(self, all_layers: bool = False) -> PreTrainedModel:
         own = self.attn_implementation if self.attn_implementation in ("sdpa", "eager") else None
-        # Ulysses shares out heads: the twin needs enough of them.
-        degree = self.plan.mesh.size() if self.plan.method == "ulysses" else 1
+        degree = self.plan.heads_degree  # heads are shared out: the twin needs enough of them
         return build_twin(
             self.hf_config, self.model_class, degree=degree, all_layers=all_layers, attn_implementation=own
         ).to(self._device)

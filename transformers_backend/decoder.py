@@ -8,6 +8,7 @@ description. A part that a model does not have is `None`.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -135,6 +136,17 @@ def learned_positions(hf_model: PreTrainedModel, decoder: Decoder) -> int | None
     return None
 
 
+def rotaries_by_length(hf_model: PreTrainedModel) -> list[nn.Module]:
+    """Rotary embeddings that choose their frequencies by the latest position that they are given (Transformers'
+    `dynamic_rope_update`). Their `rope_type` is one name, or one for each kind of layer."""
+
+    def chooses(kinds: str | dict[str, str]) -> bool:
+        names = kinds.values() if isinstance(kinds, dict) else [kinds]
+        return any("dynamic" in name or name == "longrope" for name in names)
+
+    return [module for module in hf_model.modules() if chooses(getattr(module, "rope_type", ""))]
+
+
 def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
@@ -167,18 +179,18 @@ def has_dropout(hf_model: PreTrainedModel) -> bool:
     """
     if any(isinstance(module, _DropoutNd) and module.p > 0 for module in hf_model.modules()):
         return True
-    return _has_dropout(hf_model.config.to_dict())
+    return any(dropout_fields(hf_model.config.to_dict()))
 
 
-def _has_dropout(fields: dict) -> bool:
-    """Whether a probability of a config, or of one nested in it, is positive."""
-    used = {name: value for name, value in fields.items() if not str(name).startswith(("summary_", "classifier_"))}
-    if any(_has_dropout(value) for value in used.values() if isinstance(value, dict)):
-        return True
-    return any(
-        isinstance(value, float) and value > 0 and ("dropout" in name or "pdrop" in name)
-        for name, value in used.items()
-    )
+def dropout_fields(fields: dict) -> Iterator[tuple[tuple[str, ...], float]]:
+    """(path, value) of every positive probability of dropping in a config or in one nested in it."""
+    for name, value in fields.items():
+        if str(name).startswith(("summary_", "classifier_")):
+            continue
+        if isinstance(value, dict):
+            yield from (((name, *path), inner) for path, inner in dropout_fields(value))
+        elif isinstance(value, float) and value > 0 and ("dropout" in name or "pdrop" in name):
+            yield (name,), value
 
 
 def drops_layers(hf_model: PreTrainedModel) -> bool:

@@ -26,7 +26,7 @@ LOGIT_TOLERANCE = 1e-5  # fp32; relative to the largest logit
 # Lengths of the documents in each row: one of a single token, one longer than the twin's attention windows.
 _ROWS = ((7, 1, 16), (11, 13))
 
-Way = Literal["positions", "mask", "joined rows", "the ring"]
+Way = Literal["positions", "mask", "joined rows", "shared attention"]
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,13 @@ class KernelPlan:
     kinds: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How many modules there are of (class, the kernel's name or why it has none)."""
 
+    def summary(self) -> str:
+        """How many modules compute by which kernel, e.g. "rms_norm 5"."""
+        counts = Counter(kernel.kernel for kernel in self.kernels.values())
+        if self.linear_head is not None:
+            counts["linear_cross_entropy"] = 1
+        return ", ".join(f"{name} {count}" for name, count in counts.items())
+
 
 def choose_kernels(
     hf_model: PreTrainedModel, config: KernelConfig, device: torch.device, *, is_compiled: bool

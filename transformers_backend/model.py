@@ -168,6 +168,8 @@ class HFTransformerModel:
         attention = proven_attention(self.model_args.attn_implementation)
         pipeline_plan = plan_pipeline(self.hf_model, self.decoder, attention, parallelism, seq_len)
         compute_dtype = param_dtype or self.hf_model.dtype
+        if self.dims.cp > 1:  # what is no causal model is refused as that, not for the way its sequences are shared
+            prove(self.hf_model.config, self.model_class, attention)
         self.context = choose_context(self.hf_model, self.mesh["cp"], parallelism, compute_dtype)
         split = choose_tensor_parallelism(self.hf_model, self.decoder, attention, self.mesh["tp"], parallelism)
         if self.context is not None:
@@ -336,8 +338,10 @@ class HFTransformerModel:
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         batch = {"input_ids": input_ids.to(self.device), "targets": shift_labels(labels.to(self.device))}
-        if position_ids is not None:
+        if position_ids is not None and self.context is None:
             batch["position_ids"] = position_ids.to(self.device)
+        elif position_ids is not None:
+            batch["position_ids"] = position_ids  # `share` reads documents out of them on the CPU
         return batch if self.context is None else self.context.share(batch)
 
     def _sum_loss(self, *, targets: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:

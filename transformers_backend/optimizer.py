@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from parallelize.distributed import gathered
+
 logger = logging.getLogger(__name__)
 
 Implementation = Literal["for-loop", "foreach", "fused"]
@@ -142,7 +144,7 @@ class ShardedMuon(torch.optim.Muon):
         update = update.bfloat16()  # before the gather: the orthogonalisation starts in bf16 anyway
         # A fused parameter comes in its stored order (parallelize/tensor_parallel/packing.py), a permutation P of its
         # original rows or columns, and needs no translation: Newton-Schulz on P X is P times Newton-Schulz on X.
-        whole = update.full_tensor() if isinstance(update, DTensor) else update
+        whole = gathered(update) if isinstance(update, DTensor) else update
         whole = orthogonalize(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
         if isinstance(parameter, DTensor):
             # Every rank has the same matrix, so each cuts its own shard: no source rank, no communication.

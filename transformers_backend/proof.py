@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from parallelize.activation_checkpoint import apply_activation_checkpointing
-from parallelize.compile import COMPILE_ERRORS, apply_compile
+from parallelize.compile import COMPILE_ERRORS, apply_compile, compiled_for_now
 from parallelize.config import ActivationCheckpointConfig
 from parallelize.tensor_parallel.vocabulary import VocabularyShard
 from transformers_backend.decoder import describe_decoder
@@ -96,7 +96,13 @@ def _check_causal(twin: PreTrainedModel, input_ids: torch.Tensor) -> None:
     """Changing the last token must not change what is predicted before it."""
     changed = input_ids.clone()
     changed[:, -1] = (changed[:, -1] + 7) % VOCABULARY_SIZE
-    before = twin(input_ids=input_ids, use_cache=False).logits[:, :-1]
+    try:
+        before = twin(input_ids=input_ids, use_cache=False).logits[:, :-1]
+    except MODEL_ERRORS as error:
+        raise ValueError(
+            f"{type(twin).__name__}: it does not run on input_ids alone ({type(error).__name__}: {error}), so this is "
+            "not a decoder-only language model (encoder-decoder models are not supported); it is refused."
+        ) from error
     after = twin(input_ids=changed, use_cache=False).logits[:, :-1]
     if (before - after).abs().max() > LOSS_TOLERANCE * before.abs().max():
         raise ValueError(
@@ -186,7 +192,7 @@ def why_not_compile(
         apply_compile(layers, backend=backend)
 
     try:
-        with warnings.catch_warnings():
+        with compiled_for_now(), warnings.catch_warnings():
             # The compiler itself reads that attribute; where warnings are errors it would take this for a failure.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             reason = _difference_after(change, hf_config, model_class, attn_implementation, device)

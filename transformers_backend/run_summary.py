@@ -106,7 +106,7 @@ def estimate_run_memory(
         reshards=reshards_after_forward(config.parallelism),
         recompute=_recompute(config.activation_checkpoint),
         batch_size=rows,
-        seq_len=config.training.seq_len // model.dims.cp,
+        seq_len=config.training.seq_len // _parts_of_a_sequence(model),
         loss_is_chunked=model.loss_is_chunked,
         accumulates=accumulates,
         offloaded=config.training.enable_cpu_offload and model.device.type != "cpu",
@@ -288,6 +288,11 @@ def _whose_parameters(model: HFTransformerModel) -> list[str]:
 def _attention(model: HFTransformerModel) -> str | None:
     """What attends, under the name that the user has for it."""
     return model.hf_model.config._attn_implementation if model.context is None else model.context.own_attention
+
+
+def _parts_of_a_sequence(model: HFTransformerModel) -> int:
+    """Of which a rank's activations are one. Modules that run on the whole sequence may need most of the memory."""
+    return 1 if model.context is not None and model.context.takes_whole_sequences else model.dims.cp
 
 
 def _shares_sequence(model: HFTransformerModel) -> bool:

@@ -12,7 +12,9 @@ own number, so that what is found out layer by layer (where a pipeline may be cu
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -140,15 +142,19 @@ def build_twin(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    fields: Mapping[tuple[str, ...], Any] | None = None,
 ) -> PreTrainedModel:
     """Build the seeded twin of a model on the CPU, in evaluation mode's randomness-free form (dropout set to 0).
 
-    `degree`, `all_layers`, `repeat` and `minimum_layers` are those of `twin_config`.
+    `degree`, `all_layers`, `repeat` and `minimum_layers` are those of `twin_config`. fields: of the twin's config, by
+    their path, to have other values; modules that drop something then keep their probability.
 
     Weights that the architecture initialises to exactly 0 or 1 (biases, norm weights) are perturbed: a bias that is
     dropped or a norm that is applied twice would otherwise go unnoticed.
     """
     config = twin_config(hf_config, degree=degree, all_layers=all_layers, repeat=repeat, minimum_layers=minimum_layers)
+    for (*outer, name), value in (fields or {}).items():
+        setattr(functools.reduce(getattr, outer, config), name, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         twin = model_class._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
@@ -157,7 +163,7 @@ def build_twin(
                 if parameter.is_floating_point():
                     parameter.add_(torch.randn_like(parameter), alpha=0.02)
     for module in twin.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, torch.nn.Dropout) and not fields:
             module.p = 0.0
     return twin.train()
 

@@ -52,7 +52,7 @@ def allgather_backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """As `ring.ring_backward`."""
+    """As `ulysses.two_level_backward`, without heads groups."""
     blockwise = ring.blockwise(rule, scale, softcap)
     degree, length = ring.layout.degree, ring.layout.chunk_length
     totals = [
@@ -77,7 +77,7 @@ def allgather_backward(
 def _gathered(ring: Ring, blockwise: Blockwise, key: torch.Tensor, value: torch.Tensor) -> list[Visit]:
     every_key, every_value = (_gather(tensor, ring) for tensor in (key, value))
     return [
-        (source, *(dict(enumerate(blockwise.chunks(every[source]))) for every in (every_key, every_value)))
+        (source, *(dict(enumerate(blockwise.views(every[source]))) for every in (every_key, every_value)))
         for source in range(ring.layout.degree)
     ]
 

@@ -65,6 +65,7 @@ class ReferenceBlocks:
     def forward(self, query, key, value, mask, *, scale, softcap=None):
         key, value = for_heads(key, query.shape[1]).float(), for_heads(value, query.shape[1]).float()
         out, log_sums = empty_sum(query, value.shape[-1])
+        mask = mask.on(query.device)
         for first, last, seen in self._pieces(mask):
             piece = query[:, :, first:last].float()
             scores = self._scores(piece, key[:, :, seen], mask, first, last, seen, scale, softcap)[0]
@@ -78,6 +79,7 @@ class ReferenceBlocks:
         heads, key_heads = query.shape[1], key.shape[1]
         wide_key, wide_value = for_heads(key, heads).float(), for_heads(value, heads).float()
         delta = (grad_out.float() * out.float()).sum(-1)  # (batch, heads, queries)
+        mask = mask.on(query.device)
         grad_query = torch.zeros_like(query, dtype=torch.float32)
         grad_key, grad_value = torch.zeros_like(wide_key), torch.zeros_like(wide_value)
         for first, last, seen in self._pieces(mask):
@@ -115,9 +117,9 @@ class ReferenceBlocks:
 
 def for_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """Keys or values (batch, key_heads, ...) repeated for every head: (batch, heads, ...)."""
-    return tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
+    return tensor if heads == tensor.shape[1] else tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
 
 
 def sum_groups(tensor: torch.Tensor, key_heads: int) -> torch.Tensor:
     """The gradient of what `for_heads` repeated."""
-    return tensor.unflatten(1, (key_heads, -1)).sum(2)
+    return tensor if key_heads == tensor.shape[1] else tensor.unflatten(1, (key_heads, -1)).sum(2)

@@ -43,10 +43,10 @@ class Blockwise:
         for source, keys, values in visits:
             for mine, number, mask in self.masks(documents, source, keys):
                 block = self.blocks.forward(
-                    query[:, :, mine].contiguous(), keys[number], values[number], mask,
-                    scale=self.scale, softcap=self.softcap,
-                )  # fmt: skip
+                    query[:, :, mine], keys[number], values[number], mask, scale=self.scale, softcap=self.softcap
+                )
                 merge(out[:, :, mine], log_sum[:, :, mine], *block)
+                del block  # its memory is the next one's
         if sinks is not None:
             add_sinks(out, log_sum, sinks)
         return out.to(query.dtype), log_sum
@@ -60,25 +60,32 @@ class Blockwise:
         visits: Iterable[Visit],
         documents: torch.Tensor | None,
         found: Callable[[int, Gradients], None],
+        after_block: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
         """The gradient of `query`, in its dtype; `found(source, ...)` is told those of each visit's keys and values,
-        (grad_key, grad_value) in fp32 by the chunk's number."""
-        grad_out = grad_out.contiguous()
+        (grad_key, grad_value) in fp32 by the chunk's number: chunk by chunk, in their order, as soon as one's are
+        complete, and of a visit that brings nothing once, without any. after_block: called after every block."""
         grad_query = torch.zeros_like(query, dtype=torch.float32)
+        log_sums = self.chunks(log_sum)  # kernels want them dense
         for source, keys, values in visits:
-            grads = {number: zeros_like(keys[number], values[number]) for number in keys}
-            for mine, number, mask in self.masks(documents, source, keys):
-                piece_grad, piece_query, piece_out, piece_sum = (
-                    tensor[:, :, mine].contiguous() for tensor in (grad_out, query, out, log_sum)
-                )
-                parts = self.blocks.backward(
-                    piece_grad, piece_query, keys[number], values[number], piece_out, piece_sum, mask,
-                    scale=self.scale, softcap=self.softcap,
-                )  # fmt: skip
-                grad_query[:, :, mine] += parts[0]
-                for total, part in zip(grads[number], parts[1:], strict=True):
-                    total += part
-            found(source, grads)
+            if not keys:
+                found(source, {})
+            for number in list(keys):
+                key, value = keys.pop(number), values.pop(number)  # no longer in memory than they are needed
+                grads = None
+                for mine, _, mask in self.masks(documents, source, [number]):
+                    parts = self.blocks.backward(
+                        grad_out[:, :, mine], query[:, :, mine], key, value, out[:, :, mine],
+                        log_sums[mine.start // self.layout.chunk_length], mask, scale=self.scale, softcap=self.softcap,
+                    )  # fmt: skip
+                    grad_query[:, :, mine] += parts[0]
+                    grads = add_up(grads, parts[1:])
+                    del parts  # its memory is the next one's
+                    after_block()
+                del key, value
+                if grads is not None:
+                    found(source, {number: grads})
+                del grads
         return grad_query.to(query.dtype)
 
     def masks(
@@ -86,9 +93,9 @@ class Blockwise:
     ) -> Iterator[tuple[slice, int, BlockMask]]:
         """(slice of this rank's queries, number of the source's chunk, mask) of every block that is not empty."""
         length, chunks = self.layout.chunk_length, self.layout.chunks(source)
-        for place, queries in enumerate(self.layout.chunks(self.rank)):
-            for number in numbers:
-                keys = chunks[number]
+        for number in numbers:
+            keys = chunks[number]
+            for place, queries in enumerate(self.layout.chunks(self.rank)):
                 if self.rule.is_empty(queries, keys):
                     continue
                 both = (
@@ -98,13 +105,19 @@ class Blockwise:
                 )
                 yield slice(place * length, (place + 1) * length), number, BlockMask(self.rule, queries, keys, *both)
 
+    def views(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The chunks of a rank's part of a tensor (batch, heads, local, ...), none of them copied."""
+        return tensor.chunk(len(self.layout.chunks(self.rank)), 2)
+
     def chunks(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """A rank's part of a tensor (batch, heads, local, dim) in its chunks."""
-        return [part.contiguous() for part in tensor.chunk(len(self.layout.chunks(self.rank)), 2)]
+        """The same, each dense."""
+        return [part.contiguous() for part in self.views(tensor)]
 
 
-def zeros_like(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """In fp32, to add up in."""
-    return tuple(
-        torch.zeros_like(tensor, dtype=torch.float32, memory_format=torch.contiguous_format) for tensor in tensors
-    )
+def add_up(totals: tuple[torch.Tensor, ...] | None, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Sums in fp32, in place of the totals; the parts themselves where there are none yet."""
+    if totals is None:
+        return tuple(part.float() for part in parts)
+    for total, part in zip(totals, parts, strict=True):
+        total += part
+    return totals

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from parallelize.context_parallel.layout import Chunk
 from parallelize.context_parallel.masks import BlockMask, MaskRule
 
@@ -46,7 +48,7 @@ def cut(mask: BlockMask) -> list[Piece] | None:
         return list(_pieces(rule, mask.queries, mask.keys, None))
     pieces = []
     most = mask.query_documents.shape[0] * (4 + len(mask.queries) // SMALLEST_TILE)
-    for row, (queries, keys) in enumerate(zip(mask.query_documents.tolist(), mask.key_documents.tolist(), strict=True)):
+    for row, (queries, keys) in enumerate(zip(mask.query_documents, mask.key_documents, strict=True)):
         found = _runs(keys, mask.keys.start)
         for document, query_run in _runs(queries, mask.queries.start):
             for other, key_run in found:
@@ -57,11 +59,14 @@ def cut(mask: BlockMask) -> list[Piece] | None:
     return pieces
 
 
-def _runs(documents: list[int], start: int) -> list[tuple[int, Chunk]]:
-    """(number, tokens) of every document among consecutive tokens from `start` on."""
-    begins = [0] + [place for place in range(1, len(documents)) if documents[place] != documents[place - 1]]
+def _runs(documents: torch.Tensor, start: int) -> list[tuple[int, Chunk]]:
+    """(number, tokens) of every document among consecutive tokens (tokens,) from `start` on."""
+    begins = torch.cat([torch.zeros(1, dtype=torch.int64), documents.diff().nonzero().flatten() + 1])
+    numbers, begins = documents[begins].tolist(), begins.tolist()
     ends = [*begins[1:], len(documents)]
-    return [(documents[begin], Chunk(start + begin, start + end)) for begin, end in zip(begins, ends, strict=True)]
+    return [
+        (number, Chunk(start + begin, start + end)) for number, begin, end in zip(numbers, begins, ends, strict=True)
+    ]
 
 
 def _pieces(rule: MaskRule, queries: Chunk, keys: Chunk, row: int | None) -> Iterator[Piece]:

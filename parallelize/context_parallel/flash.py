@@ -100,7 +100,9 @@ def _places(piece: Piece, mask: BlockMask) -> tuple[tuple[slice, ...], tuple[sli
 
 
 def _taken(piece: Piece, place: tuple[slice, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(tensor.contiguous() for tensor in _turned(piece, *(tensor[place] for tensor in tensors)))
+    """Views, but for log-sum-exps (batch, heads, tokens), which kernels want dense."""
+    taken = _turned(piece, *(tensor[place] for tensor in tensors))
+    return tuple(tensor if tensor.dim() == 4 else tensor.contiguous() for tensor in taken)
 
 
 def _turned(piece: Piece, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -80,7 +80,8 @@ class BlockMask:
     queries: Chunk
     keys: Chunk
     query_documents: torch.Tensor | None = None
-    """Number of each query's document, (batch, queries); None where a sequence is one document."""
+    """Number of each query's document, (batch, queries); None where a sequence is one document. On the CPU, where
+    blocks are cut by them without waiting for an accelerator."""
     key_documents: torch.Tensor | None = None
 
     @property
@@ -98,5 +99,12 @@ class BlockMask:
         seen = self.rule.sees(places[:, None], torch.arange(self.keys.start, self.keys.stop, device=device))
         if self.query_documents is None:
             return seen
-        same = self.query_documents[:, first:last, None] == self.key_documents[:, None, :]
+        same = self.query_documents[:, first:last, None].to(device) == self.key_documents[:, None, :].to(device)
         return (seen & same)[:, None]
+
+    def on(self, device: torch.device) -> BlockMask:
+        """The same with its documents on a device, to be asked several times what is visible there."""
+        if self.query_documents is None:
+            return self
+        documents = (numbers.to(device, non_blocking=True) for numbers in (self.query_documents, self.key_documents))
+        return BlockMask(self.rule, self.queries, self.keys, *documents)

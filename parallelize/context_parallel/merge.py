@@ -11,8 +11,10 @@ import torch
 
 
 def empty_sum(query: torch.Tensor, value_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (..., queries, value_dim) and log-sum-exp (..., queries) of queries that have seen nothing yet, fp32."""
-    out = query.new_zeros((*query.shape[:-1], value_dim), dtype=torch.float32)
+    """Output (batch, heads, queries, value_dim) and log-sum-exp (batch, heads, queries) of queries that have seen
+    nothing yet, fp32. In memory the output's heads lie beside each other, as models want it next."""
+    batch, heads, queries, _ = query.shape
+    out = query.new_zeros((batch, queries, heads, value_dim), dtype=torch.float32).transpose(1, 2)
     return out, query.new_full(query.shape[:-1], -math.inf, dtype=torch.float32)
 
 
@@ -21,7 +23,7 @@ def merge(out: torch.Tensor, log_sum: torch.Tensor, block_out: torch.Tensor, blo
     total = torch.logaddexp(log_sum, block_sum)
     seen = total.masked_fill(total.isinf(), 0.0)  # where neither has seen a key both weights are exp(-inf) = 0
     out *= (log_sum - seen).exp()[..., None]
-    out += block_out.float() * (block_sum - seen).exp()[..., None]
+    out.addcmul_(block_out.float(), (block_sum - seen).exp()[..., None])
     log_sum.copy_(total)
 
 

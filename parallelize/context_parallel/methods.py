@@ -14,24 +14,23 @@ import torch
 
 from parallelize.context_parallel.allgather import allgather_backward, allgather_forward
 from parallelize.context_parallel.masks import MaskRule
-from parallelize.context_parallel.ring import Ring, ring_backward, ring_forward
-from parallelize.context_parallel.ulysses import ulysses_backward, ulysses_forward
+from parallelize.context_parallel.ring import Ring
+from parallelize.context_parallel.ulysses import two_level_backward, two_level_forward
 
 
 @dataclass(frozen=True)
 class Method:
-    """Functions with the arguments of `ring.ring_forward` and `ring.ring_backward`."""
+    """Functions with the arguments of `ulysses.two_level_forward` and `ulysses.two_level_backward`."""
 
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]
 
 
 METHODS: dict[str, Method] = {
-    "ring": Method(ring_forward, ring_backward),
+    "ring": Method(two_level_forward, two_level_backward),
     "allgather": Method(allgather_forward, allgather_backward),
-    "ulysses": Method(ulysses_forward, ulysses_backward),
 }
-"""The values of `ParallelismConfig.context_parallel_method`."""
+"""The values of `ParallelismConfig.context_parallel_method`, but for "ulysses": heads groups around a ring of one."""
 
 
 def shared_attention(
@@ -51,7 +50,8 @@ def shared_attention(
     query (batch, heads, local, dim), key (batch, key_heads, local, dim), value (batch, key_heads, local, value_dim),
     each this rank's part of the sequence by `ring.layout`. scale: of the scores, None is 1 / sqrt(dim). softcap: bounds
     the scores, None does not. sinks: a score for each head (heads,) that takes part in every softmax and has no value.
-    documents: the number of each token's document (batch, seq), of the whole sequence; queries see their own only.
+    documents: the number of each token's document (batch, seq), of the whole sequence and on the CPU, whatever device
+    computes; queries see their own only.
     Returns (batch, heads, local, value_dim) in the dtype of `query`. Every rank calls it, forward and backward.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale

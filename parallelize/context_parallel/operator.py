@@ -17,7 +17,7 @@ from parallelize.context_parallel.kernels import BLOCKS
 from parallelize.context_parallel.layout import SequenceLayout
 from parallelize.context_parallel.masks import MaskRule
 from parallelize.context_parallel.methods import METHODS
-from parallelize.context_parallel.ring import Ring
+from parallelize.context_parallel.ring import HeadsGroup, Ring
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,35 @@ class RingAddress:
     """A `Ring` in strings and numbers."""
 
     group_name: str
+    """ "" is a ring of one rank."""
     method: str
     length: int
     degree: int
     is_zigzag: bool
     blocks: str
+    heads_name: str = ""
+    """Of the heads group; "" is none."""
+    heads_degree: int = 1
+    heads_zigzag: bool = False
 
     @classmethod
     def of(cls, ring: Ring) -> RingAddress:
         assert ring.blocks.name in BLOCKS
-        layout = ring.layout
-        return cls(ring.group.group_name, ring.method, layout.length, layout.degree, layout.is_zigzag, ring.blocks.name)
+        layout, heads = ring.layout, ring.heads
+        group_name = "" if ring.group is None else ring.group.group_name
+        around = (heads.group.group_name, heads.layout.degree, heads.layout.is_zigzag) if heads else ()
+        return cls(group_name, ring.method, layout.length, layout.degree, layout.is_zigzag, ring.blocks.name, *around)
 
     def find(self) -> Ring:
         layout = SequenceLayout(self.length, self.degree, self.is_zigzag)
-        return Ring(_resolve_process_group(self.group_name), layout, BLOCKS[self.blocks], self.method)
+        group = _resolve_process_group(self.group_name) if self.group_name else None
+        return Ring(group, layout, BLOCKS[self.blocks], self.method, self._heads())
+
+    def _heads(self) -> HeadsGroup | None:
+        if not self.heads_name:
+            return None
+        layout = SequenceLayout(self.length // self.degree, self.heads_degree, self.heads_zigzag)
+        return HeadsGroup(_resolve_process_group(self.heads_name), layout)
 
 
 def attention_operator(
@@ -58,13 +72,17 @@ def attention_operator(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     out, _ = _attend(
         query, key, value, sinks, documents, address.group_name, address.method, address.length, address.degree,
-        address.is_zigzag, address.blocks, rule.window, rule.chunk, scale, softcap,
+        address.is_zigzag, address.blocks, address.heads_name, address.heads_degree, address.heads_zigzag,
+        rule.window, rule.chunk, scale, softcap,
     )  # fmt: skip
     return out
 
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor? documents"
-_RING = "str group_name, str method, int length, int degree, bool is_zigzag, str blocks"
+_RING = (
+    "str group_name, str method, int length, int degree, bool is_zigzag, str blocks, "
+    "str heads_name, int heads_degree, bool heads_zigzag"
+)
 _MASK = "int? window, int? chunk, float scale, float? softcap"
 
 
@@ -73,15 +91,17 @@ _MASK = "int? window, int? chunk, float scale, float? softcap"
 )
 def _attend(query, key, value, sinks, documents, *options):
     ring, rule, scale, softcap = _described(options)
-    return METHODS[ring.method].forward(query, key, value, sinks, documents, ring, rule, scale, softcap)
+    out, log_sum = METHODS[ring.method].forward(query, key, value, sinks, documents, ring, rule, scale, softcap)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), log_sum  # heads beside each other, with every method
 
 
 @_attend.register_fake
 def _(query, key, value, sinks, documents, *options):
-    _, method, length, degree, *_ = options
+    group_size = RingAddress(*options[:-4]).heads_degree
     batch, heads, local, _ = query.shape
-    rows = (batch, heads // degree, length) if method == "ulysses" else (batch, heads, local)
-    return query.new_empty((batch, heads, local, value.shape[-1])), query.new_empty(rows, dtype=torch.float32)
+    log_sum = query.new_empty((batch, heads // group_size, group_size * local), dtype=torch.float32)
+    out = query.new_empty((batch, local, heads, value.shape[-1])).transpose(1, 2)
+    return out, log_sum
 
 
 @torch.library.custom_op(

@@ -10,14 +10,14 @@ Ring Attention: Liu et al., https://arxiv.org/abs/2310.01889.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from parallelize.context_parallel.blocks import BlockAttention
-from parallelize.context_parallel.blockwise import Blockwise, Gradients, Visit, zeros_like
+from parallelize.context_parallel.blockwise import Blockwise, Gradients, Visit
 from parallelize.context_parallel.exchange import RingCommunication, Step, plan_steps
 from parallelize.context_parallel.layout import SequenceLayout
 from parallelize.context_parallel.masks import MaskRule
@@ -25,18 +25,34 @@ from parallelize.context_parallel.merge import sinks_gradient
 
 
 @dataclass(frozen=True)
-class Ring:
-    """The ranks that share a sequence, how it lies on them, and what computes a block."""
+class HeadsGroup:
+    """Ranks that exchange tokens for heads with each other (`ulysses.py`)."""
 
     group: dist.ProcessGroup
     layout: SequenceLayout
-    blocks: BlockAttention
-    method: str = "ring"
-    """Which of `methods.METHODS` computes attention."""
+    """How what they have together, which is the part of one rank of a ring, lies on them."""
 
     @property
     def rank(self) -> int:
         return dist.get_rank(self.group)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The ranks that share a sequence, how it lies on them, and what computes a block."""
+
+    group: dist.ProcessGroup | None
+    """None is a ring of one rank, which sends nothing."""
+    layout: SequenceLayout
+    blocks: BlockAttention
+    method: str = "ring"
+    """Which of `methods.METHODS` computes attention."""
+    heads: HeadsGroup | None = None
+    """The ranks that stand for one of the ring, each with some of the heads; None where each has all heads."""
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else dist.get_rank(self.group)
 
     def communication(self) -> RingCommunication:
         return RingCommunication(self.group)
@@ -75,11 +91,13 @@ def ring_backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of query, key, value and sinks, in their dtypes, from what `ring_forward` returned."""
+    """Gradients of query (in its dtype), key, value (in fp32) and sinks, from what `ring_forward` returned."""
     blockwise = ring.blockwise(rule, scale, softcap)
     homecoming = _Homecoming(ring, blockwise, key, value)
     visits = _visits(ring, blockwise, key, value)
-    grad_query = blockwise.backward(grad_out, query, out, log_sum, visits, documents, homecoming.send)
+    grad_query = blockwise.backward(
+        grad_out, query, out, log_sum, visits, documents, homecoming.send, after_block=homecoming.land
+    )
     grad_key, grad_value = homecoming.collect()
     grad_sinks = None if sinks is None else sinks_gradient(sinks, log_sum, grad_out, out)
     return grad_query, grad_key, grad_value, grad_sinks
@@ -87,7 +105,7 @@ def ring_backward(
 
 def _visits(ring: Ring, blockwise: Blockwise, key: torch.Tensor, value: torch.Tensor) -> Iterator[Visit]:
     """This rank's own keys and values first; while they are computed with, the next ones travel."""
-    own_keys, own_values = blockwise.chunks(key), blockwise.chunks(value)
+    own_keys, own_values = blockwise.views(key), blockwise.views(value)
     communication = ring.communication()
     visit = (ring.rank, dict(enumerate(own_keys)), dict(enumerate(own_values)))
     for step in plan_steps(ring.layout, blockwise.rule, ring.rank):
@@ -98,7 +116,9 @@ def _visits(ring: Ring, blockwise: Blockwise, key: torch.Tensor, value: torch.Te
     yield visit
 
 
-def _start(communication: RingCommunication, step: Step, keys: list[torch.Tensor], values: list[torch.Tensor]) -> Visit:
+def _start(
+    communication: RingCommunication, step: Step, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+) -> Visit:
     for number in step.sends:
         communication.send(keys[number], step.sends_to)
         communication.send(values[number], step.sends_to)
@@ -115,37 +135,43 @@ class _Homecoming:
 
     def __init__(self, ring: Ring, blockwise: Blockwise, key: torch.Tensor, value: torch.Tensor) -> None:
         self._rank = ring.rank
-        self._like = key, value
         self._steps = {step.receives_from: step for step in plan_steps(ring.layout, blockwise.rule, ring.rank)}
-        self._own = [zeros_like(*parts) for parts in zip(blockwise.chunks(key), blockwise.chunks(value), strict=True)]
+        self._totals = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key, value)]
+        self._own = list(zip(*(blockwise.views(total) for total in self._totals), strict=True))
+        self._expected = {source: list(step.sends) for source, step in self._steps.items()}
         self._communication = ring.communication()
         self._arriving: list[tuple[int, tuple[torch.Tensor, ...]]] = []
 
     def send(self, source: int, grads: Gradients) -> None:
-        """Send what was found for the chunks of `source`; and receive what another rank has found for this one's."""
+        """Send what was found for a chunk of `source`; and receive what another rank has found for this one's.
+
+        They travel while one block is computed, so that little of them is in memory. Every rank goes through the same
+        steps and, in each, through the chunks in their order; with its last a rank receives what comes later, too."""
         if source == self._rank:
             for number, found in grads.items():
                 self._add(number, found)
             return
-        self._land()
+        self.land()
         step = self._steps[source]
-        for number in step.receives:
-            for part in grads[number]:
+        for found in grads.values():
+            for part in found:
                 self._communication.send(part, source)
-        for number in step.sends:
+        is_last = set(step.receives[-1:]) <= grads.keys()
+        expected = [number for number in self._expected[source] if is_last or number in grads]
+        for number in expected:
+            self._expected[source].remove(number)
             arriving = tuple(self._communication.receive(part, step.sends_to) for part in self._own[number])
             self._arriving.append((number, arriving))
         self._communication.commit()
 
     def collect(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of this rank's keys and values, in their dtypes."""
-        self._land()
-        return tuple(
-            torch.cat(parts, 2).to(like.dtype)
-            for parts, like in zip(zip(*self._own, strict=True), self._like, strict=True)
-        )
+        """The gradients of this rank's keys and values, in fp32."""
+        self.land()
+        key, value = self._totals
+        return key, value
 
-    def _land(self) -> None:
+    def land(self) -> None:
+        """Wait for what is on its way, and add up what came."""
         if self._communication.is_under_way:
             self._communication.wait()
         for number, found in self._arriving:

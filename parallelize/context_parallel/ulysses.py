@@ -1,8 +1,16 @@
-"""Attention over a shared sequence by exchanging it for heads: every rank gets all tokens of some of the heads.
+"""Attention over a shared sequence in two levels: tokens are exchanged for heads, around a ring.
 
-DeepSpeed-Ulysses: Jacobs et al., https://arxiv.org/abs/2309.14509. Each head is then computed as on one device, in one
-block. The degree must divide the heads; where it does not divide those of keys and values they are repeated until it
-does, no more often than needed. Where documents begin is known to every rank, and sinks are cut like the heads.
+Of n = r * u ranks, u neighbours make a *heads group*. Each rank gives the others of its group its tokens of their
+heads, and gets their tokens of its own heads; then ranks with the same heads are a ring of r (`ring.py`); then the
+outputs are exchanged back. With u = 1 there is only the ring, with u = n only the exchange, and each head is computed
+as on one device. The exchange alone is DeepSpeed-Ulysses (Jacobs et al., https://arxiv.org/abs/2309.14509), the two
+levels are USP (Fang and Zhao, https://arxiv.org/abs/2405.07719).
+
+    tokens of 4 ranks, zigzag           [0 | 1 | 2 | 3 | 3 | 2 | 1 | 0]
+    of heads groups of 2                [  0   |   1   |   1   |   0  ]    the zigzag of a ring of 2 (`levels.py`)
+
+u must divide the heads; where it does not divide those of keys and values they are repeated until it does, no more
+often than needed. Where documents begin is known to every rank, and sinks are cut like the heads.
 """
 
 from __future__ import annotations
@@ -13,14 +21,11 @@ import torch
 import torch.distributed as dist
 
 from parallelize.context_parallel.blocks import for_heads, sum_groups
-from parallelize.context_parallel.blockwise import Blockwise
-from parallelize.context_parallel.layout import SequenceLayout
 from parallelize.context_parallel.masks import MaskRule
-from parallelize.context_parallel.merge import sinks_gradient
-from parallelize.context_parallel.ring import Ring
+from parallelize.context_parallel.ring import HeadsGroup, Ring, ring_backward, ring_forward
 
 
-def ulysses_forward(
+def two_level_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -31,22 +36,26 @@ def ulysses_forward(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `ring.ring_forward`, but that the log-sum-exp is that of this rank's heads, (batch, heads / degree, seq).
+    """As `ring.ring_forward`, but that the log-sum-exp is that of this rank's heads, (batch, heads / u, u * local).
 
-    Raises a ValueError where the degree does not divide the heads. With n ranks and K = least common multiple of
-    key_heads and n, a rank sends (n - 1) / n * batch * local * (heads + K) * (dim + value_dim) numbers in a forward; in
-    a backward twice as many (less would have to be kept in memory), a quarter of those of K in fp32.
+    Raises a ValueError where u does not divide the heads. With K = least common multiple of key_heads and u it sends
+
+        exchange    (u - 1) / u * batch * local * (heads + K) * (dim + value_dim)    numbers in a forward
+
+    and what a rank of a ring of r sends, of K / u heads (`exchange.py`). In a backward the exchange sends twice as
+    many, half of those of K in fp32 where heads were repeated. (Half of all it could do without, had it kept what was
+    exchanged; but per-operator recomputation would then keep queries, keys and values of every layer, so better not.)
     """
-    if problem := ulysses_problem(query.shape[1], ring.layout.degree):
+    if ring.heads is None:
+        return ring_forward(query, key, value, sinks, documents, ring, rule, scale, softcap)
+    if problem := heads_problem(query.shape[1], ring.heads.layout.degree, is_ring=ring.layout.degree > 1):
         raise ValueError(problem)
-    query, key, value = _whole(query, key, value, ring)
-    out, log_sum = _blockwise(ring, rule, scale, softcap).forward(
-        query, value.shape[-1], _visit(key, value), _own(sinks, ring), documents
-    )
-    return _to_tokens(out, ring), log_sum
+    query, key, value = _whole(query, key, value, ring.heads)
+    out, log_sum = ring_forward(query, key, value, _own(sinks, ring.heads), documents, ring, rule, scale, softcap)
+    return _to_tokens(out, ring.heads), log_sum
 
 
-def ulysses_backward(
+def two_level_backward(
     grad_out: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -60,68 +69,72 @@ def ulysses_backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """As `ring.ring_backward`; of the sinks' gradient a rank has that of its own heads."""
-    dtypes, key_heads = (key.dtype, value.dtype), key.shape[1]
-    query, key, value = _whole(query, key, value, ring)
-    out, grad_out = _to_heads(out, ring), _to_heads(grad_out, ring)
-    grads = []
-    grad_query = _blockwise(ring, rule, scale, softcap).backward(
-        grad_out, query, out, log_sum, _visit(key, value), documents, lambda _, found: grads.extend(found[0])
+    """Gradients of query, key, value and sinks, in their dtypes, from what `two_level_forward` returned.
+
+    Of the sinks' gradient a rank has that of its own queries and heads: like other parameters' it is summed over ranks.
+    """
+    dtypes, key_heads, heads, own_sinks = (key.dtype, value.dtype), key.shape[1], ring.heads, sinks
+    if heads is not None:
+        query, key, value = _whole(query, key, value, heads)
+        out, grad_out, own_sinks = _to_heads(out, heads), _to_heads(grad_out, heads), _own(sinks, heads)
+    grad_query, *grads, grad_sinks = ring_backward(
+        grad_out, query, key, value, own_sinks, documents, out, log_sum, ring, rule, scale, softcap
     )
-    grad_sinks = None
-    if sinks is not None:  # the other heads' are zero: like gradients of other parameters they are summed over ranks
-        grad_sinks = torch.zeros_like(sinks)
-        _own(grad_sinks, ring).copy_(sinks_gradient(_own(sinks, ring), log_sum, grad_out, out))
-    grad_key, grad_value = (
-        sum_groups(_to_tokens(grad, ring), key_heads).to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)
-    )
-    return _to_tokens(grad_query, ring), grad_key, grad_value, grad_sinks
+    if heads is None:
+        return grad_query, *(grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)), grad_sinks
+    if sinks is not None:
+        all_sinks = torch.zeros_like(sinks)
+        _own(all_sinks, heads).copy_(grad_sinks)
+        grad_sinks = all_sinks
+    grads = [_shared_gradient(grad, key_heads, dtype, heads) for grad, dtype in zip(grads, dtypes, strict=True)]
+    return _to_tokens(grad_query, heads), *grads, grad_sinks
 
 
-def ulysses_problem(heads: int, degree: int) -> str | None:
-    """The sentence for heads (of a tensor-parallel rank) that cannot be shared out, or None."""
+def heads_problem(heads: int, degree: int, *, is_ring: bool) -> str | None:
+    """The sentence for heads (of a tensor-parallel rank) that `degree` ranks cannot share out, or None.
+
+    is_ring: whether there is a ring over the rest, so that it is not the method "ulysses".
+    """
     if heads % degree == 0:
         return None
-    return (
-        f'parallelism.context_parallel_method = "ulysses": context_parallel_degree = {degree} must divide the '
-        f'attention heads of a rank, and they are {heads}. Set the method to "ring" or "allgather", or another degree.'
-    )
+    key, remedy = 'parallelism.context_parallel_method = "ulysses": context_parallel_degree', ", or another degree"
+    if is_ring:
+        key, remedy = "parallelism.context_parallel_ulysses_degree", ""
+    other = f"it to a divisor of {heads}" if is_ring else 'the method to "ring" or "allgather"'
+    return f"{key} = {degree} must divide the attention heads of a rank, and they are {heads}. Set {other}{remedy}."
 
 
-def _whole(query, key, value, ring: Ring) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _whole(query, key, value, heads: HeadsGroup) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """All tokens of this rank's heads, and of as many keys and values as all ranks can share."""
-    shared = math.lcm(key.shape[1], ring.layout.degree)
-    return tuple(_to_heads(t, ring) for t in (query, for_heads(key, shared), for_heads(value, shared)))
+    shared = math.lcm(key.shape[1], heads.layout.degree)
+    return tuple(_to_heads(t, heads) for t in (query, for_heads(key, shared), for_heads(value, shared)))
 
 
-def _blockwise(ring: Ring, rule: MaskRule, scale: float, softcap: float | None) -> Blockwise:
-    layout = SequenceLayout(ring.layout.length, 1, is_zigzag=False)
-    return Blockwise(layout, 0, ring.blocks, rule, scale, softcap)
+def _shared_gradient(grad: torch.Tensor, key_heads: int, dtype: torch.dtype, heads: HeadsGroup) -> torch.Tensor:
+    """Of keys or values as they were before `_whole`; repeated ones are summed before they are rounded."""
+    is_repeated = grad.shape[1] * heads.layout.degree != key_heads
+    return sum_groups(_to_tokens(grad if is_repeated else grad.to(dtype), heads), key_heads).to(dtype)
 
 
-def _own(sinks: torch.Tensor | None, ring: Ring) -> torch.Tensor | None:
-    return None if sinks is None else sinks.chunk(ring.layout.degree)[ring.rank]
+def _own(sinks: torch.Tensor | None, heads: HeadsGroup) -> torch.Tensor | None:
+    return None if sinks is None else sinks.chunk(heads.layout.degree)[heads.rank]
 
 
-def _visit(key: torch.Tensor, value: torch.Tensor) -> list:
-    return [(0, {0: key}, {0: value})]
+def _to_heads(tensor: torch.Tensor, heads: HeadsGroup) -> torch.Tensor:
+    """(batch, heads, local, dim) -> (batch, heads / u, u * local, dim), tokens in the order of the sequence."""
+    sent = tensor.unflatten(1, (heads.layout.degree, -1)).movedim(1, 0)
+    return heads.layout.join(list(_exchange(sent, heads)), 2)
 
 
-def _to_heads(tensor: torch.Tensor, ring: Ring) -> torch.Tensor:
-    """(batch, heads, local, dim) -> (batch, heads / degree, seq, dim), tokens in the order of the sequence."""
-    sent = tensor.unflatten(1, (ring.layout.degree, -1)).movedim(1, 0)
-    return ring.layout.join(list(_exchange(sent, ring)), 2)
-
-
-def _to_tokens(tensor: torch.Tensor, ring: Ring) -> torch.Tensor:
+def _to_tokens(tensor: torch.Tensor, heads: HeadsGroup) -> torch.Tensor:
     """The way back."""
-    sent = torch.stack([ring.layout.shard(tensor, rank, 2) for rank in range(ring.layout.degree)])
-    return _exchange(sent, ring).movedim(0, 1).flatten(1, 2)
+    sent = torch.stack([heads.layout.shard(tensor, rank, 2) for rank in range(heads.layout.degree)])
+    return _exchange(sent, heads).movedim(0, 1).flatten(1, 2)
 
 
-def _exchange(sent: torch.Tensor, ring: Ring) -> torch.Tensor:
-    """(degree, ...): part r goes to rank r, and part s of the result has come from rank s."""
+def _exchange(sent: torch.Tensor, heads: HeadsGroup) -> torch.Tensor:
+    """(u, ...): part r goes to rank r, and part s of the result has come from rank s."""
     sent = sent.contiguous()
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=ring.group)
+    dist.all_to_all_single(received, sent, group=heads.group)
     return received

@@ -11,8 +11,8 @@ import torch
 from tests.distributed.workers import quick_context
 from transformers_backend.verify import DENSE_MODEL_TYPES, PRETRAINED_LOSS_TOLERANCE, Report, main, verify
 from transformers_backend.verify.command import parse
-from transformers_backend.verify.pipeline import parallelism_of
 from transformers_backend.verify.report import with_section
+from transformers_backend.verify.setting import setting_of
 
 # The promise of the project, written out here so that a loosened tolerance in the sources shows.
 LOSS, GRADIENT, LOADED_LOSS = 1e-5, 1e-4, 1e-6
@@ -118,8 +118,8 @@ def test_the_document_has_a_section_for_every_mesh():
     refused = Report("bert", verdict="refused", reason="a | b")
     document = ""
     for fsdp, tp, reports in [(2, 1, [refused]), (1, 2, [passed]), (2, 2, [refused]), (1, 2, [passed, refused])]:
-        mesh = parallelism_of(fsdp=fsdp, tp=tp)
-        document = with_section(document, reports, parallelism=mesh, compile=False, command=f"--tp {tp}")
+        setting = setting_of(fsdp=fsdp, tp=tp)
+        document = with_section(document, reports, setting=setting, command=f"--tp {tp}")
     assert document.startswith("# Models\n")
     introduction, *sections = document.split("\n## ")
     assert [section.splitlines()[0] for section in sections] == ["fsdp 2", "tp 2", "fsdp 2 x tp 2"]
@@ -128,5 +128,5 @@ def test_the_document_has_a_section_for_every_mesh():
     assert "| llama | - | - | - | - | - | 50.0% of the twin | no | pass; because |" in sections[1]
     assert "**1 pass, 1 refused, 0 fail.**" in sections[1]
     assert "| bert | - | - | - | - | - | refused (a \\| b) |" in sections[0]
-    mesh = parallelism_of(tp=2)
-    assert document == with_section(document, [passed, refused], parallelism=mesh, compile=False, command="--tp 2")
+    setting = setting_of(tp=2)
+    assert document == with_section(document, [passed, refused], setting=setting, command="--tp 2")

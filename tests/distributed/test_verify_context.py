@@ -16,8 +16,8 @@ from transformers_backend.verify import Report, main, verify
 from transformers_backend.verify.command import parse
 from transformers_backend.verify.compare import global_batch
 from transformers_backend.verify.context import loss_of_documents_alone, packed_batch, sequence_length
-from transformers_backend.verify.pipeline import parallelism_of
 from transformers_backend.verify.report import with_section
+from transformers_backend.verify.setting import setting_of
 
 # The promise of the project, written out here so that a loosened tolerance in the sources shows.
 LOSS, GRADIENT = 1e-5, 1e-4
@@ -81,7 +81,7 @@ def loss_of(twin: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, posi
 
 def test_sequences_and_documents():
     for degree in (2, 3, 4, 5, 6, 8):
-        seq = sequence_length(parallelism_of(cp=degree))
+        seq = sequence_length(setting_of(cp=degree).parallelism)
         assert seq % (2 * degree) == 0
         assert 3 * WINDOW <= seq <= 6 * WINDOW, "longer than a window, and no longer than a table of positions"
         input_ids, labels, positions = packed_batch(6, seq)
@@ -92,7 +92,7 @@ def test_sequences_and_documents():
         assert labels[positions == 0].eq(-100).all()
         counts = (labels != -100).sum(1).tolist()
         assert len(set(counts)) == 4, "rows have different numbers of targets"
-    assert sequence_length(parallelism_of(fsdp=2)) == global_batch(1)[0].shape[1] == 24
+    assert sequence_length(setting_of(fsdp=2).parallelism) == global_batch(1)[0].shape[1] == 24
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,13 @@ def test_sequences_and_documents():
         (["--cp", "0"], "--cp 0: must be at least 1"),
         (["--cp", "2", "--cp-method", "rings"], "--cp-method rings: must be one of ring, allgather, ulysses"),
         (["--cp-method", "ulysses"], "--cp-method ulysses: is that of context parallelism; give --cp, too"),
+        (["--cp-ulysses", "2"], "--cp-ulysses 2: is that of context parallelism; give --cp, too"),
+        (["--cp", "4", "--cp-ulysses", "3"], "--cp-ulysses 3: must divide --cp 4"),
+        (["--cp", "4", "--cp-ulysses", "0"], "--cp-ulysses 0: must divide --cp 4"),
+        (
+            ["--cp", "4", "--cp-ulysses", "2", "--cp-method", "allgather"],
+            "--cp-ulysses 2: is around the ring; leave out --cp-method allgather",
+        ),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments: list[str], message: str, capsys: pytest.CaptureFixture):
@@ -118,13 +125,21 @@ def test_the_degrees():
 def test_the_document_has_a_section_for_every_mesh():
     document = ""
     for number, mesh in enumerate(
-        [{"cp": 2}, {"cp": 4, "cp_method": "ulysses"}, {"tp": 2, "pp": 2, "cp": 2}, {"cp": 2}]
+        [
+            {"cp": 2},
+            {"cp": 4, "cp_method": "ulysses"},
+            {"tp": 2, "pp": 2, "cp": 2},
+            {"cp": 2},
+            {"cp": 4, "cp_ulysses": 2},
+        ]
     ):
         report = Report("doge", way="self_attn", documents="refused", notes=["documents: because"])
-        parallelism = parallelism_of(**mesh)
-        document = with_section(document, [report], parallelism=parallelism, compile=False, command=f"number {number}")
+        setting = setting_of(**mesh)
+        document = with_section(document, [report], setting=setting, command=f"number {number}")
     _, *sections = document.split("\n## ")
-    assert [section.splitlines()[0] for section in sections] == ["cp 2", "cp 4, ulysses", "tp 2 x pp 2 x cp 2"]
+    assert [section.splitlines()[0] for section in sections] == [
+        "cp 2", "cp 4, ulysses", "tp 2 x pp 2 x cp 2", "cp 4, ulysses 2",
+    ]  # fmt: skip
     assert "`number 3`" in sections[0], "the last with this mesh"
     assert "| doge | - | - | - | - | - | self_attn | refused | pass; documents: because |" in sections[0]
     assert "| - | - | self_attn | refused |" in sections[2]

@@ -17,8 +17,9 @@ from transformers_backend.twin import build_twin
 from transformers_backend.verify import Report, main, verify
 from transformers_backend.verify.command import parse
 from transformers_backend.verify.compare import global_batch
-from transformers_backend.verify.pipeline import minimum_layers, parallelism_of, rows_of_a_call, seen_gradients
+from transformers_backend.verify.pipeline import minimum_layers, rows_of_a_call, seen_gradients
 from transformers_backend.verify.report import with_section
+from transformers_backend.verify.setting import setting_of
 
 # The promise of the project, written out here so that a loosened tolerance in the sources shows.
 LOSS, GRADIENT = 1e-5, 1e-4
@@ -79,7 +80,7 @@ def see_own_copy() -> tuple[list[float], list[float]]:
     """Rank 1 spoils its copy of the tied embedding's gradient, and loses the one of its last norm."""
     hf_config, model_class = HFTransformerModelArgs(model_type="gpt2").resolve()
     assert model_class is GPT2LMHeadModel
-    parallelism = parallelism_of(pp=2)
+    parallelism = setting_of(pp=2).parallelism
     model = HFTransformerModel.wrap(build_twin(hf_config, model_class, minimum_layers=2)).parallelize(parallelism)
     model.forward_backward(*global_batch(rows_of_a_call(parallelism)))
     before = seen_gradients(model)
@@ -102,7 +103,7 @@ def test_a_copy_that_is_wrong_on_one_rank_is_seen_there():
 def test_twins_and_batches_are_large_enough():
     for schedule in PIPELINE_SCHEDULES:
         for degree in (2, 4):
-            parallelism = parallelism_of(pp=degree, schedule=schedule)
+            parallelism = setting_of(pp=degree, schedule=schedule).parallelism
             stages = degree if schedule in ("GPipe", "1F1B") else 2 * degree
             assert minimum_layers(parallelism) == 2 * stages
             rows = rows_of_a_call(parallelism)
@@ -110,7 +111,7 @@ def test_twins_and_batches_are_large_enough():
             micro_batches = rows // parallelism.pipeline_parallel_microbatch_size
             assert micro_batches >= 2 * degree, "DualPipeV's minimum"
             assert micro_batches % degree == 0, "for the interleaved ones"
-    assert minimum_layers(parallelism_of(fsdp=2)) is None
+    assert minimum_layers(setting_of(fsdp=2).parallelism) is None
 
 
 @pytest.mark.parametrize(
@@ -136,13 +137,13 @@ def test_the_degrees():
 
 def test_the_document_has_a_section_for_every_mesh_and_schedule():
     meshes = [
-        parallelism_of(pp=2), parallelism_of(fsdp=2, tp=2, pp=2), parallelism_of(pp=2, schedule="gpipe"),
-        parallelism_of(pp=2, schedule="1f1b"),
+        setting_of(pp=2), setting_of(fsdp=2, tp=2, pp=2), setting_of(pp=2, schedule="gpipe"),
+        setting_of(pp=2, schedule="1f1b"),
     ]  # fmt: skip
     document = ""
-    for number, parallelism in enumerate(meshes):
+    for number, setting in enumerate(meshes):
         report = Report("llama", stages="2 + 2", held_by_several="-")
-        document = with_section(document, [report], parallelism=parallelism, compile=False, command=f"number {number}")
+        document = with_section(document, [report], setting=setting, command=f"number {number}")
     _, *sections = document.split("\n## ")
     assert [section.splitlines()[0] for section in sections] == ["pp 2", "fsdp 2 x tp 2 x pp 2", "pp 2, GPipe"]
     assert "`number 3`" in sections[0], "the last with this mesh and schedule"

@@ -33,7 +33,8 @@ _SECONDS_FOR_OTHER_RANKS = 2.0
 
 # What nearly every test of the trainer ends up importing.
 _PRELOADED = [
-    "torch._dynamo",
+    "torch._dynamo.backends.debugging",
+    "torch._inductor.compile_fx",  # "aot_eager", too, imports it, for seconds
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.debug",

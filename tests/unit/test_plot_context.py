@@ -72,6 +72,24 @@ def test_the_numbers_of_the_page():
     assert 14 * chunk / (operations / 500e12) == pytest.approx(13e9, rel=0.05)
 
 
+def test_the_numbers_of_two_levels():
+    """32 ranks, in one ring and in a ring of 4 with 8 ranks to a heads group."""
+    one, two = SequenceLayout(131072, 32), SequenceLayout(131072, 4)
+    sizes = [plot_context.bytes_of_chunk(one, 8, 128), plot_context.bytes_of_chunk(two, 8 // 8, 128)]
+    chunks = [plot_context.shares_of(layout, MaskRule())[0].received for layout in (one, two)]
+    exchange = 7 / 8 * 131072 / 32 * (32 + 8) * 2 * 128 * 2
+    assert (sizes, chunks) == ([8 * 2**20] * 2, [62, 6])
+    assert (62 * sizes[0], exchange, 6 * sizes[1] + exchange) == (496 * 2**20, 70 * 2**20, 118 * 2**20)
+    page = " ".join(PAGE.split())
+    assert "receives 62 chunks of 8 MiB around a ring of 32, 496 MiB. With `u = 8` it receives 6 of them and 70" in page
+    assert "118 MiB in all" in page
+
+
+def test_sequences_of_any_length_are_counted():
+    layout = SequenceLayout(2**40, 4)
+    assert sum(share.pairs for share in plot_context.shares_of(layout, MaskRule())) == 2**40 * (2**40 + 1) // 2
+
+
 def test_the_pictures_of_the_page_are_there():
     commands = re.findall(r"plot_context.py .*--plot docs/(\S+)$", PAGE, re.MULTILINE)
     assert (

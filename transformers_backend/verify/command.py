@@ -15,9 +15,9 @@ from transformers import CONFIG_MAPPING
 from parallelize.config import CONTEXT_PARALLEL_METHODS, KERNELS, PIPELINE_SCHEDULES
 from parallelize.pipeline_parallel.schedules import is_zero_bubble
 from transformers_backend.job_config.rules import model_source_problems
-from transformers_backend.verify.compare import DENSE_MODEL_TYPES, is_model_type, verify
-from transformers_backend.verify.pipeline import parallelism_of
+from transformers_backend.verify.compare import DENSE_MODEL_TYPES, is_model_type, run
 from transformers_backend.verify.report import print_header, print_report, summary, with_section
+from transformers_backend.verify.setting import setting_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,24 +25,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(given)
     models = [*options.models, *(DENSE_MODEL_TYPES if options.all_dense else ())]
     mesh = {"fsdp": options.fsdp, "tp": options.tp, "pp": options.pp, "cp": options.cp, "schedule": options.schedule}
-    mesh["cp_method"] = options.cp_method
-    parallelism = parallelism_of(**mesh)
+    mesh |= {"cp_method": options.cp_method, "cp_ulysses": options.cp_ulysses}
+    setting = setting_of(**mesh, compile=options.compile, kernels=KERNELS if options.kernels else ("none",))
     if not options.json:
-        print_header(parallelism)
-    reports = verify(
-        models,
-        **mesh,
-        compile=options.compile,
-        kernels=list(KERNELS) if options.kernels else ["none"],
-        on_report=None if options.json else lambda report: print_report(report, parallelism),
-    )
+        print_header(setting)
+    reports = run(models, setting, on_report=None if options.json else lambda report: print_report(report, setting))
     print(
         json.dumps([dataclasses.asdict(report) for report in reports], indent=2) if options.json else summary(reports)
     )
     if options.write_docs is not None:
         document = options.write_docs.read_text() if options.write_docs.is_file() else ""
         command = f"scripts/verify.sh {' '.join(given)}"
-        document = with_section(document, reports, parallelism=parallelism, compile=options.compile, command=command)
+        document = with_section(document, reports, setting=setting, command=command)
         options.write_docs.write_text(document)
     return 1 if any(report.verdict == "fail" for report in reports) else 0
 
@@ -77,6 +71,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="NAME",
         help=f"of context parallelism: {', '.join(CONTEXT_PARALLEL_METHODS)}",
     )
+    parser.add_argument(
+        "--cp-ulysses", type=int, default=1, metavar="N",
+        help="how many of the context-parallel ranks exchange tokens for heads; the ring is over the rest (default 1)",
+    )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="compile layers and loss")
     parser.add_argument(
         "--kernels", action="store_true",
@@ -99,14 +97,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if degree < 1:
             parser.error(f"{name} {degree}: must be at least 1")
     _check_schedule(parser, options)
-    if options.cp_method not in CONTEXT_PARALLEL_METHODS:
-        parser.error(f"--cp-method {options.cp_method}: must be one of {', '.join(CONTEXT_PARALLEL_METHODS)}")
-    if options.cp_method != parser.get_default("cp_method") and options.cp == 1:
-        parser.error(f"--cp-method {options.cp_method}: is that of context parallelism; give --cp, too")
+    _check_context(parser, options)
     unknown = [problem for name in options.models for problem in _name_problems(name)]
     if unknown:
         parser.error("\n".join(unknown))
     return options
+
+
+def _check_context(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    method, ulysses = options.cp_method, options.cp_ulysses
+    if method not in CONTEXT_PARALLEL_METHODS:
+        parser.error(f"--cp-method {method}: must be one of {', '.join(CONTEXT_PARALLEL_METHODS)}")
+    for name, value, default in (("--cp-method", method, "ring"), ("--cp-ulysses", ulysses, 1)):
+        if value != default and options.cp == 1:
+            parser.error(f"{name} {value}: is that of context parallelism; give --cp, too")
+    if ulysses < 1 or options.cp % ulysses:
+        parser.error(f"--cp-ulysses {ulysses}: must divide --cp {options.cp}")
+    if ulysses > 1 and method != "ring":
+        parser.error(f"--cp-ulysses {ulysses}: is around the ring; leave out --cp-method {method}")
 
 
 def _check_schedule(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from queue import Empty
 
@@ -35,11 +35,11 @@ from transformers_backend.verify.pipeline import (
     held_by_several,
     layers_per_stage,
     minimum_layers,
-    parallelism_of,
     rows_of_a_call,
     seen_gradients,
 )
 from transformers_backend.verify.report import PRETRAINED_LOSS_TOLERANCE, Report
+from transformers_backend.verify.setting import Setting, setting_of
 from transformers_backend.verify.share import sharded_share, share_of_real_sizes
 
 # The dense causal language models of Transformers 5.23, by model type: no experts, and attention in every layer
@@ -64,31 +64,22 @@ def is_model_type(name: str) -> bool:
 
 
 def verify(
-    models: list[str],
-    *,
-    fsdp: int = 2,
-    tp: int = 1,
-    pp: int = 1,
-    cp: int = 1,
-    schedule: str = "1F1B",
-    cp_method: str = "ring",
-    compile: bool = False,
-    kernels: Sequence[str] = ("none",),
-    on_report: Callable[[Report], None] | None = None,
+    models: list[str], *, fsdp: int = 2, on_report: Callable[[Report], None] | None = None, **options
 ) -> list[Report]:
-    """Verify models on `fsdp` x `tp` x `pp` x `cp` local processes and return their reports.
+    """Verify models on local processes and return their reports.
 
-    schedule: of the pipeline, where `pp` is above 1. cp_method: of attention, where `cp` is above 1.
-    on_report: sees each as it comes.
+    fsdp, options: see `setting_of`; the degrees multiply to the number of processes. on_report: sees each as it comes.
     """
+    return run(models, setting_of(fsdp=fsdp, **options), on_report=on_report)
+
+
+def run(models: list[str], setting: Setting, *, on_report: Callable[[Report], None] | None = None) -> list[Report]:
+    """`verify`, with its options in one."""
     context = mp.get_context("spawn")
     queue = context.Queue()
-    parallelism = parallelism_of(fsdp=fsdp, tp=tp, pp=pp, cp=cp, schedule=schedule, cp_method=cp_method)
-    processes = fsdp * tp * pp * cp
+    processes = setting.processes
     with tempfile.TemporaryDirectory() as folder:
-        workers = mp.spawn(
-            _worker, (processes, models, parallelism, compile, kernels, folder, queue), nprocs=processes, join=False
-        )
+        workers = mp.spawn(_worker, (processes, models, setting, folder, queue), nprocs=processes, join=False)
         reports = []
         while len(reports) < len(models):
             try:
@@ -103,28 +94,19 @@ def verify(
     return reports
 
 
-def _worker(
-    rank: int,
-    world_size: int,
-    models: list[str],
-    parallelism: ParallelismConfig,
-    compile: bool,
-    kernels: Sequence[str],
-    folder: str,
-    queue,
-) -> None:
+def _worker(rank: int, world_size: int, models: list[str], setting: Setting, folder: str, queue) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     silence_advice()
     # Inductor generates other code for several threads (falcon's gradient is wrong there only), so try that code.
-    torch.set_num_threads(2 if compile else 1)
+    torch.set_num_threads(2 if setting.compile else 1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
     # One for all models: a mesh has a process group a dimension, and each of those has threads of its own.
-    mesh = ParallelDims.resolve(parallelism, world_size).build_mesh("cpu")
+    mesh = ParallelDims.resolve(setting.parallelism, world_size).build_mesh("cpu")
     for index, model in enumerate(models):
-        report = verify_model(model, parallelism, mesh, compile, kernels, Path(folder) / str(index))
+        report = verify_model(model, setting, mesh, Path(folder) / str(index))
         if rank == 0:
             queue.put(report)
         torch._dynamo.reset()
@@ -132,11 +114,9 @@ def _worker(
     dist.destroy_process_group()
 
 
-def verify_model(
-    name: str, parallelism: ParallelismConfig, mesh: DeviceMesh, compile: bool, kernels: Sequence[str], folder: Path
-) -> Report:
+def verify_model(name: str, setting: Setting, mesh: DeviceMesh, folder: Path) -> Report:
     """One model's report; every rank of the process group calls it. folder: for files, removed afterwards."""
-    report = Report(name)
+    report, parallelism = Report(name), setting.parallelism
     notes = _CollectWarnings(report.notes)
     logging.getLogger("transformers_backend").addHandler(notes)
     try:
@@ -145,10 +125,10 @@ def verify_model(
         report.model_class = model_class.__name__
         degree = parallelism.tensor_parallel_degree
         try:
-            model = _compare_training(report, hf_config, model_class, degree, parallelism, mesh, compile, kernels)
+            model = _compare_training(report, hf_config, model_class, degree, setting, mesh)
         except DegreeError:  # heads in groups of a fixed number (CodeGen's fours) need more of them
             degree *= 2
-            model = _compare_training(report, hf_config, model_class, degree, parallelism, mesh, compile, kernels)
+            model = _compare_training(report, hf_config, model_class, degree, setting, mesh)
         if parallelism.tensor_parallel_degree > 1:
             _describe_split(report, hf_config, model_class, model)
         _compare_weights(report, hf_config, model_class, degree, parallelism, mesh, folder)
@@ -169,15 +149,14 @@ def _compare_training(
     hf_config,
     model_class,
     twin_degree: int,
-    parallelism: ParallelismConfig,
+    setting: Setting,
     mesh: DeviceMesh,
-    compile: bool,
-    kernels: Sequence[str],
 ) -> HFTransformerModel:
     """Loss and every gradient of one global batch: plain Transformers on one device, and ours on all ranks.
 
     twin_degree: the tensor-parallel degree for which the twin is wide enough.
     """
+    parallelism = setting.parallelism
     rows = rows_of_a_call(parallelism)
     seq = sequence_length(parallelism)
     input_ids, labels = global_batch(2 * rows * parallelism.data_parallel_shard_degree, seq)
@@ -187,8 +166,9 @@ def _compare_training(
     plain_loss.backward()
     model = HFTransformerModel.wrap(build_twin(hf_config, model_class, **sizes))
     model.parallelize(
-        parallelism, compile=CompileConfig(enable=compile), kernels=KernelConfig(list(kernels)), mesh=mesh
+        parallelism, compile=CompileConfig(setting.compile), kernels=KernelConfig(list(setting.kernels)), mesh=mesh
     )
+    report.kernels = model.kernels.summary()
     mine = slice(model.data_rank * 2 * rows, (model.data_rank + 1) * 2 * rows)
     halves = list(zip(input_ids[mine].split(rows), labels[mine].split(rows), strict=True))
     targets = sum(model.count_targets(labels_of_half) for _, labels_of_half in halves)

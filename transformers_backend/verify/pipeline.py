@@ -9,9 +9,9 @@ from parallelize.config import ParallelismConfig
 from parallelize.pipeline_parallel.schedules import single_stage
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.pipeline_plan import PipelinePlan
+from transformers_backend.verify.setting import ROWS
 from transformers_backend.weights import full_tensor
 
-_ROWS = 2  # of a micro-batch
 _LAYERS_PER_STAGE = 2  # so that hidden states also go from layer to layer within a stage
 
 
@@ -30,22 +30,7 @@ def rows_of_a_call(parallelism: ParallelismConfig) -> int:
     Those are `pipeline_parallel_microbatch_size` rows; two a pipeline rank keep all ranks busy for a while.
     """
     degree = parallelism.pipeline_parallel_degree
-    return _ROWS if degree == 1 else 2 * degree * parallelism.pipeline_parallel_microbatch_size
-
-
-def parallelism_of(
-    *, fsdp: int = 1, tp: int = 1, pp: int = 1, cp: int = 1, schedule: str = "1F1B", cp_method: str = "ring"
-) -> ParallelismConfig:
-    """The mesh of a report."""
-    return ParallelismConfig(
-        data_parallel_shard_degree=fsdp,
-        tensor_parallel_degree=tp,
-        context_parallel_degree=cp,
-        context_parallel_method=cp_method,
-        pipeline_parallel_degree=pp,
-        pipeline_parallel_schedule=schedule,
-        pipeline_parallel_microbatch_size=_ROWS,
-    )
+    return ROWS if degree == 1 else 2 * degree * parallelism.pipeline_parallel_microbatch_size
 
 
 def seen_gradients(model: HFTransformerModel) -> dict[str, torch.Tensor]:

@@ -10,9 +10,8 @@ import re
 import torch
 import transformers
 
-from parallelize.config import ParallelismConfig
-from parallelize.pipeline_parallel.schedules import canonical_name
 from transformers_backend.proof import GRADIENT_TOLERANCE, LOSS_TOLERANCE
+from transformers_backend.verify.setting import Setting
 
 PRETRAINED_LOSS_TOLERANCE = 1e-6
 
@@ -77,6 +76,8 @@ class Report:
     """How attention reaches the whole sequence: the method, or the modules that run on the gathered one."""
     documents: str = ""
     """Whether packed documents are computed as each alone, with context parallelism: "pass", "refused" or "fail"."""
+    kernels: str = ""
+    """How many modules compute by which kernel."""
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def fail(self, reason: str) -> None:
@@ -85,43 +86,46 @@ class Report:
             self.verdict, self.reason = "fail", reason
 
 
-def print_header(parallelism: ParallelismConfig) -> None:
-    _print_row(tuple(name for name, _ in _columns(parallelism)), parallelism)
+def print_header(setting: Setting) -> None:
+    _print_row(tuple(name for name, _ in _columns(setting)), setting)
 
 
-def print_report(report: Report, parallelism: ParallelismConfig) -> None:
-    _print_row(_cells(report, parallelism), parallelism)
+def print_report(report: Report, setting: Setting) -> None:
+    _print_row(_cells(report, setting), setting)
 
 
-def _print_row(cells: tuple[str, ...], parallelism: ParallelismConfig) -> None:
-    widths = [width for _, width in _columns(parallelism)]
+def _print_row(cells: tuple[str, ...], setting: Setting) -> None:
+    widths = [width for _, width in _columns(setting)]
     print(" ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip(), flush=True)
 
 
-def _columns(parallelism: ParallelismConfig) -> tuple[tuple[str, int], ...]:
+def _columns(setting: Setting) -> tuple[tuple[str, int], ...]:
     """Names and widths."""
     return (
         ("model", 20), ("loss diff", 10), ("worst gradient", 15), ("of", 46), ("loaded diff", 12), ("export", 10),
-        *((("sharded", 18), ("sequence", 8)) if parallelism.tensor_parallel_degree > 1 else ()),
-        *((("stages", 14), ("held by several", 22)) if parallelism.pipeline_parallel_degree > 1 else ()),
-        *((("way", 18), ("documents", 9)) if parallelism.context_parallel_degree > 1 else ()),
+        *((("sharded", 18), ("sequence", 8)) if setting.parallelism.tensor_parallel_degree > 1 else ()),
+        *((("stages", 14), ("held by several", 22)) if setting.parallelism.pipeline_parallel_degree > 1 else ()),
+        *((("way", 18), ("documents", 9)) if setting.parallelism.context_parallel_degree > 1 else ()),
+        *((("kernels", 24),) if setting.has_kernels else ()),
         ("verdict", 8),
     )  # fmt: skip
 
 
-def _cells(report: Report, parallelism: ParallelismConfig) -> tuple[str, ...]:
+def _cells(report: Report, setting: Setting) -> tuple[str, ...]:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.1e}"
 
     share = "-" if report.sharded is None else f"{report.sharded:.1%}" + " of the twin" * report.sharded_of_twin
     sequence = {None: "-", True: "yes", False: "no"}[report.sequence_parallel]
+    mesh = setting.parallelism
     verdict = report.verdict + (f" ({report.reason})" if report.reason else "")
     return (
         report.model, number(report.loss_difference), number(report.gradient_error), report.worst_parameter or "-",
         number(report.pretrained_loss_difference), report.export or "-",
-        *((share, sequence) if parallelism.tensor_parallel_degree > 1 else ()),
-        *((report.stages or "-", report.held_by_several or "-") if parallelism.pipeline_parallel_degree > 1 else ()),
-        *((report.way or "-", report.documents or "-") if parallelism.context_parallel_degree > 1 else ()),
+        *((share, sequence) if mesh.tensor_parallel_degree > 1 else ()),
+        *((report.stages or "-", report.held_by_several or "-") if mesh.pipeline_parallel_degree > 1 else ()),
+        *((report.way or "-", report.documents or "-") if mesh.context_parallel_degree > 1 else ()),
+        *((report.kernels or "-",) if setting.has_kernels else ()),
         "; ".join([verdict, *report.notes]),
     )  # fmt: skip
 
@@ -131,40 +135,20 @@ def summary(reports: list[Report]) -> str:
     return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
 
 
-def with_section(
-    document: str, reports: list[Report], *, parallelism: ParallelismConfig, compile: bool, command: str
-) -> str:
+def with_section(document: str, reports: list[Report], *, setting: Setting, command: str) -> str:
     """The Markdown document with the section of this mesh and schedule replaced, or added at its end.
 
     Sections begin with "## " and the mesh; what stands before the first is written anew.
     """
-    title = _title(parallelism) + ", compiled" * compile
     sections = {part.partition("\n")[0]: part for part in re.split(r"^## ", document, flags=re.MULTILINE)[1:]}
-    sections[title] = _section(title, reports, parallelism, command)
+    sections[setting.title] = _section(reports, setting, command)
     return "\n".join([_INTRODUCTION, *("## " + part.rstrip("\n") + "\n" for part in sections.values())])
 
 
-def _title(parallelism: ParallelismConfig) -> str:
-    """For example "fsdp 2 x pp 2, GPipe"; the schedule, and the method of attention, where it is not the usual one."""
-    degrees = {
-        "fsdp": parallelism.data_parallel_shard_degree,
-        "tp": parallelism.tensor_parallel_degree,
-        "pp": parallelism.pipeline_parallel_degree,
-        "cp": parallelism.context_parallel_degree,
-    }
-    title = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one process"
-    schedule = canonical_name(parallelism.pipeline_parallel_schedule)
-    is_usual = parallelism.pipeline_parallel_degree == 1 or schedule == ParallelismConfig.pipeline_parallel_schedule
-    title = title if is_usual else f"{title}, {schedule}"
-    method = parallelism.context_parallel_method
-    is_usual = parallelism.context_parallel_degree == 1 or method == ParallelismConfig.context_parallel_method
-    return title if is_usual else f"{title}, {method}"
-
-
-def _section(title: str, reports: list[Report], parallelism: ParallelismConfig, command: str) -> str:
-    columns = [name for name, _ in _columns(parallelism)]
+def _section(reports: list[Report], setting: Setting, command: str) -> str:
+    columns = [name for name, _ in _columns(setting)]
     lines = [
-        title,
+        setting.title,
         "",
         f"Generated on {datetime.date.today()} by `{command}` with torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}. **{summary(reports)}.**",
@@ -173,6 +157,6 @@ def _section(title: str, reports: list[Report], parallelism: ParallelismConfig, 
         "|" + " --- |" * len(columns),
     ]
     lines += [
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in _cells(report, parallelism)) + " |" for report in reports
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in _cells(report, setting)) + " |" for report in reports
     ]
     return "\n".join(lines) + "\n"

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from parallelize.distributed import gathered
 from parallelize.tensor_parallel.packing import Packing, packing_of
 
 ReadSlice = Callable[[tuple[slice, ...]], torch.Tensor]
@@ -87,7 +88,7 @@ def full_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tens
     """
     tensor = tensor.detach()
     packing = packing_of(model, name)
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    full = gathered(tensor) if isinstance(tensor, DTensor) else tensor
     return full if packing is None else packing.to_original(full)
 
 

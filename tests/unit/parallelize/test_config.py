@@ -49,6 +49,7 @@ def test_defaults_are_the_documented_ones():
         module_fqns_per_model_part=[],
         context_parallel_degree=1,
         context_parallel_method="ring",
+        context_parallel_ulysses_degree=1,
         context_parallel_layout="zigzag",
     )
     assert (ActivationCheckpointConfig().mode, CompileConfig().enable) == ("none", False)
@@ -83,6 +84,23 @@ def test_choices_of_context_parallelism(name: str, choices: tuple[str, ...]):
     (problem,) = ParallelismConfig(**{name: "spiral"}).problems()
     allowed = ", ".join(f'"{choice}"' for choice in choices)
     assert problem == f'parallelism.{name} = "spiral": must be one of {allowed}.'
+
+
+def test_tokens_for_heads_are_exchanged_among_ranks_that_divide_the_degree():
+    def problems(ulysses: int, **others) -> list[str]:
+        config = {"context_parallel_degree": 8, "context_parallel_ulysses_degree": ulysses, **others}
+        return ParallelismConfig(**config).problems()
+
+    assert problems(1) == problems(4) == problems(8) == problems(3, context_parallel_degree=1) == []
+    assert problems(0) == [
+        "parallelism.context_parallel_ulysses_degree = 0: must be at least 1 (1 means the ring alone)."
+    ]
+    assert problems(7, context_parallel_method="ulysses") == [
+        "parallelism.context_parallel_ulysses_degree = 7: must divide context_parallel_degree = 8; the nearest that "
+        "does is 8.",
+        'parallelism.context_parallel_ulysses_degree = 7 with context_parallel_method = "ulysses": only around a ring '
+        'are tokens exchanged for heads by some of the ranks. Set the method to "ring", or this to 1.',
+    ]
 
 
 # --- pipeline parallelism
@@ -297,6 +315,9 @@ def _no_settings_of_accelerate(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delenv(f"PARALLELISM_CONFIG_{name}", raising=False)
 
 
+_ALL_GATHER = {"context_parallel_degree": 2, "context_parallel_method": "allgather"}  # accelerate's default
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
@@ -305,8 +326,12 @@ def _no_settings_of_accelerate(monkeypatch: pytest.MonkeyPatch):
         ({"dp_shard_size": 4}, {"data_parallel_shard_degree": 4}),
         ({"tp_size": 2}, {"tensor_parallel_degree": 2}),
         ({"tp_size": 2, "tp_handler": TorchTensorParallelConfig()}, {"tensor_parallel_degree": 2}),
-        ({"cp_size": 2}, {"context_parallel_degree": 2}),
-        ({"cp_size": 2, "cp_backend": "torch"}, {"context_parallel_degree": 2}),
+        ({"cp_size": 2}, _ALL_GATHER),
+        ({"cp_size": 2, "cp_backend": "torch"}, _ALL_GATHER),
+        (
+            {"cp_size": 2, "cp_handler": TorchContextParallelConfig(cp_comm_strategy="alltoall")},
+            {"context_parallel_degree": 2, "context_parallel_method": "ring"},
+        ),
         ({"cp_handler": TorchContextParallelConfig(cp_comm_strategy="alltoall")}, {}),  # without effect at cp_size 1
         ({"sp_size": 1, "sp_backend": "deepspeed"}, {}),
         (
@@ -328,15 +353,19 @@ def _newer(**changes) -> object:
     return kind(**changes)
 
 
+def _later_strategy() -> TorchContextParallelConfig:
+    handler = TorchContextParallelConfig()
+    handler.cp_comm_strategy = "carousel"
+    return handler
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (lambda: accelerate.ParallelismConfig(sp_size=2), "sp_size = 2: the sequence parallelism of DeepSpeed is not"),
         (
-            lambda: accelerate.ParallelismConfig(
-                cp_size=2, cp_handler=TorchContextParallelConfig(cp_comm_strategy="alltoall")
-            ),
-            'cp_handler.cp_comm_strategy = "alltoall": how ranks exchange a sequence cannot be chosen here; leave it',
+            lambda: accelerate.ParallelismConfig(cp_size=2, cp_handler=_later_strategy()),
+            'cp_handler.cp_comm_strategy = "carousel": this version here does not know that way',
         ),
         (
             lambda: _newer(ep_size=4),

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, BertConfig, BertLMHeadModel, GPT2Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from parallelize.activation_checkpoint import apply_activation_checkpointing
+from parallelize.compile import apply_compile
 from transformers_backend.decoder import describe_decoder
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.proof import Proof, difference, example_batch, prove, relative_errors, why_not_compile
@@ -214,6 +215,22 @@ def test_inductors_wrong_falcon_gradient_is_found():
     assert version <= (2, 13), f"still wrong in torch {torch.__version__}: raise the version in this test"
     assert "FalconForCausalLM compiled with inductor is wrong: gradient of transformer.h." in reason
     assert _compile_falcon(threads=1) == "None"
+
+
+@ignore_grad_warning
+def test_layers_are_compiled_for_the_sizes_that_they_get_after_a_twin_of_other_sizes_was():
+    assert why_not_compile(LLAMA, LlamaForCausalLM, None, "eager", torch.device("cpu")) is None
+    given = []
+
+    def compile_nothing(graph: torch.fx.GraphModule, inputs: list):
+        given.extend(inputs)
+        return graph
+
+    model = LlamaForCausalLM(LLAMA)
+    apply_compile(model.model.layers, backend=compile_nothing)
+    model(input_ids=torch.zeros(3, 7, dtype=torch.int64))
+    assert (3, 7, 32) in [tuple(value.shape) for value in given if isinstance(value, torch.Tensor)]
+    assert not any(isinstance(value, torch.SymInt) for value in given)
 
 
 @ignore_grad_warning
