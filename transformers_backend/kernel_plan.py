@@ -21,8 +21,11 @@ from transformers import PreTrainedModel
 
 from parallelize.config import KERNELS, KernelConfig
 from parallelize.kernels.replace import ModuleKernel, NormKernel, RotaryKernel
+from transformers_backend.decoder import describe_decoder
+from transformers_backend.head_kernel import find_linear_head
 from transformers_backend.kernel_gates import gate_kernels
 from transformers_backend.kernel_rotary import rotary_kernels
+from transformers_backend.loss import LinearHead
 from transformers_backend.proof import MODEL_ERRORS
 from transformers_backend.twin import build_twin
 
@@ -36,6 +39,8 @@ class KernelPlan:
 
     kernels: dict[str, ModuleKernel | RotaryKernel] = field(default_factory=dict)
     """By name of the module."""
+    linear_head: LinearHead | None = None
+    """What the head is, where the loss is computed from it without logits; `loss.py` does so."""
     kinds: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How many modules there are of (class, the kernel's name or why it has none)."""
 
@@ -48,6 +53,8 @@ class KernelPlan:
     def summary(self) -> str:
         """How many modules compute by which kernel, e.g. "rms_norm 5"."""
         counts = Counter(kernel.kernel for kernel in self.kernels.values())
+        if self.linear_head is not None:
+            counts["linear_cross_entropy"] = 1
         return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
@@ -68,18 +75,27 @@ def choose_kernels(
     if searches.keys() & set(names):
         twin = build_twin(hf_model.config, type(hf_model))
         for name in (name for name in searches if name in names):
-            for found in searches[name](hf_model, twin):
-                plan.add(*found)
+            for module_and_kernel in searches[name](hf_model, twin):
+                plan.add(*module_and_kernel)
+    if "linear_cross_entropy" in names:
+        head = find_linear_head(hf_model)
+        plan.linear_head = head if isinstance(head, LinearHead) else None
+        plan.kinds[describe_decoder(hf_model).head, head if isinstance(head, str) else "linear_cross_entropy"] += 1
     return plan
 
 
 def enabled_kernels(config: KernelConfig, device: torch.device, *, is_compiled: bool) -> tuple[str, ...]:
-    """The names that "auto" stands for: on a GPU all that the compiler does not make as well itself."""
+    """The names that "auto" stands for: on a GPU all that the compiler does not make as well itself.
+
+    Not linear_cross_entropy: it saves memory for a fourth matrix product, and how long that takes is unmeasured.
+    """
     if config.enable == ["none"]:
         return ()
     if config.enable != ["auto"]:
         return tuple(config.enable)
-    return KERNELS if device.type == "cuda" and not is_compiled else ()
+    if device.type != "cuda" or is_compiled:
+        return ()
+    return tuple(name for name in KERNELS if name != "linear_cross_entropy")
 
 
 def _norms(hf_model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
