@@ -180,8 +180,9 @@ class HFTransformerModel:
         )
         self.tensor_parallelism = split
         self.kernels = choose_kernels(
-            self.hf_model, kernels, self.device, is_compiled=compile.enable and "model" in compile.components
-        )
+            self.hf_model, kernels, self.device, compute_dtype,
+            is_compiled=compile.enable and "model" in compile.components,
+        )  # fmt: skip
         if pipeline_plan is not None:
             self.pipelined = PipelinedModel(self.hf_model, self.decoder, pipeline_plan, self.mesh, parallelism)
         if self.pipelined is None or self.pipelined.has_last_stage:

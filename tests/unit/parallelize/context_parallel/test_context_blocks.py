@@ -15,6 +15,7 @@ from parallelize.context_parallel.flash import FlashBlocks
 from parallelize.context_parallel.kernels import CpuKernel, CudaKernel, FlashAttentionKernel, choose_blocks
 from parallelize.context_parallel.layout import Chunk
 from parallelize.context_parallel.masks import CAUSAL, BlockMask, MaskRule
+from parallelize.context_parallel.trial import why_not_blocks
 from tests.full_attention import CASES, Case, error, full_attention
 
 BACKENDS = {"reference": ReferenceBlocks(rows=50), "flash": FlashBlocks(CpuKernel())}
@@ -255,3 +256,22 @@ def test_kernels_for_cuda_leave_tensors_of_the_cpu_alone(kernel):
 def test_cases_are_of_every_kind():
     assert any(case.softcap and case.has_sinks and case.value_dim != case.dim for case in CASES.values())
     assert isinstance(CASES["causal"], Case)
+
+
+def test_a_backend_is_tried_on_its_device():
+    cpu = torch.device("cpu")
+    assert why_not_blocks(FlashBlocks(CpuKernel()), cpu, torch.float32) is None
+    assert why_not_blocks(FlashBlocks(CpuKernel()), cpu, torch.bfloat16, dim=48) is None
+
+    class WrongGradient(CpuKernel):
+        def backward(self, *arguments):
+            grad_query, grad_key, grad_value = super().backward(*arguments)
+            return grad_query, 1.001 * grad_key, grad_value
+
+    assert why_not_blocks(FlashBlocks(WrongGradient()), cpu, torch.float32) == "with all keys dk is off by 1.0e-03"
+
+    class Absent(CpuKernel):
+        def forward(self, *arguments):
+            raise RuntimeError("no such kernel")
+
+    assert why_not_blocks(FlashBlocks(Absent()), cpu, torch.float32) == "with all keys RuntimeError: no such kernel"
