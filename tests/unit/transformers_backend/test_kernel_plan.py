@@ -14,11 +14,12 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.nanochat.modeling_nanochat import apply_rotary_pos_emb as nanochat_rotary
 
-from parallelize.config import KERNELS, KernelConfig
+from parallelize.config import KERNELS
 from parallelize.kernels.replace import GatedActivationKernel, NormKernel, apply_kernels
 from parallelize.kernels.rotary import RotaryForm
 from transformers_backend.kernel_gates import find_gate_kernel
-from transformers_backend.kernel_plan import KernelPlan, choose_kernels, find_norm_kernel
+from transformers_backend.kernel_norms import find_norm_kernel
+from transformers_backend.kernel_plan import KernelPlan, find_kernels, why_not_on_device
 from transformers_backend.kernel_rotary import find_rotary_form
 from transformers_backend.model_args import HFTransformerModelArgs
 from transformers_backend.twin import build_twin
@@ -33,8 +34,7 @@ def twin_of(model_type: str, **sizes: int) -> PreTrainedModel:
 
 
 def plan_of(model: PreTrainedModel, *names: str) -> KernelPlan:
-    config = KernelConfig(list(names or ("rms_norm", "gated_activation", "rotary")))
-    return choose_kernels(model, config, torch.device("cpu"), is_compiled=False)
+    return find_kernels(model, names or ("rms_norm", "gated_activation", "rotary"))
 
 
 class Gated(nn.Module):
@@ -234,3 +234,26 @@ def test_identical_layers_are_compiled_once_and_whole():
 def test_kernels_have_names_that_can_be_enabled():
     kernels = plan_of(twin_of("llama")).kernels.values()
     assert {kernel.kernel for kernel in kernels} <= set(KERNELS)
+
+
+def test_a_kernel_is_tried_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPatch):
+    model, device = twin_of("llama"), torch.device("cpu")
+    assert why_not_on_device(model, "rms_norm", device, torch.bfloat16) is None
+
+    def apply_wrong(twin: PreTrainedModel, kernels: dict) -> None:
+        for name in kernels:
+            norm = twin.get_submodule(name)
+            norm.forward = lambda x, forward=norm.forward: 1.01 * forward(x)
+
+    monkeypatch.setattr("transformers_backend.kernel_plan.apply_kernels", apply_wrong)
+    assert "in torch.float32 the gradient of" in why_not_on_device(model, "rms_norm", device, torch.float32)
+
+    def fail(*arguments) -> None:
+        raise RuntimeError("no such instruction")
+
+    def apply_failing(twin: PreTrainedModel, kernels: dict) -> None:
+        for name in kernels:
+            twin.get_submodule(name).forward = fail
+
+    monkeypatch.setattr("transformers_backend.kernel_plan.apply_kernels", apply_failing)
+    assert why_not_on_device(model, "rms_norm", device, torch.float32) == "RuntimeError: no such instruction"
