@@ -19,8 +19,8 @@ from parallelize.context_parallel.blocks import BlockAttention, ReferenceBlocks
 from parallelize.context_parallel.blockwise import Blockwise, Visit
 from parallelize.context_parallel.flash import FlashBlocks
 from parallelize.context_parallel.kernels import CpuKernel, CudaKernel, FlashAttentionKernel, TritonBlocks
-from parallelize.context_parallel.layout import Chunk, SequenceLayout
-from parallelize.context_parallel.masks import CAUSAL, BlockMask
+from parallelize.context_parallel.layout import SequenceLayout
+from parallelize.context_parallel.masks import CAUSAL
 from parallelize.kernels.language import launches_on
 
 RING = 8  # ranks
@@ -73,7 +73,7 @@ def measure(shape: Shape, device: torch.device, say: Callable[[str], None]) -> d
     def normal(heads: int) -> torch.Tensor:
         return torch.randn(1, heads, shape.length, shape.dim, generator=generator, device=device).to(dtype)
 
-    query, key, value, grad_out = normal(shape.heads), normal(shape.key_heads), normal(shape.key_heads), normal(shape.heads)
+    query, key, value, grad_out = map(normal, (shape.heads, shape.key_heads, shape.key_heads, shape.heads))
     actions = _one_call(query, key, value, grad_out)
     expected = [actions[0]().detach(), *actions[1]()]
     base = tuple(seconds_of(action, device) for action in actions)
@@ -81,13 +81,16 @@ def measure(shape: Shape, device: torch.device, say: Callable[[str], None]) -> d
     rings_found = []
     for blocks in backends(device, shape.length):
         say(f"attention of {shape.length:,} tokens: {blocks.name}")
-        one = _actions(_ring_of(1, blocks, shape), query, key, value, grad_out)
-        found, wrong = _time(one, expected, device)
-        blocks_found.append(_measured(shape, blocks.name, found, base, wrong))
-        if not isinstance(blocks, ReferenceBlocks):
-            ring = _actions(_ring_of(RING, blocks, shape), query, key, value, grad_out)
-            found, wrong = _time(ring, expected, device)
-            rings_found.append(_measured(shape, blocks.name, found, base, wrong))
+        for degree, rows in ((1, blocks_found), (RING, rings_found)):
+            if degree > 1 and isinstance(blocks, ReferenceBlocks):
+                continue
+            layout = SequenceLayout(shape.length, degree, is_zigzag=degree > 1)
+            ring = EmulatedRing(layout, blocks, (query, key, value, grad_out))
+            wrong = difference([*ring.forward(), *ring.backward()], expected)
+            if wrong > _TOLERANCE:
+                raise AssertionError(f"{blocks.name}: differs from one call by {wrong:.1%}")
+            found = seconds_of(ring.forward, device), seconds_of(ring.backward, device)
+            rows.append(_measured(shape, blocks.name, found, base, wrong))
     return {"blocks": [asdict(one) for one in blocks_found], "rings": [asdict(one) for one in rings_found]}
 
 
@@ -115,3 +118,56 @@ def _one_call(query, key, value, grad_out) -> tuple[Callable, Callable]:
 
     out = forward()
     return forward, lambda: torch.autograd.grad(out, inputs, grad_out, retain_graph=True)
+
+
+class EmulatedRing:
+    """All ranks of a ring on one device, one after the other; a ring of one rank is a single block."""
+
+    def __init__(self, layout: SequenceLayout, blocks: BlockAttention, given: tuple[torch.Tensor, ...]) -> None:
+        """given: queries, keys, values and the output's gradient, (1, heads, length, dim)."""
+        self._layout = layout
+        self._shards = [[layout.shard(tensor, rank, 2) for rank in range(layout.degree)] for tensor in given]
+        scale = given[0].shape[-1] ** -0.5
+        self._ranks = [Blockwise(layout, rank, blocks, CAUSAL, scale, None) for rank in range(layout.degree)]
+        self._outs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def forward(self) -> list[torch.Tensor]:
+        """The output of the whole sequence."""
+        queries, _, values, _ = self._shards
+        self._outs = [
+            one.forward(query, values[0].shape[-1], self._visits(one), None, None)
+            for one, query in zip(self._ranks, queries, strict=True)
+        ]
+        return [self._layout.join([out for out, _ in self._outs], 2)]
+
+    def backward(self) -> list[torch.Tensor]:
+        """The gradients of queries, keys and values, in fp32 but for the queries'."""
+        queries, keys, values, grads = self._shards
+        totals = [[torch.zeros_like(shard, dtype=torch.float32) for shard in shards] for shards in (keys, values)]
+
+        def add(source: int, found: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+            for number, parts in found.items():
+                for total, part in zip(totals, parts, strict=True):
+                    self._ranks[source].views(total[source])[number].add_(part)
+
+        grad_queries = [
+            one.backward(grad, query, *outs, self._visits(one), None, add)
+            for one, grad, query, outs in zip(self._ranks, grads, queries, self._outs, strict=True)
+        ]
+        return [self._layout.join(grad_queries, 2), *(self._layout.join(total, 2) for total in totals)]
+
+    def _visits(self, one: Blockwise) -> Iterator[Visit]:
+        """What comes to a rank: its own keys and values, and of the others the chunks that it has to see."""
+        _, keys, values, _ = self._shards
+        for distance in range(self._layout.degree):
+            source = (one.rank - distance) % self._layout.degree
+            seen = [number for _, number, _ in one.masks(None, source, range(len(self._layout.chunks(source))))]
+            both = (one.views(tensor[source]) for tensor in (keys, values))
+            yield source, *({number: views[number] for number in seen} for views in both)
+
+
+def _measured(shape: Shape, name: str, found: tuple[float, float], base: tuple[float, float], wrong: float) -> Measured:
+    return Measured(
+        shape.length, name, *found, base[0] / found[0], base[1] / found[1], sum(base) / sum(found),
+        3.5 * shape.flops / sum(found), wrong,
+    )  # fmt: skip

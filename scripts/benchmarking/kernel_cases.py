@@ -120,7 +120,9 @@ def _rotary(make: _Maker, tokens: int, heads: int, key_heads: int, dim: int) -> 
     query, key = (make.normal(1, tokens, n * dim).unflatten(-1, (n, dim)).transpose(1, 2) for n in (heads, key_heads))
     query, key = query.detach().requires_grad_(), key.detach().requires_grad_()
     grads = tuple(make.normal(1, tokens, n * dim).unflatten(-1, (n, dim)).transpose(1, 2) for n in (heads, key_heads))
-    angles = torch.arange(tokens, device=make.device)[:, None] / 500000 ** (torch.arange(dim // 2, device=make.device) * 2 / dim)
+    angles = torch.arange(tokens, device=make.device)[:, None] / 500000 ** (
+        torch.arange(dim // 2, device=make.device) * 2 / dim
+    )
     angles = torch.cat([angles, angles], dim=-1)[None]
     cos, sin = angles.cos().to(query.dtype), angles.sin().to(query.dtype)
     form = RotaryForm()
