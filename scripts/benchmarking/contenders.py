@@ -62,7 +62,7 @@ class Gate:
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
-        self._remaining, self._start = 0, 0.0
+        self._remaining, self._start, self._cpu_start = 0, 0.0, 0.0
         self._imports = resident_memory()
 
     def start(self) -> None:
@@ -78,7 +78,9 @@ class Gate:
         if loss.is_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._start
-        self._connection.send({"seconds": seconds, "loss": float(loss), "peak_memory": peak_memory()})
+        processor = time.process_time() - self._cpu_start
+        report = {"seconds": seconds, "cpu_seconds": processor, "loss": float(loss), "peak_memory": peak_memory()}
+        self._connection.send(report)
         if loss.is_cuda:
             torch.cuda.empty_cache()  # the device is the next contender's now; that is why a block's first step is free
         self._wait()
@@ -88,7 +90,7 @@ class Gate:
         if self._remaining == 0:
             raise Finished
         reset_peak_memory()
-        self._start = time.perf_counter()
+        self._start, self._cpu_start = time.perf_counter(), time.process_time()
 
 
 # -- what they share ---------------------------------------------------------------------------------------------------

@@ -44,9 +44,23 @@ def evaluate(results: dict[str, Any], settings: Settings, ceiling: float) -> dic
             ),
             "peak_memory": ours["peak_memory"] / result["peak_memory"],
             "first_step": ours["first_step_seconds"] / result["first_step_seconds"],
+            **_processor_ratios(ours, result),
         }
         for name, result in measured.items()
         if ours is not None and result is not ours
+    }
+
+
+def _processor_ratios(ours: dict[str, Any], result: dict[str, Any]) -> dict[str, float]:
+    """The same as if nothing else had run on the machine's cores; nothing on a GPU, where the processor only waits."""
+    if torch.cuda.is_available():
+        return {}
+    first, other_first = (statistics.median(one["first_steps_cpu_seconds"]) for one in (ours, result))
+    return {
+        "cpu_tokens_per_second": statistics.median(
+            other / own for own, other in zip(ours["block_cpu_seconds"], result["block_cpu_seconds"], strict=False)
+        ),
+        "cpu_first_step": first / other_first,
     }
 
 
@@ -84,12 +98,9 @@ def to_markdown(report: dict[str, Any]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *(_row(name, result) for name, result in report["results"].items()),
         "",
-        "| ratio | tokens/s | peak memory | first step |",
-        "| --- | ---: | ---: | ---: |",
-        *(
-            f"| {name} | {ratio['tokens_per_second']:.3f} | {ratio['peak_memory']:.3f} | {ratio['first_step']:.3f} |"
-            for name, ratio in report["ratios"].items()
-        ),
+        "| ratio | tokens/s | peak memory | first step | tokens by processor time | first step by processor time |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        *(_ratio_row(name, ratio) for name, ratio in report["ratios"].items()),
     ]
     return "\n".join(lines) + "\n"
 
@@ -97,6 +108,11 @@ def to_markdown(report: dict[str, Any]) -> str:
 def load_in_words(load: list[float]) -> str:
     """load: processes that wanted a core, on average over a minute, before and after."""
     return f"Processes that wanted a core: {load[0]:.1f} before, {load[1]:.1f} after (its own counted)."
+
+
+def _ratio_row(name: str, ratio: dict[str, float]) -> str:
+    keys = ("tokens_per_second", "peak_memory", "first_step", "cpu_tokens_per_second", "cpu_first_step")
+    return " | ".join([f"| {name}", *(f"{ratio[key]:.3f}" if key in ratio else "" for key in keys)]) + " |"
 
 
 def _row(name: str, result: dict[str, Any]) -> str:

@@ -34,7 +34,11 @@ class Contestant:
         self._process = multiprocessing.get_context("spawn").Process(target=serve, args=(name, settings, cold, theirs))
         self._process.start()
         theirs.close()
-        self.record: dict[str, Any] = {"block_seconds": [], **self._receive(), "peak_memory": 0}
+        self.record: dict[str, Any] = {
+            "block_seconds": [], "block_cpu_seconds": [], **self._receive(), "peak_memory": 0
+        }  # fmt: skip
+        self.cpu_seconds = 0.0
+        """That the last `train` took of all its threads together."""
 
     def train(self, steps: int) -> float:
         """Train `steps` steps and return the seconds they took."""
@@ -43,6 +47,7 @@ class Contestant:
         self.record["peak_memory"] = max(self.record["peak_memory"], report["peak_memory"])
         self.record.setdefault("first_loss", report["loss"])
         self.record["last_loss"] = report["loss"]
+        self.cpu_seconds = report["cpu_seconds"]
         return report["seconds"]
 
     def close(self) -> None:
@@ -96,7 +101,7 @@ def run(
     began = time.monotonic()
     results: dict[str, Any] = {}
     contestants: list[Contestant] = []
-    firsts: dict[str, list[float]] = {name: [] for name in names}
+    firsts: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for start in range(starts):
         turn = start % len(names)  # who begins changes
         for name in [*names[turn:], *names[:turn]]:
@@ -136,14 +141,15 @@ def attempt(action: Callable[[], None], name: str, results: dict[str, Any]) -> N
 
 
 def _begin(
-    name: str, settings: Settings, cold: bool, firsts: list[float], contestants: list[Contestant] | None
+    name: str, settings: Settings, cold: bool, firsts: list[tuple[float, float]], contestants: list[Contestant] | None
 ) -> None:
-    """Start a contender and train its first step, whose seconds go to `firsts`; without `contestants` it ends then."""
+    """Start a contender and train its first step, whose seconds (of the clock, of the processor) go to `firsts`; without `contestants` it ends then."""
     started = time.perf_counter()
     contestant = Contestant(name, settings, cold=cold)
     contestant.record["build_seconds"] = time.perf_counter() - started
-    firsts.append(contestant.train(1))
-    contestant.record["first_steps_seconds"] = firsts
+    firsts.append((contestant.train(1), contestant.cpu_seconds))
+    contestant.record["first_steps_seconds"] = [seconds for seconds, _ in firsts]
+    contestant.record["first_steps_cpu_seconds"] = [seconds for _, seconds in firsts]
     if contestants is None:
         contestant.close()
         return
@@ -155,6 +161,7 @@ def train_block(contestant: Contestant, steps: int) -> None:
     if torch.cuda.is_available():
         contestant.train(1)  # gets its memory back from the device
     contestant.record["block_seconds"].append(contestant.train(steps) / steps)
+    contestant.record["block_cpu_seconds"].append(contestant.cpu_seconds / steps)
 
 
 def describe_block(contestant: Contestant, settings: Settings) -> str:
