@@ -13,11 +13,11 @@ while slows all of them, and ratios are taken between blocks of the same round. 
     warm-up  two more steps, not timed
     rounds   --blocks times: every contender trains --steps steps in a row (on a GPU after one that is not timed)
 
-On a CPU ratios are given by processor time, too, of all threads together: on a machine that others use as well, take
---threads 1 and look at those (threads that wait for each other count). Compile time is the first step less the median step. Peak memory covers the whole run of a contender, compilation
-included; "imports" is what its process held before a model existed. On CUDA memory is what PyTorch allocated on the
-device. The compiler keeps what it made for the next run: the first run of a command has longer first steps and, on a
-CPU, higher peaks than those that follow; --cold gives every start an empty cache.
+Compile time is the first step less the median step. On a CPU ratios are given by processor time of all threads, too: on
+a machine that others use as well take --threads 1 and those. Peak memory covers the whole run of a contender,
+compilation included; "imports" is what its process held before a model existed. On CUDA memory is what PyTorch
+allocated on the device. The compiler keeps what it made for the next run: the first run of a command has longer first
+steps and, on a CPU, higher peaks than those that follow; --cold gives every start an empty cache.
 """
 
 from __future__ import annotations

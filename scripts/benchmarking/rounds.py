@@ -143,7 +143,9 @@ def attempt(action: Callable[[], None], name: str, results: dict[str, Any]) -> N
 def _begin(
     name: str, settings: Settings, cold: bool, firsts: list[tuple[float, float]], contestants: list[Contestant] | None
 ) -> None:
-    """Start a contender and train its first step, whose seconds (of the clock, of the processor) go to `firsts`; without `contestants` it ends then."""
+    """Start a contender and train its first step; its seconds, of the clock and of the processor, go to `firsts`.
+
+    contestants: which it joins; None ends it then."""
     started = time.perf_counter()
     contestant = Contestant(name, settings, cold=cold)
     contestant.record["build_seconds"] = time.perf_counter() - started
