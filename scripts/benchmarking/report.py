@@ -81,6 +81,7 @@ def _on_meta(settings: Settings) -> Any:
 
 def to_markdown(report: dict[str, Any]) -> str:
     settings = report["settings"]
+    rounds = max((len(result.get("block_seconds", ())) for result in report["results"].values()), default=0)
     cache = "empty at every start" if report["cold"] else "as earlier runs left it"
     lines = [
         f"`{report['command']}`",
@@ -88,7 +89,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         machine_in_words(report["machine"]),
         f"{report['parameters'] / 1e6:,.1f} million parameters, {settings['batch_size']} x {settings['seq_len']} "
         f"tokens a step, {settings['precision']}, {'compiled' if settings['compile'] else 'eager'}, "
-        f"{report['blocks']} rounds of {report['steps']} steps, {report['starts']} "
+        f"{rounds} rounds of {report['steps']} steps, {report['starts']} "
         f"{'start' if report['starts'] == 1 else 'starts'} each; the compiler's cache {cache}. "
         f"{report['flops_per_token'] / 1e9:,.3f} GFLOP a token. Matrix products reach "
         f"{report['ceiling'] / 1e12:,.2f} TFLOP/s. {load_in_words(report['load'])}",
