@@ -34,8 +34,8 @@ def check_same_batch(*batch: torch.Tensor | None, mesh: DeviceMesh | None, devic
     if mesh is None or all(mesh[name].size() == 1 for name in _SAME_BATCH):
         return
     tensors = [tensor.to(device) for tensor in batch if tensor is not None]
-    shape = torch.tensor(tensors[0].shape, device=device)
-    contents = torch.cat([shape, *(tensor.flatten() for tensor in tensors)])
+    shape = [torch.full((1,), size, device=device) for size in tensors[0].shape]  # a copy would wait for the device
+    contents = torch.cat([*shape, *(tensor.flatten() for tensor in tensors)])
     same = are_equal(contents, *(mesh.get_group(name) for name in _SAME_BATCH))
     kinds = {kind: mesh[name].size() for name, kind in _SAME_BATCH.items()}
     message = (

@@ -294,7 +294,9 @@ class HFTransformerModel:
         if num_items_in_batch is None:
             num_items_in_batch = self.count_targets(labels)
         # A batch without a single target has loss 0 and no gradient, rather than 0 / 0.
-        targets = torch.as_tensor(num_items_in_batch, device=self.device).clamp(min=1)
+        if not isinstance(num_items_in_batch, torch.Tensor):  # filled in there: a copy would wait for the device
+            num_items_in_batch = torch.full((), num_items_in_batch, device=self.device)
+        targets = num_items_in_batch.to(self.device).clamp(min=1)
         batch = self._batch(input_ids, labels, position_ids)
         with self.computing(), self._sharing():
             if self.pipelined is not None:
