@@ -16,21 +16,21 @@ import torch
 GPU_TESTS = Path(__file__).parent / "gpu"
 UNIT_TESTS = Path(__file__).parent / "unit"
 
+# Where there is Triton, kernels run on CPU tensors. Here, because Triton reads it where kernels are defined, and a
+# folder's conftest.py, which may import them, is read before `pytest_configure` runs.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--share", metavar="FOLDER", help="skip files of tests that another run with this folder took")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep Hugging Face libraries off the network, and let kernels run without a GPU.
-
-    Libraries read these variables when they are imported, and so do processes of the tests.
-    """
+    """Keep Hugging Face libraries off the network; they read these when imported, and so do processes of the tests."""
     environment = pytest.MonkeyPatch()
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
         environment.setenv(name, "1")
-    if not torch.cuda.is_available():
-        environment.setenv("TRITON_INTERPRET", "1")  # where there is Triton, kernels run on CPU tensors
     environment.setenv("TOKENIZERS_PARALLELISM", "false")  # it warns when a process that used a tokenizer forks
     config.add_cleanup(environment.undo)
 

@@ -7,6 +7,7 @@ noted. `context_proof.py` asks.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from parallelize.context_parallel.blocks import BlockAttention, ReferenceBlocks
 from parallelize.context_parallel.kernels import choose_blocks
+from parallelize.context_parallel.trial import why_not_blocks
+from parallelize.distributed import gather_objects
 from transformers_backend.decoder import dropout_fields
 from transformers_backend.flops import attention_costs
 from transformers_backend.proof import example_batch
 from transformers_backend.twin import build_twin
+
+logger = logging.getLogger(__name__)
 
 _NAME = "context_parallel_noted"  # of the attention function that takes notes
 
@@ -66,11 +71,24 @@ def choose_blocks_for(
     softcap = next(iter(note_attention_calls(hf_config, model_class).softcaps), None)
     widths = sorted({(cost.query_key_dim, cost.value_dim) for cost in attention_costs(hf_config, layer_count)})
     choices = [
-        choose_blocks(device_type, dtype, softcap=softcap, dim=dim, value_dim=value_dim) for dim, value_dim in widths
-    ] or [choose_blocks(device_type, dtype, softcap=softcap)]
+        _tried(device_type, dtype, softcap=softcap, dim=dim, value_dim=value_dim) for dim, value_dim in widths
+    ] or [_tried(device_type, dtype, softcap=softcap)]
     kernels = [choice for choice in choices if not isinstance(choice[0], ReferenceBlocks)]
     reasons = list(dict.fromkeys(reason for _, reason in (*kernels, *choices)))
     return (*kernels, *choices)[0][0], "; in other layers ".join(reasons)
+
+
+def _tried(device_type: str, dtype: torch.dtype, **sizes) -> tuple[BlockAttention, str]:
+    """What `choose_blocks` says, or the reference where that is wrong on the accelerator of some rank."""
+    blocks, because = choose_blocks(device_type, dtype, **sizes)
+    if device_type == "cpu" or isinstance(blocks, ReferenceBlocks):
+        return blocks, because
+    reason = why_not_blocks(blocks, torch.device(device_type), dtype, **sizes)
+    wrong = next((other for other in gather_objects(reason) if other is not None), None)
+    if wrong is None:
+        return blocks, because
+    logger.warning("Attention of shared sequences is computed slowly: %s is wrong on this device (%s)", because, wrong)
+    return ReferenceBlocks(), f"the reference in plain torch: {blocks.name} is wrong on this device"
 
 
 def note_attention_calls(

@@ -10,6 +10,9 @@ holds for an architecture is tried on its twin (`proof.py`); where it does not, 
 With tensor parallelism each rank's head yields the logits of its part of the vocabulary, and the loss is computed from
 those (`parallelize/tensor_parallel/vocabulary.py`); who calls the model without `targets` gets all logits.
 
+Where the kernel of that name is enabled, and the head is proven to be a `LinearHead` (`head_kernel.py`), the loss is
+computed without logits instead (`parallelize/kernels/linear_cross_entropy.py`).
+
 Labels follow Transformers: aligned with the tokens, -100 ignored, shifted by `shift_labels` once, outside the model.
 """
 
@@ -19,13 +22,16 @@ import contextlib
 import copy
 import functools
 import math
+import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from parallelize.kernels.linear_cross_entropy import linear_cross_entropy
 from parallelize.tensor_parallel import vocabulary as vocabulary_parallel
 from parallelize.tensor_parallel.collectives import enter
 from parallelize.tensor_parallel.vocabulary import VocabularyShard, gather_logits
@@ -39,6 +45,17 @@ _CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 SumLoss = Callable[..., torch.Tensor]
 
 
+@dataclass(frozen=True)
+class LinearHead:
+    """A head that is one matrix product: cap(scale * (hidden @ weight^T + bias)).
+
+    cap(z) = softcap * tanh(z / softcap), or z where that is None.
+    """
+
+    scale: float
+    softcap: float | None
+
+
 def install_loss(
     hf_model: PreTrainedModel,
     decoder: Decoder,
@@ -47,6 +64,7 @@ def install_loss(
     compile_backend: str | None = None,
     chunk_elements: int | None = None,
     vocabulary: VocabularyShard | None = None,
+    linear_head: LinearHead | None = None,
 ) -> None:
     """Let `hf_model(input_ids=..., targets=...)` return the summed loss as an fp32 scalar.
 
@@ -54,7 +72,8 @@ def install_loss(
     cannot be run in chunks. compile_backend: compile the chunk's head and cross-entropy, None runs them eagerly.
     chunk_elements: logit elements that one chunk may have; None is the device's default. vocabulary: the part of the
     vocabulary that the head module computes on this rank of its group, from the same hidden states on every rank; None
-    is a head that computes all of it. The loss is then the same on every rank of the group.
+    is a head that computes all of it. The loss is then the same on every rank of the group. linear_head: what the head
+    is proven to be, to compute the loss without logits; the three arguments on chunks have no effect then.
     """
     sum_loss, local_logits = sum_cross_entropy, contextlib.nullcontext
     if vocabulary is not None:
@@ -65,7 +84,9 @@ def install_loss(
             ignore_index=IGNORE_INDEX,
         )
         local_logits = _SplitHead(hf_model.get_submodule(decoder.head), vocabulary).local_logits
-    if chunked:
+    if linear_head is not None:
+        _install_forward(hf_model, _linear_loss(hf_model, decoder, linear_head, vocabulary), local_logits)
+    elif chunked:
         # Each chunk communicates, so the ranks must agree on how many there are: the largest part decides.
         columns = hf_model.get_submodule(decoder.head).weight.shape[0] if vocabulary is None else vocabulary.largest
         chunked_loss = _chunked_loss(hf_model, decoder, sum_loss, columns, compile_backend, chunk_elements)
@@ -109,6 +130,40 @@ def _chunked_loss(
         return _chunked_sum_loss(hidden_states, targets, chunk_loss, parameters, chunks, is_compiled=is_compiled)
 
     return forward_loss
+
+
+def _linear_loss(
+    hf_model: PreTrainedModel, decoder: Decoder, linear_head: LinearHead, vocabulary: VocabularyShard | None
+) -> SumLoss:
+    """The head module itself is called, with `targets`: then its hooks run, and its forward sees the parameters of that
+    moment, which FSDP2 gathers and tensor parallelism takes a rank's part of."""
+    body, head = hf_model.get_submodule(decoder.base), hf_model.get_submodule(decoder.head)
+    head.forward = types.MethodType(_HeadForward(linear_head, vocabulary), head)
+
+    def forward_loss(targets: torch.Tensor, **inputs) -> torch.Tensor:
+        return head(body(**inputs, use_cache=False)[0], targets=targets)
+
+    return forward_loss
+
+
+@dataclass(frozen=True)
+class _HeadForward:
+    """What a head's matrix computes: logits, or the summed loss of targets (batch, seq) without them."""
+
+    linear_head: LinearHead
+    vocabulary: VocabularyShard | None
+
+    def __call__(
+        self, head: nn.Linear, hidden_states: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if targets is None:
+            return type(head).forward(head, hidden_states)
+        return linear_cross_entropy(
+            hidden_states.to(head.weight.dtype), head.weight, targets, head.bias,
+            ignore_index=IGNORE_INDEX, scale=self.linear_head.scale, softcap=self.linear_head.softcap,
+            first=0 if self.vocabulary is None else self.vocabulary.first,
+            group=None if self.vocabulary is None else self.vocabulary.group,
+        )  # fmt: skip
 
 
 def count_chunks(tokens: int, vocabulary_size: int, device_type: str, chunk_elements: int | None = None) -> int:
@@ -208,15 +263,16 @@ def build_head(hf_model: PreTrainedModel, decoder: Decoder) -> nn.Module:
     `_HandOver`.
     """
     *parents, body = decoder.base.split(".")
-    head_model = owner = _shallow_copy(hf_model)
+    head_model = owner = shallow_copy(hf_model)
     for name in parents:
-        owner._modules[name] = _shallow_copy(owner._modules[name])
+        owner._modules[name] = shallow_copy(owner._modules[name])
         owner = owner._modules[name]
     owner._modules[body] = _HandOver()
     return head_model
 
 
-def _shallow_copy(module: nn.Module) -> nn.Module:
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A module of its own with the same parts; one of them can then be replaced."""
     clone = copy.copy(module)
     clone._modules = dict(module._modules)
     return clone

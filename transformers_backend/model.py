@@ -180,8 +180,9 @@ class HFTransformerModel:
         )
         self.tensor_parallelism = split
         self.kernels = choose_kernels(
-            self.hf_model, kernels, self.device, is_compiled=compile.enable and "model" in compile.components
-        )
+            self.hf_model, kernels, self.device, compute_dtype,
+            is_compiled=compile.enable and "model" in compile.components,
+        )  # fmt: skip
         if pipeline_plan is not None:
             self.pipelined = PipelinedModel(self.hf_model, self.decoder, pipeline_plan, self.mesh, parallelism)
         if self.pipelined is None or self.pipelined.has_last_stage:
@@ -223,7 +224,7 @@ class HFTransformerModel:
         attention = proven_attention(self.model_args.attn_implementation)
         proof = prove(self.hf_model.config, self.model_class, attention)
         self.loss_is_chunked = proof.full_loss_because is None
-        if not self.loss_is_chunked:
+        if not self.loss_is_chunked and self.kernels.linear_head is None:
             logger.warning("The loss holds the full logits in memory: %s", proof.full_loss_because)
         backend = compile.backend if compile.enable and "loss" in compile.components else None
         vocabulary = None
@@ -231,8 +232,9 @@ class HFTransformerModel:
             plan = self.tensor_parallelism.plan
             vocabulary = vocabulary_shard(self.hf_model, self.decoder, plan, self.mesh["tp"])
         install_loss(
-            self.hf_model, self.decoder, chunked=self.loss_is_chunked, compile_backend=backend, vocabulary=vocabulary
-        )
+            self.hf_model, self.decoder, chunked=self.loss_is_chunked, compile_backend=backend, vocabulary=vocabulary,
+            linear_head=self.kernels.linear_head,
+        )  # fmt: skip
 
     def _fill(self, device: torch.device, seed: int) -> None:
         """Allocate a meta model on `device` and load or initialise its weights; a real model is left alone."""

@@ -22,7 +22,7 @@ from parallelize.compile import COMPILE_ERRORS, apply_compile, compiled_for_now
 from parallelize.config import ActivationCheckpointConfig
 from parallelize.tensor_parallel.vocabulary import VocabularyShard
 from transformers_backend.decoder import describe_decoder
-from transformers_backend.loss import count_targets, install_loss, shift_labels
+from transformers_backend.loss import LinearHead, count_targets, install_loss, shift_labels
 from transformers_backend.twin import VOCABULARY_SIZE, build_twin
 
 # The twin computes in fp32; two orders of addition differ by rounding only.
@@ -118,15 +118,20 @@ def loss_and_gradients(
     *,
     chunked: bool,
     vocabulary: VocabularyShard | None = None,
+    linear_head: LinearHead | None = None,
     before_run: Callable[[], None] | None = None,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Our loss of a twin, with the head in three chunks or on full logits, and every gradient.
 
-    vocabulary: what a rank's head computes of it. before_run: called when the loss is installed.
+    vocabulary: what a rank's head computes of it. linear_head: for a loss without logits.
+    before_run: called when the loss is installed.
     """
     columns = VOCABULARY_SIZE if vocabulary is None else vocabulary.largest
     chunk_elements = input_ids.numel() * columns // 3 + 1
-    install_loss(twin, describe_decoder(twin), chunked=chunked, chunk_elements=chunk_elements, vocabulary=vocabulary)
+    install_loss(
+        twin, describe_decoder(twin),
+        chunked=chunked, chunk_elements=chunk_elements, vocabulary=vocabulary, linear_head=linear_head,
+    )  # fmt: skip
     if before_run is not None:
         before_run()
     loss = twin(input_ids=input_ids, targets=shift_labels(labels)) / count_targets(labels)

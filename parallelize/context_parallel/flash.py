@@ -1,7 +1,7 @@
 """Blocks through a flash kernel, which knows no mask but the causal one: others are cut into pieces (`cut.py`).
 
 What a kernel cannot compute (softcaps, values of another width than keys, very narrow windows, very many documents)
-goes to the reference, block by block.
+goes to the reference, block by block; or, with another backend for `rest`, to that, and what would be cut as well.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from parallelize.context_parallel.blocks import ReferenceBlocks
+from parallelize.context_parallel.blocks import BlockAttention, ReferenceBlocks
 from parallelize.context_parallel.cut import Piece, cut
 from parallelize.context_parallel.layout import Chunk
 from parallelize.context_parallel.masks import BlockMask
@@ -34,15 +34,16 @@ class FlashKernel(Protocol):
 class FlashBlocks:
     """A kernel as a block backend."""
 
-    def __init__(self, kernel: FlashKernel) -> None:
-        self.name = kernel.name
+    def __init__(self, kernel: FlashKernel, rest: BlockAttention | None = None) -> None:
+        self.name = kernel.name if rest is None else f"{kernel.name}, {rest.name} for the rest"
         self._kernel = kernel
-        self._reference = ReferenceBlocks()
+        self._cuts = rest is None
+        self._rest = ReferenceBlocks() if rest is None else rest
 
     def forward(self, query, key, value, mask, *, scale, softcap=None):
         pieces = self._pieces(query, key, value, mask, softcap)
         if pieces is None:
-            return self._reference.forward(query, key, value, mask, scale=scale, softcap=softcap)
+            return self._rest.forward(query, key, value, mask, scale=scale, softcap=softcap)
         if _is_single(pieces, mask):
             return self._kernel.forward(query, key, value, pieces[0].kind == "causal", scale, softcap)
         out, log_sum = empty_sum(query, value.shape[-1])
@@ -57,7 +58,7 @@ class FlashBlocks:
     def backward(self, grad_out, query, key, value, out, log_sum_exp, mask, *, scale, softcap=None):
         pieces = self._pieces(query, key, value, mask, softcap)
         if pieces is None:
-            return self._reference.backward(
+            return self._rest.backward(
                 grad_out, query, key, value, out, log_sum_exp, mask, scale=scale, softcap=softcap
             )
         if _is_single(pieces, mask):
@@ -77,7 +78,16 @@ class FlashBlocks:
         return tuple(totals)
 
     def _pieces(self, query, key, value, mask: BlockMask, softcap: float | None) -> list[Piece] | None:
-        return cut(mask) if self._kernel.takes(query, key, value, softcap) else None
+        if not self._kernel.takes(query, key, value, softcap):
+            return None
+        return cut(mask) if self._cuts else _uncut(mask)
+
+
+def _uncut(mask: BlockMask) -> list[Piece] | None:
+    """The block as one piece, if it is one without being cut."""
+    if mask.is_whole:
+        return [Piece(mask.queries, mask.keys, "whole")]
+    return [Piece(mask.queries, mask.keys, "causal")] if mask.is_plain_causal else None
 
 
 def _is_single(pieces: list[Piece], mask: BlockMask) -> bool:

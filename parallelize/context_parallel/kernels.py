@@ -1,4 +1,5 @@
-"""The flash kernels of torch and of the flash-attn package under one interface, and which one is taken."""
+"""The flash kernels of torch and of the flash-attn package under one interface, a kernel of our own in Triton for what
+they cannot do, and which one is taken."""
 
 from __future__ import annotations
 
@@ -8,6 +9,16 @@ import torch
 
 from parallelize.context_parallel.blocks import BlockAttention, ReferenceBlocks, for_heads, sum_groups
 from parallelize.context_parallel.flash import FlashBlocks
+from parallelize.context_parallel.masks import BlockMask
+from parallelize.kernels.attention_block import (
+    LARGEST_HEAD,
+    BlockPlan,
+    attention_block_backward,
+    attention_block_forward,
+    takes,
+)
+from parallelize.kernels.attention_block_tiles import Tiles
+from parallelize.kernels.language import launches_on
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -91,11 +102,43 @@ class FlashAttentionKernel:
         return tuple(grad.transpose(1, 2) for grad in grads)
 
 
+class TritonBlocks:
+    """`kernels/attention_block.py` as a block backend: every mask in one call. The reference where it does not run."""
+
+    name = "Triton kernel"
+
+    def __init__(self, tiles: Tiles | None = None) -> None:
+        """tiles: instead of those that go with the sizes."""
+        self._tiles = tiles
+        self._reference = ReferenceBlocks()
+
+    def forward(self, query, key, value, mask, *, scale, softcap=None):
+        if not takes(query, key, value):
+            return self._reference.forward(query, key, value, mask, scale=scale, softcap=softcap)
+        return attention_block_forward(query, key, value, _plan(mask, query.device, scale, softcap), self._tiles)
+
+    def backward(self, grad_out, query, key, value, out, log_sum_exp, mask, *, scale, softcap=None):
+        tensors = (grad_out, query, key, value, out, log_sum_exp)
+        if not takes(query, key, value):
+            return self._reference.backward(*tensors, mask, scale=scale, softcap=softcap)
+        return attention_block_backward(*tensors, _plan(mask, query.device, scale, softcap), self._tiles)
+
+
+def _plan(mask: BlockMask, device: torch.device, scale: float, softcap: float | None) -> BlockPlan:
+    rule, mask = mask.rule, mask.on(device)
+    return BlockPlan(
+        mask.queries.start, mask.keys.start, scale, softcap, rule.window, rule.chunk, mask.query_documents,
+        mask.key_documents,
+    )  # fmt: skip
+
+
 BLOCKS: dict[str, BlockAttention] = {
     blocks.name: blocks
     for blocks in (
         ReferenceBlocks(),
+        TritonBlocks(),
         *(FlashBlocks(kernel()) for kernel in (CpuKernel, CudaKernel, FlashAttentionKernel)),
+        *(FlashBlocks(kernel(), TritonBlocks()) for kernel in (CudaKernel, FlashAttentionKernel)),
     )
 }
 """Every backend by its name."""
@@ -107,8 +150,10 @@ def choose_blocks(
     """What computes blocks on a device, and a sentence that says why.
 
     dtype: that attention computes in. softcap, dim, value_dim: of a model's attention, where they are known; what a
-    kernel cannot compute goes to the reference anyway, call by call.
+    kernel cannot compute goes elsewhere anyway, call by call.
     """
+    if device_type == "cuda" and dtype in _HALF and launches_on(torch.device(device_type)):
+        return _with_triton(dtype, softcap, dim, dim if value_dim is None else value_dim)
     if value_dim not in (None, dim):
         return ReferenceBlocks(), f"the reference in plain torch: values are {value_dim} wide and keys {dim}"
     if device_type == "cuda" and dtype not in _HALF:
@@ -123,3 +168,22 @@ def choose_blocks(
     if kernel is None:
         return ReferenceBlocks(), f'the reference in plain torch: there is no flash kernel for "{device_type}"'
     return FlashBlocks(kernel()), f"{kernel.name} (the reference in plain torch where a layer needs what it has not)"
+
+
+def _with_triton(dtype: torch.dtype, softcap: float | None, dim: int, value_dim: int) -> tuple[BlockAttention, str]:
+    """On CUDA in half precision, where Triton is installed."""
+    if max(dim, value_dim) > LARGEST_HEAD[dtype]:
+        return ReferenceBlocks(), f"the reference in plain torch: no kernel takes heads {max(dim, value_dim)} wide"
+    triton = TritonBlocks()
+    if value_dim != dim:
+        return triton, f"a {triton.name} of our own: values are {value_dim} wide and keys {dim}"
+    if dim % 8 or dim > 256:
+        return triton, f"a {triton.name} of our own: CUDA's flash kernels do not take heads {dim} wide"
+    has_flash_attn = importlib.util.find_spec("flash_attn") is not None
+    if softcap is not None and not has_flash_attn:
+        return triton, f"a {triton.name} of our own: torch's flash kernels have no softcap ({softcap})"
+    kernel = FlashAttentionKernel() if has_flash_attn else CudaKernel()
+    return FlashBlocks(kernel, triton), (
+        f"{kernel.name} where a block is whole or plainly causal, a {triton.name} of our own for windows, "
+        "documents and what else that has not"
+    )

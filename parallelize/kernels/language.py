@@ -11,23 +11,34 @@ import torch
 
 if importlib.util.find_spec("triton") is None:
     tl = None
+    _interpreted = False
 
     def jit(kernel):
         """Leave a kernel that is never launched as it is."""
         return kernel
 
+    class OutOfResources(Exception):
+        """Never raised: nothing is launched."""
+
+    KERNEL_ERRORS = (RuntimeError,)
+
 else:
     import triton
     import triton.language as tl
+    from triton.errors import TritonError
+    from triton.runtime.errors import OutOfResources
 
     jit = triton.jit
+    KERNEL_ERRORS = (TritonError, RuntimeError)
+    # As it is when `jit` sees the kernels below, which decides for each of them.
+    _interpreted = triton.knobs.runtime.interpret
 
-__all__ = ["jit", "launches_on", "next_power_of_two", "processors", "tl"]
+__all__ = ["KERNEL_ERRORS", "OutOfResources", "jit", "launches_on", "next_power_of_two", "processors", "tl"]
 
 
 def launches_on(device: torch.device) -> bool:
     """Whether kernels run there: on GPUs, and everywhere in Triton's interpreter (TRITON_INTERPRET=1)."""
-    return tl is not None and (device.type == "cuda" or triton.knobs.runtime.interpret)
+    return tl is not None and (device.type == "cuda" or _interpreted)
 
 
 def processors(device: torch.device) -> int:

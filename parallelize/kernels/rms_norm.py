@@ -120,6 +120,8 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_out, _):
+    if grad_out is None:
+        return None, None, None, None, None
     x, weight, reciprocal = ctx.saved_tensors
     grad_x, grad_weight = _rms_norm_backward(grad_out, x, weight, reciprocal, *ctx.options)
     return grad_x, None if weight is None else grad_weight, None, None, None

@@ -129,6 +129,32 @@ class _SumCrossEntropy(torch.autograd.Function):
         return gradient.to(ctx.logits_dtype), None, None, None, None
 
 
+def join_statistics(
+    lse: torch.Tensor, target_logits: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sum-exp and target's logit over the whole vocabulary, from those over each rank's part; all (tokens,).
+
+    Both are -inf where a rank has nothing: an empty part, a target of another rank; a target that no rank holds stays
+    at -inf. Forward: two all-reduces, of (2, tokens) and (tokens). Backward: none, as every rank computes the same
+    loss, and each has the gradient of its own part.
+    """
+    return _JoinStatistics.apply(lse, target_logits, group)
+
+
+class _JoinStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, lse: torch.Tensor, target_logits: torch.Tensor, group: dist.ProcessGroup):
+        largest, found = all_reduce(torch.stack([lse, target_logits]), "max", group)
+        whole = largest + all_reduce((lse - largest).exp(), "sum", group).log()
+        ctx.save_for_backward(lse, whole)
+        return whole, found.clone()
+
+    @staticmethod
+    def backward(ctx, grad_lse: torch.Tensor, grad_found: torch.Tensor):
+        lse, whole = ctx.saved_tensors
+        return grad_lse * (lse - whole).exp(), grad_found, None
+
+
 def _largest(logits: torch.Tensor) -> torch.Tensor:
     """(tokens, vocabulary) -> (tokens,) in fp32; -inf where the vocabulary is empty."""
     if logits.shape[-1] == 0:

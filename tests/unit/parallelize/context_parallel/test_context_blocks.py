@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from parallelize.context_parallel import kernels
 from parallelize.context_parallel.blocks import ReferenceBlocks
 from parallelize.context_parallel.cut import SMALLEST_TILE, cut
 from parallelize.context_parallel.flash import FlashBlocks
 from parallelize.context_parallel.kernels import CpuKernel, CudaKernel, FlashAttentionKernel, choose_blocks
 from parallelize.context_parallel.layout import Chunk
 from parallelize.context_parallel.masks import CAUSAL, BlockMask, MaskRule
+from parallelize.context_parallel.trial import why_not_blocks
 from tests.full_attention import CASES, Case, error, full_attention
 
 BACKENDS = {"reference": ReferenceBlocks(rows=50), "flash": FlashBlocks(CpuKernel())}
@@ -140,7 +142,8 @@ def test_no_tensor_has_every_query_beside_every_key(rule: MaskRule, documents: b
         (("mps", torch.float32), {}, "reference", 'there is no flash kernel for "mps"'),
     ],
 )
-def test_the_choice_says_why(arguments: tuple, options: dict, name: str, reason: str):
+def test_the_choice_says_why(monkeypatch: pytest.MonkeyPatch, arguments: tuple, options: dict, name: str, reason: str):
+    monkeypatch.setattr(kernels, "launches_on", lambda device: False)
     blocks, said = choose_blocks(*arguments, **options)
     assert blocks.name == name
     assert reason in said
@@ -148,11 +151,99 @@ def test_the_choice_says_why(arguments: tuple, options: dict, name: str, reason:
 
 @pytest.mark.parametrize("is_installed", [True, False])
 def test_flash_attn_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, is_installed: bool):
+    monkeypatch.setattr(kernels, "launches_on", lambda device: False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if is_installed else None)
     blocks, _ = choose_blocks("cuda", torch.bfloat16)
     assert blocks.name == ("flash-attn" if is_installed else "torch's flash kernel for CUDA")
     with_softcap, _ = choose_blocks("cuda", torch.bfloat16, softcap=30.0)
     assert with_softcap.name == ("flash-attn" if is_installed else "reference")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "name", "reason"),
+    [
+        (
+            ("cuda", torch.bfloat16),
+            {},
+            "torch's flash kernel for CUDA, Triton kernel for the rest",
+            "or plainly causal",
+        ),
+        (("cuda", torch.float16), {"softcap": 50.0}, "Triton kernel", "torch's flash kernels have no softcap (50.0)"),
+        (("cuda", torch.bfloat16), {"dim": 192, "value_dim": 128}, "Triton kernel", "values are 128 wide and keys 192"),
+        (("cuda", torch.bfloat16), {"dim": 20}, "Triton kernel", "CUDA's flash kernels do not take heads 20 wide"),
+        (("cuda", torch.bfloat16), {"dim": 1024}, "reference", "no kernel takes heads 1024 wide"),
+        (("cuda", torch.float32), {}, "reference", "CUDA's flash kernels do not take torch.float32"),
+        (("cpu", torch.bfloat16), {"softcap": 50.0}, "reference", "torch's flash kernels have no softcap (50.0)"),
+    ],
+)
+def test_where_triton_runs_it_does_what_flash_kernels_cannot(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple, options: dict, name: str, reason: str
+):
+    monkeypatch.setattr(kernels, "launches_on", lambda device: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    blocks, said = choose_blocks(*arguments, **options)
+    assert blocks.name == name
+    assert blocks.name in kernels.BLOCKS
+    assert reason in said
+
+
+def test_with_another_backend_for_the_rest_nothing_is_cut():
+    calls = []
+
+    class Counting(CpuKernel):
+        def forward(self, *arguments):
+            calls.append("kernel")
+            return super().forward(*arguments)
+
+        def backward(self, *arguments):
+            calls.append("kernel")
+            return super().backward(*arguments)
+
+    class Rest(ReferenceBlocks):
+        def forward(self, *arguments, **options):
+            calls.append("rest")
+            return super().forward(*arguments, **options)
+
+        def backward(self, *arguments, **options):
+            calls.append("rest")
+            return super().backward(*arguments, **options)
+
+    blocks, whole = FlashBlocks(Counting(), Rest()), Chunk(0, 256)
+    before, after = Chunk(0, 128), Chunk(128, 256)
+    zeros = torch.zeros(2, 256, dtype=torch.long)
+    for mask, softcap, taken in (
+        (BlockMask(CAUSAL, whole, whole), None, "kernel"),
+        (BlockMask(CAUSAL, after, before), None, "kernel"),
+        (BlockMask(MaskRule(window=256), whole, whole), None, "kernel"),
+        (BlockMask(MaskRule(window=100), whole, whole), None, "rest"),
+        (BlockMask(MaskRule(chunk=128), whole, whole), None, "rest"),
+        (BlockMask(CAUSAL, whole, whole, zeros, zeros), None, "rest"),
+        (BlockMask(CAUSAL, whole, whole), 3.0, "rest"),
+    ):
+        query, grad_out = (torch.randn(2, 4, len(mask.queries), 8) for _ in range(2))
+        key, value = (torch.randn(2, 2, len(mask.keys), 8) for _ in range(2))
+        options = {"scale": 1.0, "softcap": softcap}
+        calls.clear()
+        out, log_sum = blocks.forward(query, key, value, mask, **options)
+        grads = blocks.backward(grad_out, query, key, value, out, log_sum, mask, **options)
+        assert calls == [taken] * 2
+        right = ReferenceBlocks().backward(grad_out, query, key, value, out, log_sum, mask, **options)
+        for found, expected in zip(grads, right, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_triton_its_blocks_are_the_references(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "takes", lambda *tensors: False)
+    case, whole = CASES["everything"], Chunk(0, 256)
+    given = case.tensors()
+    query, key, value, grad_out = (given[part].float() for part in ("query", "key", "value", "grad_out"))
+    mask = BlockMask(case.rule, whole, whole, given["documents"], given["documents"])
+    found = []
+    for blocks in (kernels.TritonBlocks(), ReferenceBlocks()):
+        out, log_sum = blocks.forward(query, key, value, mask, scale=0.5, softcap=case.softcap)
+        grads = blocks.backward(grad_out, query, key, value, out, log_sum, mask, scale=0.5, softcap=case.softcap)
+        found.append([out, log_sum, *grads])
+    assert all(torch.equal(ours, right) for ours, right in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("kernel", [CudaKernel(), FlashAttentionKernel()])
@@ -165,3 +256,22 @@ def test_kernels_for_cuda_leave_tensors_of_the_cpu_alone(kernel):
 def test_cases_are_of_every_kind():
     assert any(case.softcap and case.has_sinks and case.value_dim != case.dim for case in CASES.values())
     assert isinstance(CASES["causal"], Case)
+
+
+def test_a_backend_is_tried_on_its_device():
+    cpu = torch.device("cpu")
+    assert why_not_blocks(FlashBlocks(CpuKernel()), cpu, torch.float32) is None
+    assert why_not_blocks(FlashBlocks(CpuKernel()), cpu, torch.bfloat16, dim=48) is None
+
+    class WrongGradient(CpuKernel):
+        def backward(self, *arguments):
+            grad_query, grad_key, grad_value = super().backward(*arguments)
+            return grad_query, 1.001 * grad_key, grad_value
+
+    assert why_not_blocks(FlashBlocks(WrongGradient()), cpu, torch.float32) == "with all keys dk is off by 1.0e-03"
+
+    class Absent(CpuKernel):
+        def forward(self, *arguments):
+            raise RuntimeError("no such kernel")
+
+    assert why_not_blocks(FlashBlocks(Absent()), cpu, torch.float32) == "with all keys RuntimeError: no such kernel"
