@@ -102,6 +102,7 @@ class HFTransformerModel:
         self.decoder = describe_decoder(hf_model)
         self.dims = ParallelDims(pp=1, dp_replicate=1, dp_shard=1, cp=1, tp=1)
         self.mesh = None
+        self._meshes: dict[str, DeviceMesh] = {}  # dimensions of the mesh, which would be cut out of it at every step
         self.device = next(hf_model.parameters()).device
         """Where the model computes; batches on another device are moved there."""
         self.tensor_parallelism: TensorParallelism | None = None
@@ -163,6 +164,7 @@ class HFTransformerModel:
         check(async_tensor_parallel_problems(parallelism, compile, self.device.type))
         self.dims = ParallelDims.resolve(parallelism, dist.get_world_size())
         self.mesh = self.dims.build_mesh(self.device.type) if mesh is None else self.dims.check_mesh(mesh)
+        self._meshes = {name: self.mesh[name] for name in self.mesh.mesh_dim_names}
         if not self._is_meta:
             check_same_weights(self.hf_model)
         attention = proven_attention(self.model_args.attn_implementation)
@@ -402,12 +404,12 @@ class HFTransformerModel:
 
     @property
     def _data_meshes(self) -> list[DeviceMesh]:
-        return [] if self.mesh is None else [self.mesh["dp_replicate"], self.mesh["dp_shard"]]
+        return [self._meshes[name] for name in ("dp_replicate", "dp_shard") if name in self._meshes]
 
     @property
     def _loss_meshes(self) -> list[DeviceMesh]:
         """Over which losses add up: different data, parts of sequences, and stages of which only the last has one."""
-        return [] if self.mesh is None else [*self._data_meshes, self.mesh["cp"], self.mesh["pp"]]
+        return [self._meshes[name] for name in ("dp_replicate", "dp_shard", "cp", "pp") if name in self._meshes]
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their global 2-norm is at most `max_norm`; returns the norm before (fp32)."""

@@ -49,7 +49,7 @@ class FiniteCheck:
         self._arrived: torch.cuda.Event | None = None
 
     def allows_update(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> bool:
-        """Whether to call the optimizers, for two fp32 scalars; `unseen` has the numbers where this cannot say yet."""
+        """Whether to call the optimizers, for two fp32 scalars. Late it always says so, and `unseen` tells."""
         if not self.is_late:
             return math.isfinite(loss.item()) and math.isfinite(grad_norm.item())
         both = torch.stack([loss, grad_norm])
@@ -65,7 +65,7 @@ class FiniteCheck:
         return True
 
     def unseen(self) -> tuple[float, float] | None:
-        """Loss and gradient norm of the latest step where they are not finite and `allows_update` has not told; once."""
+        """Loss and gradient norm of the latest step if they are not finite and `allows_update` could not tell; once."""
         if self._numbers is None:
             return None
         if self._arrived is not None:

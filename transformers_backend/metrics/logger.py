@@ -104,7 +104,8 @@ class MetricsLogger:
     ) -> None:
         """Record step `step`; `tokens` is what all data ranks together processed since the last log.
 
-        data_wait_seconds, compile_seconds: what of the time since then this rank waited for the next batch, and compiled.
+        data_wait_seconds: what of the time since then this rank waited for the next batch.
+        compile_seconds: and what of it this rank compiled.
         """
         if not self._is_main:
             return
