@@ -34,7 +34,7 @@ def check_same_batch(*batch: torch.Tensor | None, mesh: DeviceMesh | None, devic
     sizes = {} if mesh is None else dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
     if all(sizes.get(name, 1) == 1 for name in _SAME_BATCH):
         return
-    tensors = [tensor.to(device) for tensor in batch if tensor is not None]
+    tensors = [tensor.to(device, non_blocking=True) for tensor in batch if tensor is not None]
     shape = [torch.full((1,), size, device=device) for size in tensors[0].shape]  # a copy would wait for the device
     contents = torch.cat([*shape, *(tensor.flatten() for tensor in tensors)])
     same = are_equal(contents, *(mesh.get_group(name) for name in _SAME_BATCH))

@@ -210,12 +210,12 @@ class Trainer:
         """Copies run beside computation where the device allows it: from pinned memory."""
         # Ranks that share sequences read documents out of the positions on the host, see `SharedContext.share`.
         staying = () if self.model.context is None else ("position_ids",)
-        on_device = {}
-        for name, tensor in batch.items():
-            if name not in staying and self.device.type == "cuda":
-                tensor = tensor.pin_memory()
-            on_device[name] = tensor if name in staying else tensor.to(self.device, non_blocking=True)
-        return on_device
+        if self.device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return {
+            name: tensor if name in staying else tensor.to(self.device, non_blocking=True)
+            for name, tensor in batch.items()
+        }
 
     def _may_update(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> bool:
         """Whether to call the optimizers; raises (or only warns) where the host already knows that they must not."""
