@@ -207,6 +207,8 @@ def test_the_models_file_is_left_alone():
     q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
     cos, sin = torch.randn(2, 2, 5, 8).unbind()
     torch.testing.assert_close(rotated(q, k, cos, sin, unsqueeze_dim=2), function(q, k, cos, sin, unsqueeze_dim=2))
+    one_place = function(q, k, cos[:, :1], sin[:, :1], unsqueeze_dim=2)  # one row of a table for all tokens
+    torch.testing.assert_close(rotated(q, k, cos[:, :1], sin[:, :1], unsqueeze_dim=2), one_place)
     learned = cos.clone().requires_grad_()  # the kernel has no gradient for tables: the model's own function runs
     torch.autograd.grad(rotated(q.transpose(1, 2), k.transpose(1, 2), learned, sin)[0].sum(), learned)
 
