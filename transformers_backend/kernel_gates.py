@@ -31,7 +31,7 @@ _TOKENS = 7  # that the twin and its modules are tried on
 _SLACK = 1e-5  # of gradients in fp32, relative to the largest
 # Of inputs: where activations are nearly linear, bend, and are 0 or linear; and beyond what anybody clamps to.
 _SIZES = (0.03, 1.0, 20.0, 1e4)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ def _is_changed(module: nn.Module, kernel: GatedActivationKernel) -> bool:
     """Whether its forward, or the child that the kernel does not call any more, was given something else to do."""
     skipped = [module.get_submodule(kernel.skipped)] if kernel.skipped else []
     return any("forward" in vars(one) for one in (module, *skipped)) or any(
-        vars(one).get(hooks) for one in skipped for hooks in _HOOKS
+        vars(one)[hooks] for one in skipped for hooks in HOOKS
     )
 
 
