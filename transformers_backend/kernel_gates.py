@@ -81,7 +81,9 @@ def _settings(module: nn.Module, sizes: set[int]) -> tuple:
     plain = {
         key: value
         for key, value in vars(module).items()
-        if isinstance(value, (bool, int, float, str)) and not (type(value) is int and value in sizes)
+        if isinstance(value, (bool, int, float, str))
+        and not (type(value) is int and value in sizes)
+        and key != "training"  # tried both ways
     }
     functions = {
         key: _identity(value) for key, value in vars(module).items() if key != "forward" and _is_function(value)

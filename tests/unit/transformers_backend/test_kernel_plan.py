@@ -123,7 +123,7 @@ def test_only_gates_without_sparsity_are_replaced():
 
 
 def test_modules_that_are_not_what_the_small_copy_has_stay():
-    model = twin_of("llama", minimum_layers=5)
+    model = twin_of("llama", minimum_layers=5).eval()  # as `from_pretrained` returns models
     layers = model.model.layers
     layers[0].mlp.act_fn = nn.GELU()
     layers[1].mlp.act_fn.register_forward_hook(lambda *_: None)
