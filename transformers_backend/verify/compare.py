@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import logging
 import shutil
@@ -15,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
@@ -54,8 +54,15 @@ DENSE_MODEL_TYPES = tuple(
     starcoder2 vaultgemma xglm xlstm youtu
     """.split()
 )
+# A gradient may be off by so many times what plain Transformers' own is off by rounding, where that is more than the
+# tolerance: it is compared with one such error, and has some more from adding up in parts.
+_ROUNDINGS = 4
 _ROWS_TO_EVALUATE = 3  # of a data rank; no micro-batch of two rows divides that
 _TIMEOUT = datetime.timedelta(minutes=5)
+
+
+BatchLoss = Callable[[PreTrainedModel], torch.Tensor]
+"""The loss of a certain batch by any copy of a model."""
 
 
 def is_model_type(name: str) -> bool:
@@ -176,8 +183,12 @@ def _compare_training(
     report.loss_difference = max(gather_objects(abs(loss.item() - plain_loss.item())))
     if not report.loss_difference <= LOSS_TOLERANCE:
         report.fail(f"loss {loss.item():.6f} instead of {plain_loss.item():.6f}")
-    _compare_gradients(report, plain, model)
-    _compare_clipping(report, plain, model)
+
+    def batch_loss(one: PreTrainedModel) -> torch.Tensor:
+        return one(input_ids=input_ids, labels=labels, use_cache=False).loss
+
+    _compare_gradients(report, plain, model, batch_loss)
+    _compare_clipping(report, plain, model, batch_loss)
     _compare_evaluation(report, plain, model, seq)
     if model.context is not None:
         report.way = model.context.way
@@ -188,20 +199,47 @@ def _compare_training(
     return model
 
 
-def _compare_gradients(report: Report, plain: nn.Module, model: HFTransformerModel, when: str = "") -> float:
-    """The worst relative error, of any rank: what is replicated may be right on one and wrong on another. The report
-    keeps the worst of all calls."""
+def _compare_gradients(
+    report: Report, plain: PreTrainedModel, model: HFTransformerModel, batch_loss: BatchLoss, when: str = ""
+) -> bool:
+    """Whether every gradient is right on every rank: what is replicated may be right on one and wrong on another.
+
+    batch_loss: the loss of which `plain` has the gradients, for a copy of it. The report keeps the worst of all calls.
+    """
     errors = relative_errors(gradients(plain), seen_gradients(model))
     worst = max(errors, key=errors.get)
     error, worst = max(gather_objects((errors[worst], worst)))
     if report.gradient_error is None or error > report.gradient_error:
         report.gradient_error, report.worst_parameter = error, worst
-    if not error <= GRADIENT_TOLERANCE:
-        report.fail(f"gradient of {worst} is wrong{when}")
-    return error
+    wrong = sorted(name for name, value in errors.items() if not value <= GRADIENT_TOLERANCE)
+    excused = {}
+    if wrong:
+        rounding = _rounding_of_plain(plain, batch_loss)
+        excused = {name: rounding[name] for name in wrong if errors[name] <= _ROUNDINGS * rounding[name]}
+    for name, size in sorted({entry for found in gather_objects(excused) for entry in found.items()}):
+        report.notes.append(f"{name}{when}: plain Transformers in fp32 is {size:.1e} from float64 itself")
+    wrong = sorted({name for found in gather_objects(set(wrong) - excused.keys()) for name in found})
+    if wrong:
+        report.fail(f"gradient of {wrong[0]} is wrong{when}")
+    return not wrong
 
 
-def _compare_clipping(report: Report, plain: nn.Module, model: HFTransformerModel) -> None:
+def _rounding_of_plain(plain: PreTrainedModel, batch_loss: BatchLoss) -> dict[str, float]:
+    """How far the gradients of plain Transformers in fp32 are from those in float64, relatively.
+
+    Some are sums in which nearly everything cancels (diffllama's lambdas): there any other order of adding in fp32 is
+    as wrong as this one.
+    """
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        one = copy.deepcopy(plain).to(dtype).train()
+        one.zero_grad()
+        batch_loss(one).backward()
+        found.append(gradients(one))
+    return relative_errors(*found)
+
+
+def _compare_clipping(report: Report, plain: PreTrainedModel, model: HFTransformerModel, batch_loss: BatchLoss) -> None:
     """Clip to half of the norm: torch's own on plain Transformers' gradients, and ours."""
     norm = torch.nn.utils.get_total_norm(list(gradients(plain).values())).item()
     torch.nn.utils.clip_grad_norm_(plain.parameters(), norm / 2)
@@ -209,7 +247,7 @@ def _compare_clipping(report: Report, plain: nn.Module, model: HFTransformerMode
     report.norm_error = max(gather_objects(abs(found - norm) / norm))
     if not report.norm_error <= GRADIENT_TOLERANCE:
         report.fail(f"gradient norm {found:.6f} instead of {norm:.6f}")
-    _compare_gradients(report, plain, model, " after clipping")
+    _compare_gradients(report, plain, model, batch_loss, " after clipping")
 
 
 def _compare_evaluation(report: Report, plain: PreTrainedModel, model: HFTransformerModel, seq: int) -> None:
@@ -253,8 +291,10 @@ def _compare_documents(report: Report, plain: PreTrainedModel, model: HFTransfor
     report.loss_difference = max(report.loss_difference, difference)
     if not difference <= LOSS_TOLERANCE:
         report.fail(f"loss of packed documents {loss.item():.6f} instead of {expected.item():.6f}")
-    error = _compare_gradients(report, plain, model, " with packed documents")
-    report.documents = "pass" if difference <= LOSS_TOLERANCE and error <= GRADIENT_TOLERANCE else "fail"
+    is_right = _compare_gradients(
+        report, plain, model, lambda one: loss_of_documents_alone(one, input_ids, labels), " with packed documents"
+    )
+    report.documents = "pass" if difference <= LOSS_TOLERANCE and is_right else "fail"
 
 
 def _describe_split(report: Report, hf_config, model_class, model: HFTransformerModel) -> None:
