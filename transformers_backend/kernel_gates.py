@@ -24,14 +24,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from parallelize.kernels.gated_activation import ACTIVATIONS, activate, gated_activation_reference
-from parallelize.kernels.replace import GatedActivationKernel
+from parallelize.kernels.replace import GatedActivationKernel, has_hooks, has_own_forward
 from transformers_backend.proof import MODEL_ERRORS
 
 _TOKENS = 7  # that the twin and its modules are tried on
 _SLACK = 1e-5  # of gradients in fp32, relative to the largest
 # Of inputs: where activations are nearly linear, bend, and are 0 or linear; and beyond what anybody clamps to.
 _SIZES = (0.03, 1.0, 20.0, 1e4)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +103,7 @@ def _identity(function: Callable) -> tuple:
 def _is_changed(module: nn.Module, kernel: GatedActivationKernel) -> bool:
     """Whether its forward, or the child that the kernel does not call any more, was given something else to do."""
     skipped = [module.get_submodule(kernel.skipped)] if kernel.skipped else []
-    return any("forward" in vars(one) for one in (module, *skipped)) or any(
-        vars(one)[hooks] for one in skipped for hooks in HOOKS
-    )
+    return any(map(has_own_forward, (module, *skipped))) or any(map(has_hooks, skipped))
 
 
 def _modules_of_one_tensor(twin: PreTrainedModel) -> list[tuple[nn.Module, int]]:

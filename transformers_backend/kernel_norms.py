@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from parallelize.kernels.replace import NormKernel
+from parallelize.kernels.replace import NormKernel, has_own_forward
 from transformers_backend.proof import MODEL_ERRORS
 
 _COLUMNS = 96  # of what a module without parameters is tried on
@@ -30,7 +30,7 @@ def norm_kernels(hf_model: nn.Module) -> Iterator[tuple[str, nn.Module, NormKern
         kind = _kind(module)
         if kind not in found:
             found[kind] = find_norm_kernel(module) or "computes something else"
-        is_changed = "forward" in vars(module) and not isinstance(found[kind], str)
+        is_changed = has_own_forward(module) and not isinstance(found[kind], str)
         yield name, module, "has a forward that is not its class's" if is_changed else found[kind]
 
 

@@ -150,6 +150,18 @@ def _are_rotary_tables(q, k, cos, sin, token_dimension: int, is_partial: bool) -
     )
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody gave this instance a forward that is not its class's."""
+    return "forward" in vars(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs before or after its forward or backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def apply_kernels(model: nn.Module, kernels: Mapping[str, ModuleKernel | RotaryKernel]) -> None:
     """Replace the forwards of the modules that `kernels` names, of those that this rank has."""
     present = dict(model.named_modules())
