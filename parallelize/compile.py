@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
+from torch._dynamo.callback import CallbackArgs, callback_handler
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from parallelize.tensor_parallel.local import with_local_parameters
@@ -30,6 +32,39 @@ def apply_compile(layers: Iterable[nn.Module], *, backend: str) -> None:
     for layer in layers:
         compiled = torch.compile(layer.forward, backend=backend, fullgraph=True)
         layer.forward = with_local_parameters(layer, compiled)
+
+
+class CompileTimer:
+    """Within the block, the seconds that this process compiles: tracing and generating code, forward and backward.
+
+    Time in which several threads compile counts once. Code that comes out of a cache on the disk counts for the time
+    that it takes to find and load it.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._began = 0.0
+
+    def take(self) -> float:
+        """The seconds since the block began, or since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def __enter__(self) -> CompileTimer:
+        callback_handler.register_start_callback(self._start)
+        callback_handler.register_end_callback(self._end)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._start in callback_handler.start_callbacks:  # `torch.compiler.reset` takes all of them away
+            callback_handler.remove_start_callback(self._start)
+            callback_handler.remove_end_callback(self._end)
+
+    def _start(self, _: CallbackArgs) -> None:
+        self._began = time.perf_counter()
+
+    def _end(self, _: CallbackArgs) -> None:
+        self._seconds += time.perf_counter() - self._began
 
 
 @contextlib.contextmanager

@@ -427,6 +427,10 @@ class KernelConfig:
     zero-bubble schedules, its backward twice). It is never part of "auto", as no GPU has measured it against the loss
     in chunks yet."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.enable, str):  # one name, as a TOML file may have it
+            self.enable = [self.enable]
+
     def problems(self) -> list[str]:
         if self.enable in (["auto"], ["none"]):
             return []

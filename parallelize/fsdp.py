@@ -37,6 +37,10 @@ def apply_fsdp(
     reshard_after_forward: free gathered parameters after a unit's forward and gather them again in the backward. The
     root unit is never resharded in between, since the backward starts with it.
 
+    What is gathered ahead is left to FSDP2: the next unit as soon as the host reaches it, which runs ahead of the
+    device as nothing in a step waits for that, and in the backward the unit before. To name units to gather earlier
+    would hold one more of them, and pays only where the host is the slower one.
+
     Gradients are summed, not averaged: the loss is already divided by the global number of target tokens.
     """
     mixed_precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)

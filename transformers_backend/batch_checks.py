@@ -31,13 +31,14 @@ def check_same_batch(*batch: torch.Tensor | None, mesh: DeviceMesh | None, devic
 
     mesh: of the whole job, with dimensions "cp", "tp" and "pp"; None on one device. device: where it is compared.
     """
-    if mesh is None or all(mesh[name].size() == 1 for name in _SAME_BATCH):
+    sizes = {} if mesh is None else dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+    if all(sizes.get(name, 1) == 1 for name in _SAME_BATCH):
         return
-    tensors = [tensor.to(device) for tensor in batch if tensor is not None]
-    shape = torch.tensor(tensors[0].shape, device=device)
-    contents = torch.cat([shape, *(tensor.flatten() for tensor in tensors)])
+    tensors = [tensor.to(device, non_blocking=True) for tensor in batch if tensor is not None]
+    shape = [torch.full((1,), size, device=device) for size in tensors[0].shape]  # a copy would wait for the device
+    contents = torch.cat([*shape, *(tensor.flatten() for tensor in tensors)])
     same = are_equal(contents, *(mesh.get_group(name) for name in _SAME_BATCH))
-    kinds = {kind: mesh[name].size() for name, kind in _SAME_BATCH.items()}
+    kinds = {kind: sizes[name] for name, kind in _SAME_BATCH.items()}
     message = (
         "input_ids, labels or position_ids differ between ranks of one "
         f"{' or '.join(f'{kind} of {size}' for kind, size in kinds.items() if size > 1)}, which compute on the same "

@@ -141,7 +141,7 @@ class SharedContext:
             check_positions(batch["position_ids"], self._learned_positions)
         self._layout = SequenceLayout(length, degree, is_zigzag)
         if self.takes_whole_sequences:
-            whole = {name: tensor.to(batch["input_ids"].device) for name, tensor in batch.items()}
+            whole = {name: tensor.to(batch["input_ids"].device, non_blocking=True) for name, tensor in batch.items()}
             return {**whole, "targets": self._layout.shard(batch["targets"], self._rank, 1)}
         shared: dict[str, torch.Tensor] = {}
         device, positions = batch["input_ids"].device, batch.get("position_ids")
@@ -149,7 +149,7 @@ class SharedContext:
             positions = torch.arange(length, device=device).expand(rows, -1)
         else:
             shared["documents"] = document_begins(positions.cpu()).cumsum(1, dtype=torch.int32)
-        whole = {**batch, "position_ids": positions.to(device)}
+        whole = {**batch, "position_ids": positions.to(device, non_blocking=True)}
         shared["latest"] = whole["position_ids"].amax(1)
         return {**{name: self._layout.shard(whole[name], self._rank, 1) for name in _BATCH}, **shared}
 

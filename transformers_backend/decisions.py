@@ -172,7 +172,10 @@ def without_wrong_compilation(
     tensor_parallelism: TensorParallelism | None,
     context: SharedContext | None,
 ) -> CompileConfig:
-    """`compile`, less "model" where the compiled layers of the twin do not compute what they should."""
+    """`compile`, less "model" where the compiled layers of the twin do not compute what they should.
+
+    The loss stays compiled.
+    """
     if not (compile.enable and "model" in compile.components):
         return compile
     reason = _why_not_compile_forks(hf_model, tensor_parallelism) or why_not_compile(

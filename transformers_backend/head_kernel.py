@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from parallelize.kernels.replace import has_hooks, has_own_forward
 from transformers_backend.decoder import Decoder, describe_decoder
 from transformers_backend.loss import LinearHead, build_head, shallow_copy
 from transformers_backend.proof import MODEL_ERRORS, difference, example_batch, loss_and_gradients
@@ -42,6 +43,9 @@ def _look_at(hf_model: PreTrainedModel, decoder: Decoder) -> LinearHead:
     matrix = hf_model.get_submodule(decoder.head)
     if type(matrix).forward is not nn.Linear.forward:
         raise _Refused(f"its {type(matrix).__name__} is no nn.Linear")
+    # Whoever changed or watches its output expects logits.
+    if has_own_forward(matrix) or has_hooks(matrix):
+        raise _Refused("it has hooks, or a forward that is not its class's")
     head = build_head(hf_model, decoder)
     ours = {id(parameter) for parameter in matrix.parameters()}
     # A tied matrix has the embedding's name first, and others are of other layers.

@@ -2,7 +2,7 @@
 
     module of the twin -> one run of it alone, its children's inputs and outputs kept
         -> which child's output (or half of one) times which activation of which other is what the next child is given
-        -> GatedActivationKernel, proven: equal outputs in fp32 and bf16, equal gradients
+        -> GatedActivationKernel, proven: equal outputs in fp32 and bf16, in training and in evaluation, equal gradients
 
 No list of class names: a module matches if its children are called as the kernel would call them, and nothing else that
 it does shows in its output. What holds of a module of the twin holds of the model's modules of the same kind: the same
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,13 +24,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from parallelize.kernels.gated_activation import ACTIVATIONS, activate, gated_activation_reference
-from parallelize.kernels.replace import GatedActivationKernel
+from parallelize.kernels.replace import GatedActivationKernel, has_hooks, has_own_forward
 from transformers_backend.proof import MODEL_ERRORS
 
 _TOKENS = 7  # that the twin and its modules are tried on
 _SLACK = 1e-5  # of gradients in fp32, relative to the largest
-_SIZES = (0.03, 1.0, 20.0)  # of inputs: where activations are nearly linear, bend, and are 0 or linear
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Of inputs: where activations are nearly linear, bend, and are 0 or linear; and beyond what anybody clamps to.
+_SIZES = (0.03, 1.0, 20.0, 1e4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,9 @@ def _settings(module: nn.Module, sizes: set[int]) -> tuple:
     plain = {
         key: value
         for key, value in vars(module).items()
-        if isinstance(value, (bool, int, float, str)) and not (type(value) is int and value in sizes)
+        if isinstance(value, (bool, int, float, str))
+        and not (type(value) is int and value in sizes)
+        and key != "training"  # tried both ways
     }
     functions = {
         key: _identity(value) for key, value in vars(module).items() if key != "forward" and _is_function(value)
@@ -100,9 +103,7 @@ def _identity(function: Callable) -> tuple:
 def _is_changed(module: nn.Module, kernel: GatedActivationKernel) -> bool:
     """Whether its forward, or the child that the kernel does not call any more, was given something else to do."""
     skipped = [module.get_submodule(kernel.skipped)] if kernel.skipped else []
-    return any("forward" in vars(one) for one in (module, *skipped)) or any(
-        vars(one).get(hooks) for one in skipped for hooks in _HOOKS
-    )
+    return any(map(has_own_forward, (module, *skipped))) or any(map(has_hooks, skipped))
 
 
 def _modules_of_one_tensor(twin: PreTrainedModel) -> list[tuple[nn.Module, int]]:
@@ -130,6 +131,8 @@ def find_gate_kernel(module: nn.Module, width: int) -> GatedActivationKernel | s
 
     The module is left as it is.
     """
+    if any(True for _ in module.buffers(recurse=False)):
+        return "has a buffer of its own"  # whose values in the model nobody knows
     one = copy.deepcopy(module)
     x = torch.randn(2, _TOKENS, width, generator=torch.Generator().manual_seed(3))
     try:
@@ -196,8 +199,8 @@ def _is_chain(value: torch.Tensor, chain: Sequence[_Call], returned: torch.Tenso
 
 @torch.enable_grad()
 def _computes_the_same(module: nn.Module, kernel: GatedActivationKernel, width: int) -> bool:
-    for dtype in (torch.float32, torch.bfloat16):
-        one = copy.deepcopy(module).to(dtype)
+    for dtype, training in itertools.product((torch.float32, torch.bfloat16), (True, False)):
+        one = copy.deepcopy(module).to(dtype).train(training)
         generator = torch.Generator().manual_seed(4)
         for size in _SIZES:
             x = (torch.randn(2, _TOKENS, width, generator=generator) * size).to(dtype).requires_grad_()

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
-from parallelize.kernels.replace import RotaryKernel
+from parallelize.kernels.replace import RotaryKernel, has_own_forward
 from parallelize.kernels.rotary import RotaryForm, rotary_reference
 from transformers_backend.proof import MODEL_ERRORS
 
@@ -48,7 +48,7 @@ def rotary_kernels(
         if kind not in found:
             called = _calls(twin) if called is None else called
             found[kind] = find_rotary_kernel(kind, [call for call in called if type(call[0]) is kind])
-        is_changed = "forward" in vars(module) and not isinstance(found[kind], str)
+        is_changed = has_own_forward(module) and not isinstance(found[kind], str)
         yield name, module, "has a forward that is not its class's" if is_changed else found[kind]
 
 

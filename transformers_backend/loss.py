@@ -167,9 +167,14 @@ class _HeadForward:
 
 
 def count_chunks(tokens: int, vocabulary_size: int, device_type: str, chunk_elements: int | None = None) -> int:
-    """In how many runs of the head the loss of `tokens` tokens is computed."""
+    """In how many runs of the head the loss of `tokens` tokens is computed.
+
+    All chunks have the same size where at most twice the fewest do: for chunks of two sizes the compiler makes code for
+    any size, which is slower.
+    """
     budget = chunk_elements or _CHUNK_ELEMENTS.get(device_type, _CHUNK_ELEMENTS["cpu"])
-    return max(1, min(tokens, math.ceil(tokens * vocabulary_size / budget)))
+    fewest = max(1, min(tokens, math.ceil(tokens * vocabulary_size / budget)))
+    return next((chunks for chunks in range(fewest, 2 * fewest + 1) if tokens % chunks == 0), fewest)
 
 
 def _install_forward(

@@ -102,6 +102,7 @@ class HFTransformerModel:
         self.decoder = describe_decoder(hf_model)
         self.dims = ParallelDims(pp=1, dp_replicate=1, dp_shard=1, cp=1, tp=1)
         self.mesh = None
+        self._meshes: dict[str, DeviceMesh] = {}  # dimensions of the mesh, which would be cut out of it at every step
         self.device = next(hf_model.parameters()).device
         """Where the model computes; batches on another device are moved there."""
         self.tensor_parallelism: TensorParallelism | None = None
@@ -142,7 +143,8 @@ class HFTransformerModel:
         cpu_offload: keep shards and optimizer state in host memory. seed: of the initial weights, where they are not
         loaded. seq_len: tokens of a sequence, by which layers are shared out among the stages of a pipeline. mesh: that
         of another model of this process, to share its process groups; None makes a new one. Raises a ValueError that
-        lists every bad value.
+        lists every bad value. kernels: None is "auto" (see docs/kernels.md); what modules compute by is in
+        `self.kernels` afterwards.
         """
         if self._ready:
             raise ValueError(
@@ -163,6 +165,7 @@ class HFTransformerModel:
         check(async_tensor_parallel_problems(parallelism, compile, self.device.type))
         self.dims = ParallelDims.resolve(parallelism, dist.get_world_size())
         self.mesh = self.dims.build_mesh(self.device.type) if mesh is None else self.dims.check_mesh(mesh)
+        self._meshes = {name: self.mesh[name] for name in self.mesh.mesh_dim_names}
         if not self._is_meta:
             check_same_weights(self.hf_model)
         attention = proven_attention(self.model_args.attn_implementation)
@@ -296,7 +299,9 @@ class HFTransformerModel:
         if num_items_in_batch is None:
             num_items_in_batch = self.count_targets(labels)
         # A batch without a single target has loss 0 and no gradient, rather than 0 / 0.
-        targets = torch.as_tensor(num_items_in_batch, device=self.device).clamp(min=1)
+        if not isinstance(num_items_in_batch, torch.Tensor):  # filled in there: a copy would wait for the device
+            num_items_in_batch = torch.full((), num_items_in_batch, device=self.device)
+        targets = num_items_in_batch.to(self.device).clamp(min=1)
         batch = self._batch(input_ids, labels, position_ids)
         with self.computing(), self._sharing():
             if self.pipelined is not None:
@@ -400,12 +405,12 @@ class HFTransformerModel:
 
     @property
     def _data_meshes(self) -> list[DeviceMesh]:
-        return [] if self.mesh is None else [self.mesh["dp_replicate"], self.mesh["dp_shard"]]
+        return [self._meshes[name] for name in ("dp_replicate", "dp_shard") if name in self._meshes]
 
     @property
     def _loss_meshes(self) -> list[DeviceMesh]:
         """Over which losses add up: different data, parts of sequences, and stages of which only the last has one."""
-        return [] if self.mesh is None else [*self._data_meshes, self.mesh["cp"], self.mesh["pp"]]
+        return [self._meshes[name] for name in ("dp_replicate", "dp_shard", "cp", "pp") if name in self._meshes]
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their global 2-norm is at most `max_norm`; returns the norm before (fp32)."""

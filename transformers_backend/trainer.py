@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import math
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from parallelize.compile import CompileTimer
 from parallelize.distributed import launched_world_size, patience, pick_device, set_timeout
 from transformers_backend.assemble import (
     build_model,
@@ -39,6 +39,7 @@ from transformers_backend.data import PackedBatches
 from transformers_backend.decoder import learned_positions
 from transformers_backend.job_config import JobConfig, validate
 from transformers_backend.metrics import check_trackers_installed, setup_logging
+from transformers_backend.nonfinite import FiniteCheck
 from transformers_backend.run_summary import describe_run
 from transformers_backend.sample import sample_text
 from transformers_backend.signals import StopRequest
@@ -96,6 +97,7 @@ class Trainer:
         set_timeout(config.comm.init_timeout_seconds, self.model.mesh)
         self.data_wait_seconds = 0.0  # time that training steps have waited for their batches
         self.optimizers, self.schedulers = build_optimizers(config, self.model)
+        self._finite = FiniteCheck(self.optimizers)
         self.accumulation_steps = count_accumulation_steps(config, self.model.dims.data_parallel_size)
         self._describe()
         self.checkpointer = opened.enter_context(
@@ -129,6 +131,7 @@ class Trainer:
         tokens_since_log, waited_until_log = 0, self.data_wait_seconds
         watched = profilers(config.profiling, self.dump_folder, device=self.device, steps_done=self.step)
         with (
+            CompileTimer() as compiling,
             StopRequest() as stop,
             _no_automatic_garbage_collection(),
             watched as (profiler, memory_recorder),
@@ -143,7 +146,7 @@ class Trainer:
                     or self.step % config.metrics.log_freq == 0
                     or self.step == config.training.steps
                 ):
-                    self._log(result, tokens_since_log, self.data_wait_seconds - waited_until_log)
+                    self._log(result, tokens_since_log, self.data_wait_seconds - waited_until_log, compiling.take())
                     tokens_since_log, waited_until_log = 0, self.data_wait_seconds
                 self._after_step()
                 profiler.step()
@@ -155,7 +158,8 @@ class Trainer:
                 self._finish()
 
     def train_step(self) -> StepResult:
-        """One optimizer step on the next global batch."""
+        """One optimizer step on the next global batch. On a GPU the host does not wait for it, see `FiniteCheck`."""
+        self._look_at_step()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         micro_batches = [self._next_batch(self.data) for _ in range(self.accumulation_steps)]
@@ -166,7 +170,7 @@ class Trainer:
         grad_norm = self.model.clip_grad_norm_(self.job_config.training.max_norm)
         if self.checkpointer is not None:
             self.checkpointer.wait_until_staged()  # a save still copies the weights that the optimizer will change
-        if self._is_finite(loss, grad_norm):
+        if self._may_update(loss, grad_norm):
             for optimizer in self.optimizers:
                 optimizer.step()
         lr = self.schedulers[0].get_last_lr()[0]
@@ -204,22 +208,35 @@ class Trainer:
 
     def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copies run beside computation where the device allows it: from pinned memory."""
+        # Ranks that share sequences read documents out of the positions on the host, see `SharedContext.share`.
+        staying = () if self.model.context is None else ("position_ids",)
         if self.device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return {
+            name: tensor if name in staying else tensor.to(self.device, non_blocking=True)
+            for name, tensor in batch.items()
+        }
 
-    def _is_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> bool:
-        """Whether the step may update weights; raises (or only warns) with step, rank and parameter if it may not."""
-        if math.isfinite(loss.item()) and math.isfinite(grad_norm.item()):
+    def _may_update(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> bool:
+        """Whether to call the optimizers; raises (or only warns) where the host already knows that they must not."""
+        if self._finite.allows_update(loss, grad_norm):
             return True
-        message = (
-            f"step {self.step + 1}: loss {loss.item()}, gradient norm {grad_norm.item()}. {self.model.find_nonfinite()}"
-        )
+        self._refuse(self.step + 1, loss.item(), grad_norm.item())
+        return False
+
+    def _look_at_step(self) -> None:
+        """Before anything is made of the latest step: raise (or only warn) if it was left out on the device."""
+        if (numbers := self._finite.unseen()) is not None:
+            self._refuse(self.step, *numbers)
+
+    def _refuse(self, step: int, loss: float, grad_norm: float) -> None:
+        """Step, ranks and parameters, as an error or a warning; the gradients are still those of the step."""
+        message = f"step {step}: loss {loss}, gradient norm {grad_norm}. {self.model.find_nonfinite()}"
         if self.job_config.debug.skip_nonfinite_steps:
             logger.warning("%s The step is skipped (debug.skip_nonfinite_steps).", message)
-            return False
+            return
         raise FloatingPointError(
-            f"{message} The weights are those of step {self.step}. Lower optimizer.lr or training.max_norm, or set "
+            f"{message} The weights are those of step {step - 1}. Lower optimizer.lr or training.max_norm, or set "
             "debug.skip_nonfinite_steps to go on without such steps."
         )
 
@@ -228,9 +245,11 @@ class Trainer:
         if self.step == self._first_step:  # which may have compiled
             set_timeout(config.comm.train_timeout_seconds, self.model.mesh)
         if self.validation_data is not None and self.step % config.validation.freq == 0:
+            self._look_at_step()
             self.evaluate()
         is_first = config.checkpoint.enable_first_step_checkpoint and self.step == 1
         if self.checkpointer is not None and (is_first or self.step % config.checkpoint.interval == 0):
+            self._look_at_step()
             with self._patience():
                 self.checkpointer.save(self.step)
         if self.step % config.training.gc_freq == 0:
@@ -239,7 +258,8 @@ class Trainer:
     def _patience(self):
         return patience(self.model.mesh, then_seconds=self.job_config.comm.train_timeout_seconds)
 
-    def _log(self, result: StepResult, tokens: int, data_wait_seconds: float) -> None:
+    def _log(self, result: StepResult, tokens: int, data_wait_seconds: float, compile_seconds: float) -> None:
+        self._look_at_step()
         self.metrics.log(
             self.step,
             loss=result.loss.item(),
@@ -247,10 +267,12 @@ class Trainer:
             lr=result.lr,
             tokens=tokens,
             data_wait_seconds=data_wait_seconds,
+            compile_seconds=compile_seconds,
         )
 
     def _save_and_stop(self, reason: str) -> None:
         """The end of a run that a signal stopped: a checkpoint, without the export and the sample of a finished one."""
+        self._look_at_step()
         done = f"{reason}: stopped after step {self.step} of {self.job_config.training.steps}"
         if self.checkpointer is None:
             logger.warning("%s; nothing is saved, because checkpoint.enable is false", done)

@@ -15,10 +15,12 @@ from parallelize.context_parallel.masks import BlockMask, MaskRule
 from parallelize.kernels.language import KERNEL_ERRORS
 
 _LENGTH = 256  # of a block: several tiles of a kernel
+_DOCUMENTS = torch.stack([torch.arange(_LENGTH) // length for length in (90, 200)])
 _MASKS = {
     "all keys": BlockMask(MaskRule(), Chunk(_LENGTH, 2 * _LENGTH), Chunk(0, _LENGTH)),
     "the causal order": BlockMask(MaskRule(), Chunk(0, _LENGTH), Chunk(0, _LENGTH)),
     "a window": BlockMask(MaskRule(window=100), Chunk(0, _LENGTH), Chunk(0, _LENGTH)),
+    "documents": BlockMask(MaskRule(), Chunk(0, _LENGTH), Chunk(0, _LENGTH), _DOCUMENTS, _DOCUMENTS),
 }
 # Root mean square of a difference over that of the reference, which computes in fp32: a few roundings of inputs.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}

@@ -118,7 +118,7 @@ class RotaryKernel:
         form, is_partial = self.form, self.is_partial
 
         def rotated(q, k, cos, sin, unsqueeze_dim=1):
-            if unsqueeze_dim not in (1, 2) or not _are_rotary_tables(q, k, cos, sin, is_partial):
+            if unsqueeze_dim not in (1, 2) or not _are_rotary_tables(q, k, cos, sin, 3 - unsqueeze_dim, is_partial):
                 return plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
             if unsqueeze_dim == 1:
                 return rotate(q, k, cos, sin, form)
@@ -135,14 +135,30 @@ class RotaryKernel:
         return copied
 
 
-def _are_rotary_tables(q, k, cos, sin, is_partial: bool) -> bool:
+def _are_rotary_tables(q, k, cos, sin, token_dimension: int, is_partial: bool) -> bool:
+    """Whether the kernel takes these; other shapes that broadcast are the model's own function's."""
+    if not q.ndim == k.ndim == 4 or not cos.ndim == sin.ndim == 3:
+        return False
+    batch, tokens, head_size = q.shape[0], q.shape[token_dimension], q.shape[-1]
     return (
-        q.ndim == k.ndim == 4
-        and cos.ndim == sin.ndim == 3
+        (k.shape[0], k.shape[token_dimension], k.shape[-1]) == (batch, tokens, head_size)
         and cos.shape == sin.shape
-        and cos.shape[0] in (1, q.shape[0])
+        and cos.shape[0] in (1, batch)
+        and cos.shape[1] == tokens  # the kernel would read beyond a table that is one row for all tokens
         and (cos.shape[-1] == q.shape[-1] or (is_partial and cos.shape[-1] < q.shape[-1]))
         and not (cos.requires_grad or sin.requires_grad)
+    )
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody gave this instance a forward that is not its class's."""
+    return "forward" in vars(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs before or after its forward or backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

@@ -45,7 +45,7 @@ def _rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float, rounds_first: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output, and 1 / rms of every row in fp32 (fp64 for x in fp64)."""
-    if not launches_on(x.device):
+    if not _launches(x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         reciprocal = torch.rsqrt(wide.square().mean(-1) + eps)
         return rms_norm_reference(x, weight, eps, offset=offset, rounds_first=rounds_first).contiguous(), reciprocal
@@ -56,7 +56,7 @@ def _rms_norm(
     if x.numel():
         _forward_kernel[(reciprocal.numel(),)](
             x, x if weight is None else weight.contiguous(), out, reciprocal, columns, eps, offset,
-            HAS_WEIGHT=weight is not None, ROUNDS_FIRST=rounds_first, BLOCK=next_power_of_two(columns),
+            HAS_WEIGHT=weight is not None, ROUNDS_FIRST=rounds_first, **_block(columns),
         )  # fmt: skip
     return out, reciprocal
 
@@ -76,38 +76,40 @@ def _rms_norm_backward(
     reciprocal: torch.Tensor,
     offset: float,
     rounds_first: bool,
+    wants_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x and of weight; the second is empty where there is no weight."""
+    """Gradients of x and of weight; the second is empty where it is not wanted."""
     columns = x.shape[-1]
-    if not launches_on(x.device):
-        return _backward_reference(grad_out, x, weight, reciprocal, offset, rounds_first)
+    if not _launches(x):
+        return _backward_reference(grad_out, x, weight, reciprocal, offset, rounds_first, wants_weight)
     grad_out, x = grad_out.contiguous(), x.contiguous()
     rows = reciprocal.numel()
     programs = min(rows, 4 * processors(x.device))
     grad_x = torch.empty_like(x)
-    sums = x.new_zeros((programs if weight is not None else 0, columns), dtype=torch.float32)
+    sums = x.new_zeros((programs if wants_weight else 0, columns), dtype=torch.float32)
     if x.numel():
         _backward_kernel[(programs,)](
             grad_out, x, x if weight is None else weight.contiguous(), reciprocal, grad_x, sums, rows, columns, offset,
-            HAS_WEIGHT=weight is not None, ROUNDS_FIRST=rounds_first, PROGRAMS=programs,
-            BLOCK=next_power_of_two(columns),
+            HAS_WEIGHT=weight is not None, WANTS_WEIGHT=wants_weight, ROUNDS_FIRST=rounds_first, PROGRAMS=programs,
+            **_block(columns),
         )  # fmt: skip
-    return grad_x, x.new_empty(0) if weight is None else sums.sum(0).to(weight.dtype)
+    return grad_x, sums.sum(0).to(weight.dtype) if wants_weight else x.new_empty(0)
 
 
 @_rms_norm_backward.register_fake
-def _(grad_out, x, weight, reciprocal, offset, rounds_first):
-    return x.new_empty(x.shape), x.new_empty(0) if weight is None else torch.empty_like(weight)
+def _(grad_out, x, weight, reciprocal, offset, rounds_first, wants_weight):
+    return x.new_empty(x.shape), torch.empty_like(weight) if wants_weight else x.new_empty(0)
 
 
-def _backward_reference(grad_out, x, weight, reciprocal, offset, rounds_first):
+def _backward_reference(grad_out, x, weight, reciprocal, offset, rounds_first, wants_weight):
     wide = reciprocal.dtype
     normal = x.to(wide) * reciprocal[..., None]
     grad = grad_out.to(wide)
     grad_weight = x.new_empty(0)
-    if weight is not None:
+    if wants_weight:
         seen = normal.to(x.dtype).to(wide) if rounds_first else normal
         grad_weight = (grad * seen).flatten(0, -2).sum(0).to(weight.dtype)
+    if weight is not None:
         grad = grad * (weight.to(wide) + offset)
     grad_x = reciprocal[..., None] * (grad - normal * (grad * normal).mean(-1, keepdim=True))
     return grad_x.to(x.dtype).contiguous(), grad_weight
@@ -123,11 +125,22 @@ def _backward(ctx, grad_out, _):
     if grad_out is None:
         return None, None, None, None, None
     x, weight, reciprocal = ctx.saved_tensors
-    grad_x, grad_weight = _rms_norm_backward(grad_out, x, weight, reciprocal, *ctx.options)
-    return grad_x, None if weight is None else grad_weight, None, None, None
+    wants_weight = ctx.needs_input_grad[1]
+    grad_x, grad_weight = _rms_norm_backward(grad_out, x, weight, reciprocal, *ctx.options, wants_weight)
+    return grad_x, grad_weight if wants_weight else None, None, None, None
 
 
 _rms_norm.register_autograd(_backward, setup_context=_keep)
+
+
+def _launches(x: torch.Tensor) -> bool:
+    return launches_on(x.device) and x.dtype != torch.float64  # the kernels compute in fp32
+
+
+def _block(columns: int) -> dict[str, int]:
+    """What a program holds, and how many warps: one for a head's norm, more for rows that one has no registers for."""
+    block = next_power_of_two(columns)
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
 def _out_dtype(x: torch.Tensor, weight: torch.Tensor | None, rounds_first: bool) -> torch.dtype:
@@ -158,7 +171,8 @@ def _forward_kernel(
 @jit
 def _backward_kernel(
     grad_out, x, weight, reciprocal, grad_x, sums, rows, columns, offset,
-    HAS_WEIGHT: tl.constexpr, ROUNDS_FIRST: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, WANTS_WEIGHT: tl.constexpr, ROUNDS_FIRST: tl.constexpr, PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program p does rows p, p + PROGRAMS ... and keeps their sum of the weight's gradient."""
     program = tl.program_id(0).to(tl.int64)
@@ -166,19 +180,21 @@ def _backward_kernel(
     inside = column < columns
     if HAS_WEIGHT:
         factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
+    if WANTS_WEIGHT:
         total = tl.zeros((BLOCK,), tl.float32)
     for row in range(program, rows, PROGRAMS):
         values = tl.load(x + row * columns + column, mask=inside, other=0.0)
         scale = tl.load(reciprocal + row)
         normal = values.to(tl.float32) * scale
         grad = tl.load(grad_out + row * columns + column, mask=inside, other=0.0).to(tl.float32)
-        if HAS_WEIGHT:
+        if WANTS_WEIGHT:
             if ROUNDS_FIRST:
                 total += grad * normal.to(values.dtype).to(tl.float32)
             else:
                 total += grad * normal
+        if HAS_WEIGHT:
             grad = grad * factor
         inner = tl.sum(grad * normal, 0) / columns
         tl.store(grad_x + row * columns + column, (scale * (grad - normal * inner)).to(values.dtype), mask=inside)
-    if HAS_WEIGHT:
+    if WANTS_WEIGHT:
         tl.store(sums + program * columns + column, total, mask=inside)

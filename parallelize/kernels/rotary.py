@@ -43,7 +43,7 @@ def rotary(
     """Rotate query (batch, heads, sequence, head size) and key (batch, key heads, sequence, head size).
 
     cos, sin: (batch or 1, sequence, columns), columns even and at most the head size; they get no gradient.
-    Returns both with their shapes and the order in which they lie in memory.
+    Returns both with their shapes and, where columns lie side by side, the order in which they lie in memory.
     """
     return _rotary(query, key, cos, sin, form.interleaved, form.repeats, form.wide, form.casts_back)
 
@@ -90,7 +90,7 @@ def _rotary(
     casts_back: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     form = RotaryForm(interleaved, repeats, wide, casts_back)
-    outs = tuple(torch.empty_like(x, dtype=form.out_dtype(x, cos)) for x in (query, key))
+    outs = tuple(_empty_like(x, form.out_dtype(x, cos)) for x in (query, key))
     if not launches_on(query.device):
         for out, x in zip(outs, rotary_reference(query, key, cos, sin, form), strict=True):
             out.copy_(x)
@@ -102,7 +102,7 @@ def _rotary(
 @_rotary.register_fake
 def _(query, key, cos, sin, *options):
     form = RotaryForm(*options)
-    return tuple(torch.empty_like(x, dtype=form.out_dtype(x, cos)) for x in (query, key))
+    return tuple(_empty_like(x, form.out_dtype(x, cos)) for x in (query, key))
 
 
 @torch.library.custom_op("parallelize::rotary_backward", mutates_args=())
@@ -119,7 +119,7 @@ def _rotary_backward(
     """Gradients of query and key, in these dtypes."""
     form = RotaryForm(interleaved, repeats)
     grads = (grad_query, grad_key)
-    outs = tuple(torch.empty_like(x, dtype=dtype) for x, dtype in zip(grads, (query_dtype, key_dtype), strict=True))
+    outs = tuple(_empty_like(x, dtype) for x, dtype in zip(grads, (query_dtype, key_dtype), strict=True))
     if not launches_on(grad_query.device):
         tables = tuple(_table(table, form).unsqueeze(1) for table in (cos, sin))
         for out, grad in zip(outs, grads, strict=True):
@@ -131,7 +131,16 @@ def _rotary_backward(
 
 @_rotary_backward.register_fake
 def _(grad_query, grad_key, cos, sin, interleaved, repeats, query_dtype, key_dtype):
-    return torch.empty_like(grad_query, dtype=query_dtype), torch.empty_like(grad_key, dtype=key_dtype)
+    return _empty_like(grad_query, query_dtype), _empty_like(grad_key, key_dtype)
+
+
+def _empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Lies in memory as x does where its columns lie side by side, as the kernel writes them.
+
+    They do not in the gradient of keys that are multiplied transposed, as eager attention does.
+    """
+    layout = torch.preserve_format if x.stride(-1) == 1 else torch.contiguous_format
+    return torch.empty_like(x, dtype=dtype, memory_format=layout)
 
 
 def _rotated_back(grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, form: RotaryForm) -> torch.Tensor:
@@ -159,6 +168,7 @@ def _launch(query_out, key_out, query, key, cos, sin, form: RotaryForm, *, backw
     batch, heads, sequence, head_size = query.shape
     if not query.numel() + key.numel():
         return
+    assert query_out.stride(-1) == key_out.stride(-1) == 1
     query, key, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, cos, sin))
     cos, sin = (table.expand(batch, -1, -1) for table in (cos, sin))
     columns = cos.shape[-1]

@@ -65,9 +65,9 @@ def _split(hf_model: PreTrainedModel, *, shares_sequence: bool, **options: Any) 
     install_loss(hf_model, decoder, chunked=True, vocabulary=vocabulary)
     options = {"activation_checkpoint": ActivationCheckpointConfig(), "compile": CompileConfig(), **options}
     parallelize_model(
-        hf_model, layers=decoder.layers, separate_units=[], mesh=mesh, tensor_plan=plan, param_dtype=None,
+        hf_model, layers=decoder.layers, separate_units=[], mesh=mesh, kernels={}, tensor_plan=plan,
         sequence_parallel=shares_sequence, has_dropout=has_dropout(hf_model), parallelism=ParallelismConfig(),
-        cpu_offload=False, **options,
+        param_dtype=None, cpu_offload=False, **options,
     )  # fmt: skip
     return hf_model.train()
 

@@ -6,11 +6,14 @@ Written for unittest, so that scripts/gpu_check.sh can run it where pytest is mi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import tempfile
 import unittest
+import unittest.mock
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -169,6 +172,55 @@ class TrainingOnTheDevice(unittest.TestCase):
         assert torch.equal(shared, shared_too)
         assert not torch.isin(first, torch.cat([second, shared])).any()
 
+    def test_the_host_waits_for_nothing_in_a_step(self) -> None:
+        """But for one question of Transformers' masks, which is answered for it: are these packed documents?"""
+        for compiled in (False, True):
+            with self.subTest(compiled=compiled), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the compiler
+                config = self._job(self.folder / f"steps-{compiled}", steps=4)
+                config.training.global_batch_size = 2 * config.training.local_batch_size
+                config.compile.enable = compiled
+                config.compile.backend = "inductor" if pick_device().type == "cuda" else "aot_eager"  # seconds
+                trainer = Trainer(config)
+                try:
+                    for _ in range(2):  # with what is allocated and compiled once
+                        trainer.train_step()
+                    assert trainer._finite.is_late == (trainer.device.type == "cuda")
+                    with self._no_waiting():
+                        for _ in range(2):
+                            result = trainer.train_step()
+                    assert result.loss.isfinite()
+                finally:
+                    trainer.close()
+
+    def test_a_nonfinite_step_is_left_out_on_the_device(self) -> None:
+        trainer = Trainer(self._job(self.folder / "nonfinite", steps=4))
+        try:
+            trainer.train_step()
+            before = [parameter.detach().clone() for parameter in trainer.model.hf_model.parameters()]
+            forward_backward = trainer.model.forward_backward
+            trainer.model.forward_backward = lambda *a, **k: forward_backward(*a, **k) * float("nan")
+            with self.assertRaisesRegex(FloatingPointError, "step 2: loss nan"):  # noqa: PT027
+                trainer.train_step()
+                trainer.train_step()
+            for parameter, value in zip(trainer.model.hf_model.parameters(), before, strict=True):
+                assert torch.equal(parameter, value)
+        finally:
+            trainer.close()
+
+    @contextlib.contextmanager
+    def _no_waiting(self) -> Iterator[None]:
+        """Within the block an operation that makes the host wait for a GPU is an error."""
+        on_gpu = pick_device().type == "cuda"
+        with unittest.mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None):
+            try:
+                if on_gpu:
+                    torch.cuda.set_sync_debug_mode("error")
+                yield
+            finally:
+                if on_gpu:
+                    torch.cuda.set_sync_debug_mode("default")
+
     def _train(self, model: HFTransformerModel, steps: int = 3) -> list[float]:
         """Losses of a few AdamW steps on one batch."""
         [optimizer] = build_optimizer(
@@ -185,6 +237,16 @@ class TrainingOnTheDevice(unittest.TestCase):
 
     def _run_job(self, dump_folder: Path, *, steps: int) -> list[dict]:
         """Train a job of four steps up to `steps`, resuming what is there; returns the lines of metrics.jsonl."""
+        config = self._job(dump_folder, steps=steps)
+        config.checkpoint.enable, config.checkpoint.interval = True, 2
+        trainer = Trainer(copy.deepcopy(config))
+        try:
+            trainer.train()
+        finally:
+            trainer.close()
+        return [json.loads(line) for line in (dump_folder / "metrics.jsonl").read_text().splitlines()]
+
+    def _job(self, dump_folder: Path, *, steps: int) -> JobConfig:
         text = self.folder / "text.txt"
         text.write_text("".join(f"The square of {number} is {number * number}.\n" for number in range(2000)))
         config = JobConfig()
@@ -198,14 +260,8 @@ class TrainingOnTheDevice(unittest.TestCase):
         config.training.dataset_path = str(text)
         config.training.local_batch_size, config.training.seq_len, config.training.steps = 2, 64, steps
         config.lr_scheduler.warmup_steps, config.lr_scheduler.total_steps = 1, 4
-        config.checkpoint.enable, config.checkpoint.interval = True, 2
         config.metrics.log_freq = 1
-        trainer = Trainer(copy.deepcopy(config))
-        try:
-            trainer.train()
-        finally:
-            trainer.close()
-        return [json.loads(line) for line in (dump_folder / "metrics.jsonl").read_text().splitlines()]
+        return config
 
 
 if __name__ == "__main__":

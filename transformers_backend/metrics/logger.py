@@ -45,6 +45,7 @@ class MetricsLogger:
         peak_memory_gib               GiB so far on this rank: reserved on the CUDA device, else resident in RAM
         time_s                        seconds since this process started the run (not counting runs it resumed)
         data_wait_share               part of the interval, 0 to 1, that this rank waited for its data; null: not known
+        compile_s                     seconds of the interval that this rank spent compiling; null: not known
 
     A line of `validation.jsonl` has step, validation_loss, tokens, tokens_per_second (null where not timed), time_s.
     """
@@ -98,11 +99,13 @@ class MetricsLogger:
         lr: float,
         tokens: int,
         data_wait_seconds: float | None = None,
+        compile_seconds: float | None = None,
         extra: dict[str, float] | None = None,
     ) -> None:
         """Record step `step`; `tokens` is what all data ranks together processed since the last log.
 
         data_wait_seconds: what of the time since then this rank waited for the next batch.
+        compile_seconds: and what of it this rank compiled.
         """
         if not self._is_main:
             return
@@ -122,6 +125,7 @@ class MetricsLogger:
             "peak_memory_gib": peak_memory_gib(self._device),
             "time_s": now - self._start,
             "data_wait_share": None if data_wait_seconds is None else min(data_wait_seconds / seconds, 1.0),
+            "compile_s": compile_seconds,
             **(extra or {}),
         }
         seconds_left = (self._total_steps - step) * seconds / max(step - self._last_step, 1)
@@ -185,9 +189,10 @@ def _line(record: dict[str, Any], seconds_left: float) -> str:
     """The aligned line that a human reads."""
     utilisation = "" if record["mfu"] is None else f"  mfu {record['mfu']:6.1%}"
     waiting = "" if record["data_wait_share"] is None else f"  data wait {record['data_wait_share']:6.1%}"
+    compiling = f"  compiling {record['compile_s']:.1f} s" if record["compile_s"] else ""
     return (
         f"step {record['step']:>7}  loss {record['loss']:8.4f}  grad norm {record['grad_norm']:8.3f}"
         f"  lr {record['lr']:.2e}  {record['tokens_per_second']:>12,.0f} tokens/s"
         f"  {record['tflops_per_device']:7.2f} TFLOP/s/device{utilisation}"
-        f"  peak {record['peak_memory_gib']:6.2f} GiB{waiting}  left {duration(seconds_left)}"
+        f"  peak {record['peak_memory_gib']:6.2f} GiB{waiting}{compiling}  left {duration(seconds_left)}"
     )

@@ -25,9 +25,15 @@ from parallelize.config import (
 
 
 def test_defaults_are_sound():
-    for config in (ParallelismConfig(), ActivationCheckpointConfig(), CompileConfig()):
+    for config in (ParallelismConfig(), ActivationCheckpointConfig(), CompileConfig(), KernelConfig()):
         assert config.problems() == []
-    assert KernelConfig() == KernelConfig()
+
+
+def test_kernels_may_be_one_name():
+    assert KernelConfig("auto") == KernelConfig()
+    assert KernelConfig("rms_norm") == KernelConfig(["rms_norm"])
+    assert KernelConfig("rms_norm").problems() == []
+    assert 'kernels.enable has "fast"' in KernelConfig("fast").problems()[0]
 
 
 def test_defaults_are_the_documented_ones():

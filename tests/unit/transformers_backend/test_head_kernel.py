@@ -88,6 +88,12 @@ def test_other_heads_are_refused():
     model = build_twin(LlamaConfig(), LlamaForCausalLM)
     model.lm_head = NoLinear(64, 260, bias=False)
     assert find_linear_head(model) == "its NoLinear is no nn.Linear"
+    model = build_twin(LlamaConfig(), LlamaForCausalLM)
+    watched = model.lm_head.register_forward_hook(lambda module, args, logits: logits - logits.mean(-1, keepdim=True))
+    assert find_linear_head(model) == "it has hooks, or a forward that is not its class's"
+    watched.remove()
+    model.lm_head.forward = lambda hidden_states: 2 * nn.Linear.forward(model.lm_head, hidden_states)
+    assert find_linear_head(model) == "it has hooks, or a forward that is not its class's"
     assert "not those of one matrix product" in find_linear_head(build_twin(LlamaConfig(), Bent))
 
 

@@ -63,6 +63,8 @@ def changed(name: str, **methods) -> nn.Module:
     module = type(name, (Gated,), methods)()
     if name == "another activation":
         module.act = nn.Mish()
+    if name == "a buffer":
+        module.register_buffer("factor", torch.ones(1))
     return module
 
 
@@ -72,6 +74,9 @@ OTHERS = {
     "adds its input": {"forward": lambda self, x: self.down(self.product(x)) + x},
     "scales": {"product": lambda self, x: Gated.product(self, x) * 1.001},
     "clamps": {"product": lambda self, x: Gated.product(self, x).clamp(max=30.0)},
+    "clamps far off": {"product": lambda self, x: self.act(self.gate(x).clamp(max=1000.0)) * self.up(x)},
+    "another evaluation": {"forward": lambda self, x: self.down(self.product(x)) * (1.0 if self.training else 0.5)},
+    "a buffer": {"product": lambda self, x: Gated.product(self, x) * self.factor},
     "computes in fp32": {"product": lambda self, x: Gated.product(self, x.float()).to(x.dtype)},
     "rounds once": {"product": lambda self, x: (F.silu(self.gate(x).float()) * self.up(x).float()).to(x.dtype)},
     "dropout of its own": {"product": lambda self, x: F.dropout(Gated.product(self, x), p=0.0, training=True)},
@@ -118,7 +123,7 @@ def test_only_gates_without_sparsity_are_replaced():
 
 
 def test_modules_that_are_not_what_the_small_copy_has_stay():
-    model = twin_of("llama", minimum_layers=5)
+    model = twin_of("llama", minimum_layers=5).eval()  # as `from_pretrained` returns models
     layers = model.model.layers
     layers[0].mlp.act_fn = nn.GELU()
     layers[1].mlp.act_fn.register_forward_hook(lambda *_: None)
@@ -150,10 +155,42 @@ class AddingNorm(LlamaRMSNorm):
         return super().forward(hidden_states) + 0.5
 
 
+class NormOfTheOtherDtype(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.to(self.weight.dtype))
+
+
+class NormInTraining(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * (1.0 if self.training else 0.5)
+
+
+class NormWithGate(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(hidden_states if gate is None else hidden_states * gate)
+
+
 def test_norms_by_what_they_compute():
     assert find_norm_kernel(LlamaRMSNorm(24, eps=1e-5)) == NormKernel(1e-5, 0.0, rounds_first=True, has_weight=True)
-    assert find_norm_kernel(AddingNorm(24)) is None
+    for kind in (AddingNorm, NormOfTheOtherDtype, NormInTraining, NormWithGate):
+        assert find_norm_kernel(kind(24)) is None, kind
     assert find_norm_kernel(nn.LayerNorm(24, bias=False)) is None
+
+
+def test_norms_that_users_froze_patched_or_watch():
+    model = twin_of("llama").requires_grad_(False)
+    first, second = model.model.layers[0].input_layernorm, model.model.layers[1].input_layernorm
+    first.forward = lambda x: 2 * x
+    second.register_forward_hook(lambda module, args, out: 2 * out)  # runs after the kernel
+    plan = plan_of(model, "rms_norm")
+    assert len(plan.kernels) == 4
+    assert "model.layers.0.input_layernorm" not in plan.kernels
+    assert plan.kinds["LlamaRMSNorm", "has a forward that is not its class's"] == 1
+    x = torch.randn(2, model.config.hidden_size)
+    expected = second(x)
+    apply_kernels(model, plan.kernels)
+    torch.testing.assert_close(second(x), expected)
+    assert torch.equal(first(x), 2 * x)
 
 
 def turned_the_other_way(q, k, cos, sin, unsqueeze_dim=1):
@@ -207,6 +244,8 @@ def test_the_models_file_is_left_alone():
     q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
     cos, sin = torch.randn(2, 2, 5, 8).unbind()
     torch.testing.assert_close(rotated(q, k, cos, sin, unsqueeze_dim=2), function(q, k, cos, sin, unsqueeze_dim=2))
+    one_place = function(q, k, cos[:, :1], sin[:, :1], unsqueeze_dim=2)  # one row of a table for all tokens
+    torch.testing.assert_close(rotated(q, k, cos[:, :1], sin[:, :1], unsqueeze_dim=2), one_place)
     learned = cos.clone().requires_grad_()  # the kernel has no gradient for tables: the model's own function runs
     torch.autograd.grad(rotated(q.transpose(1, 2), k.transpose(1, 2), learned, sin)[0].sum(), learned)
 

@@ -89,6 +89,15 @@ def test_waiting_for_data_is_a_share_of_the_interval(tmp_path, clock):
     assert [line["data_wait_share"] for line in _lines(tmp_path)] == [0.25, 0.025, None]
 
 
+def test_seconds_of_compiling_stand_in_lines_of_intervals_that_had_some(tmp_path, caplog: pytest.LogCaptureFixture):
+    with _logger(tmp_path) as logger, caplog.at_level(logging.INFO):
+        for step, seconds in ((1, 12.34), (2, 0.0), (3, None)):
+            logger.log(step, loss=1.5, grad_norm=0.5, lr=1e-3, tokens=800, compile_seconds=seconds)
+    assert [line["compile_s"] for line in _lines(tmp_path)] == [12.34, 0.0, None]
+    assert ["compiling 12.3 s" in line for line in caplog.messages] == [True, False, False]
+    assert "compiling" not in "".join(caplog.messages[1:])
+
+
 def test_lines_reach_the_disk_at_once(tmp_path):
     killed = _logger(tmp_path)
     killed.log(1, loss=3.0, grad_norm=1.0, lr=0.1, tokens=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -269,6 +270,13 @@ def test_a_backend_is_tried_on_its_device():
             return grad_query, 1.001 * grad_key, grad_value
 
     assert why_not_blocks(FlashBlocks(WrongGradient()), cpu, torch.float32) == "with all keys dk is off by 1.0e-03"
+
+    class OneDocument(ReferenceBlocks):
+        def forward(self, query, key, value, mask, **options):
+            mask = dataclasses.replace(mask, query_documents=None, key_documents=None)
+            return super().forward(query, key, value, mask, **options)
+
+    assert "with documents out is off by" in why_not_blocks(OneDocument(), cpu, torch.float32)
 
     class Absent(CpuKernel):
         def forward(self, *arguments):

@@ -90,6 +90,18 @@ def test_no_rows(shape: tuple[int, ...]):
     assert torch.equal(grad_weight, torch.zeros(16))
 
 
+@needs_triton
+def test_a_frozen_weight_and_double_precision():
+    x, weight = normal(3, 16), normal(16)
+    assert_as_exact_as_torch(
+        lambda x: rms_norm(x, weight, 1e-6),
+        lambda x: rms_norm_reference(x, weight.to(x.dtype), 1e-6),
+        (x,), dtype=torch.float32,
+    )  # fmt: skip
+    x, weight = x.double(), weight.double()  # more than the kernel computes in
+    assert torch.equal(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_the_references_backward(form: dict, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(rms_norm_module, "launches_on", lambda device: False)

@@ -77,6 +77,20 @@ def test_one_table_for_all_rows_and_tensors_that_lie_apart():
         )  # fmt: skip
 
 
+@needs_triton
+def test_columns_that_do_not_lie_side_by_side():
+    """Eager attention multiplies by transposed keys, and their gradient comes back transposed."""
+    cos, sin = normal(2, 2, 5, 16).unbind()
+    query, key = normal(2, 3, 5, 16), normal(2, 3, 16, 5).transpose(2, 3)
+
+    def scores(function):
+        return lambda query, key: (lambda q, k: (q @ k.transpose(2, 3)).softmax(-1))(
+            *function(query, key, cos, sin, RotaryForm())
+        )
+
+    assert_as_exact_as_torch(scores(rotary), scores(rotary_reference), (query, key), dtype=torch.float32)
+
+
 def test_results_lie_in_memory_as_what_came_in():
     query, key = given()
     tables = normal(2, 1, 5, 16).unbind()
