@@ -104,25 +104,44 @@ def test_attention_dropout_is_refused_by_its_name():
 
 
 @pytest.mark.parametrize(
-    ("model_type", "overrides", "device", "dtype", "name", "said"),
+    ("model_type", "overrides", "device", "dtype", "has_triton", "name", "said"),
     [
-        ("llama", {}, "cuda", torch.bfloat16, "torch's flash kernel for CUDA", "torch's flash kernel for CUDA ("),
-        ("gemma2", {}, "cuda", torch.bfloat16, "reference", "no softcap (50.0)"),
-        ("deepseek_v3", {}, "cpu", torch.float32, "reference", "values are 128 wide and keys 192"),
-        ("llama", {"head_dim": 20}, "cuda", torch.bfloat16, "reference", "do not take heads 20 wide"),
-        ("llama", {}, "cuda", torch.float32, "reference", "CUDA's flash kernels do not take torch.float32"),
+        (
+            "llama",
+            {},
+            "cuda",
+            torch.bfloat16,
+            False,
+            "torch's flash kernel for CUDA",
+            "torch's flash kernel for CUDA (",
+        ),
+        ("gemma2", {}, "cuda", torch.bfloat16, False, "reference", "no softcap (50.0)"),
+        ("gemma2", {}, "cuda", torch.bfloat16, True, "Triton kernel", "no softcap (50.0)"),
+        ("deepseek_v3", {}, "cpu", torch.float32, True, "reference", "values are 128 wide and keys 192"),
+        ("llama", {"head_dim": 20}, "cuda", torch.bfloat16, False, "reference", "do not take heads 20 wide"),
+        ("llama", {}, "cuda", torch.float32, True, "reference", "CUDA's flash kernels do not take torch.float32"),
     ],
 )
 def test_what_computes_blocks_is_chosen_for_the_very_model(
-    monkeypatch: pytest.MonkeyPatch, model_type: str, overrides: dict, device: str, dtype: torch.dtype, name: str,
-    said: str,
+    monkeypatch: pytest.MonkeyPatch, model_type: str, overrides: dict, device: str, dtype: torch.dtype,
+    has_triton: bool, name: str, said: str,
 ):  # fmt: skip
     config, model_class = _model(model_type, **overrides)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    # Read after the fact, so that the twin is built with everything that is installed.
+    monkeypatch.setattr("parallelize.context_parallel.kernels.launches_on", lambda device: has_triton)
+    monkeypatch.setattr("transformers_backend.context_calls.why_not_blocks", lambda *_, **__: None)
     blocks, why = choose_blocks_for(config, model_class, 2, device, dtype)
     assert blocks.name == name
     assert said in why
+
+
+def test_what_is_wrong_on_the_accelerator_is_not_chosen(monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr("parallelize.context_parallel.kernels.launches_on", lambda device: True)
+    monkeypatch.setattr("transformers_backend.context_calls.why_not_blocks", lambda *_, **__: "a window is wrong")
+    blocks, why = choose_blocks_for(*_model("gemma2"), 2, "cuda", torch.bfloat16)
+    assert blocks.name == "reference"
+    assert why == "the reference in plain torch: Triton kernel is wrong on this device"
+    assert "is wrong on this device (a window is wrong)" in caplog.text
 
 
 def test_softcaps_are_the_models_own():
