@@ -69,9 +69,9 @@ def choose_kernels(
     with a warning. Every rank calls this, and all leave out the same.
     """
     names = enabled_kernels(config, device, is_compiled=is_compiled)
-    if device.type == "cuda":
-        reasons = {name: why_not_on_device(hf_model, name, device, dtype) for name in names}
-        reasons = {name: reason for found in gather_objects(reasons) for name, reason in found.items() if reason}
+    if names and device.type == "cuda":
+        found = gather_objects(wrong_on_device(hf_model, names, device, dtype))
+        reasons = {name: reason for of_rank in found for name, reason in of_rank.items()}
         for name, reason in reasons.items():
             logger.warning('Without the kernel "%s", which is wrong on this device: %s', name, reason)
         names = [name for name in names if name not in reasons]
@@ -99,31 +99,37 @@ def find_kernels(hf_model: PreTrainedModel, names: Collection[str]) -> KernelPla
 
 
 @torch.enable_grad()
-def why_not_on_device(hf_model: PreTrainedModel, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with a kernel on a device, or None: tried on the twin, in fp32 and in the run's dtype.
+def wrong_on_device(
+    hf_model: PreTrainedModel, names: Collection[str], device: torch.device, dtype: torch.dtype
+) -> dict[str, str]:
+    """Which kernels are wrong on a device, and in what: tried on the twin, in fp32 and in the run's dtype.
 
     A gradient may be off by twice what it is without the kernel, from that in fp32 without it.
     """
 
-    def run(precision: torch.dtype, *, with_kernel: bool) -> dict[str, torch.Tensor]:
+    def run(precision: torch.dtype, *kernels: str) -> dict[str, torch.Tensor]:
         twin = build_twin(hf_model.config, type(hf_model))
-        plan = find_kernels(twin, [name]) if with_kernel else KernelPlan()
+        plan = find_kernels(twin, kernels)
         apply_kernels(twin, plan.kernels)
         batch = (tensor.to(device) for tensor in example_batch())
         twin = twin.to(device, precision)
         return loss_and_gradients(twin, *batch, chunked=False, linear_head=plan.linear_head)[1]
 
-    exact = run(torch.float32, with_kernel=False)
-    for precision in {torch.float32, dtype}:
-        usual = max(relative_errors(exact, run(precision, with_kernel=False)).values())
-        try:
-            errors = relative_errors(exact, run(precision, with_kernel=True))
-        except KERNEL_ERRORS as error:
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        worst = max(errors, key=errors.get)
-        if not errors[worst] <= max(2 * usual, GRADIENT_TOLERANCE):
-            return f"in {precision} the gradient of {worst} is off by {errors[worst]:.1e} instead of {usual:.1e}"
-    return None
+    exact = run(torch.float32)
+    usual = {precision: max(relative_errors(exact, run(precision)).values()) for precision in {torch.float32, dtype}}
+
+    def why_not(name: str) -> str | None:
+        for precision, size in usual.items():
+            try:
+                errors = relative_errors(exact, run(precision, name))
+            except KERNEL_ERRORS as error:
+                return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            worst = max(errors, key=errors.get)
+            if not errors[worst] <= max(2 * size, GRADIENT_TOLERANCE):
+                return f"in {precision} the gradient of {worst} is off by {errors[worst]:.1e} instead of {size:.1e}"
+        return None
+
+    return {name: reason for name in names if (reason := why_not(name)) is not None}
 
 
 def enabled_kernels(config: KernelConfig, device: torch.device, *, is_compiled: bool) -> tuple[str, ...]:

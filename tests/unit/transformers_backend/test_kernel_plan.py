@@ -19,7 +19,7 @@ from parallelize.kernels.replace import GatedActivationKernel, NormKernel, apply
 from parallelize.kernels.rotary import RotaryForm
 from transformers_backend.kernel_gates import find_gate_kernel
 from transformers_backend.kernel_norms import find_norm_kernel
-from transformers_backend.kernel_plan import KernelPlan, find_kernels, why_not_on_device
+from transformers_backend.kernel_plan import KernelPlan, find_kernels, wrong_on_device
 from transformers_backend.kernel_rotary import find_rotary_form
 from transformers_backend.model_args import HFTransformerModelArgs
 from transformers_backend.twin import build_twin
@@ -277,7 +277,7 @@ def test_kernels_have_names_that_can_be_enabled():
 
 def test_a_kernel_is_tried_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPatch):
     model, device = twin_of("llama"), torch.device("cpu")
-    assert why_not_on_device(model, "rms_norm", device, torch.bfloat16) is None
+    assert wrong_on_device(model, ["rms_norm"], device, torch.bfloat16) == {}
 
     def apply_wrong(twin: PreTrainedModel, kernels: dict) -> None:
         for name in kernels:
@@ -285,7 +285,8 @@ def test_a_kernel_is_tried_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPa
             norm.forward = lambda x, forward=norm.forward: 1.01 * forward(x)
 
     monkeypatch.setattr("transformers_backend.kernel_plan.apply_kernels", apply_wrong)
-    assert "in torch.float32 the gradient of" in why_not_on_device(model, "rms_norm", device, torch.float32)
+    (reason,) = wrong_on_device(model, ["rms_norm"], device, torch.float32).values()
+    assert "in torch.float32 the gradient of" in reason
 
     def fail(*arguments) -> None:
         raise RuntimeError("no such instruction")
@@ -295,4 +296,6 @@ def test_a_kernel_is_tried_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPa
             twin.get_submodule(name).forward = fail
 
     monkeypatch.setattr("transformers_backend.kernel_plan.apply_kernels", apply_failing)
-    assert why_not_on_device(model, "rms_norm", device, torch.float32) == "RuntimeError: no such instruction"
+    assert wrong_on_device(model, ["rms_norm"], device, torch.float32) == {
+        "rms_norm": "RuntimeError: no such instruction"
+    }
