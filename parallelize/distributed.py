@@ -140,6 +140,11 @@ def gather_objects(value, group: dist.ProcessGroup | None = None) -> list:
     return objects
 
 
+def first_reason(reason: str | None) -> str | None:
+    """That of the first rank which has one, on every rank; None where none has."""
+    return next((found for found in gather_objects(reason) if found is not None), None)
+
+
 def from_first_rank(value):
     """A picklable object as rank 0 has it, on every rank."""
     if not dist.is_initialized():

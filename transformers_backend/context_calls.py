@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from parallelize.context_parallel.blocks import BlockAttention, ReferenceBlocks
 from parallelize.context_parallel.kernels import choose_blocks
 from parallelize.context_parallel.trial import why_not_blocks
-from parallelize.distributed import gather_objects
+from parallelize.distributed import first_reason
 from transformers_backend.decoder import dropout_fields
 from transformers_backend.flops import attention_costs
 from transformers_backend.proof import example_batch
@@ -83,8 +83,7 @@ def _tried(device_type: str, dtype: torch.dtype, **sizes) -> tuple[BlockAttentio
     blocks, because = choose_blocks(device_type, dtype, **sizes)
     if device_type == "cpu" or isinstance(blocks, ReferenceBlocks):
         return blocks, because
-    reason = why_not_blocks(blocks, torch.device(device_type), dtype, **sizes)
-    wrong = next((other for other in gather_objects(reason) if other is not None), None)
+    wrong = first_reason(why_not_blocks(blocks, torch.device(device_type), dtype, **sizes))
     if wrong is None:
         return blocks, because
     logger.warning("Attention of shared sequences is computed slowly: %s is wrong on this device (%s)", because, wrong)

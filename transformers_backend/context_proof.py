@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from parallelize.compile import COMPILE_ERRORS, apply_compile, compiled_for_now
 from parallelize.config import ActivationCheckpointConfig, ParallelismConfig
 from parallelize.context_parallel.ulysses import heads_problem
-from parallelize.distributed import gather_objects, sum_over
+from parallelize.distributed import first_reason, sum_over
 from transformers_backend.context import ContextPlan, Kind, SharedContext, summarize
 from transformers_backend.context_calls import choose_blocks_for, refuse_attention_dropout
 from transformers_backend.context_mixers import find_mixers
@@ -234,7 +234,7 @@ def _on_all_ranks(find: Callable[[], str | None]) -> str | None:
             reason = find()
     except (*MODEL_ERRORS, *COMPILE_ERRORS) as error:
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-    return next((found for found in gather_objects(reason) if found is not None), None)
+    return first_reason(reason)
 
 
 def _example_length(degree: int) -> int:
