@@ -2,7 +2,7 @@
 
 A mask is causal, and may have a sliding window, attention chunks and documents. For a block of queries and a block of
 keys it says whether there is anything to compute, and only where a block is neither empty nor whole it makes a tensor
-of the block's size.
+of the block's size. With the scale and the softcap of the scores it is the rule by which every method attends.
 """
 
 from __future__ import annotations
