@@ -469,3 +469,12 @@ def test_asynchronous_tensor_parallelism_is_refused_without_cuda():
     parallelism = ParallelismConfig(tensor_parallel_degree=2, enable_async_tensor_parallel=True)
     with pytest.raises(ValueError, match=r"enable_async_tensor_parallel = true: needs CUDA devices .* is on cpu\. Do"):
         HFTransformerModel.wrap(_llama()).parallelize(parallelism, compile=CompileConfig(enable=True))
+
+
+@pytest.mark.usefixtures("rank_five_of_eight")
+def test_what_is_refused_once_the_mesh_is_known_leaves_a_model_for_one_device():
+    model = HFTransformerModel.wrap(_llama())
+    with pytest.raises(ValueError, match=r"pipeline_parallel_degree = 4.* 2 layers"):
+        model.parallelize(ParallelismConfig(pipeline_parallel_degree=4))
+    assert (model.mesh, model.dims.world_size, model.data_rank) == (None, 1, 0)
+    assert torch.isfinite(model.forward_backward(*_batch()))
