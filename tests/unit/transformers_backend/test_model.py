@@ -285,6 +285,16 @@ def test_looking_at_a_model_does_not_change_it():
     assert not hf_model.training
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0)])
+def test_a_batch_of_nothing_is_refused_with_what_to_do(shape: tuple[int, int]):
+    model, nothing = HFTransformerModel.wrap(_llama()), torch.zeros(shape, dtype=torch.long)
+    for call in (model.forward_backward, model.evaluate):
+        with pytest.raises(ValueError, match=r"input_ids has shape \(\d, \d\): .* a sequence with all labels -100"):
+            call(nothing, nothing)
+    input_ids, labels = _batch()
+    model.evaluate(input_ids, torch.full_like(labels, -100))
+
+
 def test_clip_grad_norm():
     input_ids, labels = _batch()
     reference, hf_model = _llama(), _llama()
