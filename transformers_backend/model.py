@@ -45,6 +45,7 @@ from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
 from transformers_backend.nonfinite import describe_nonfinite
 from transformers_backend.pipelined import PipelinedModel
+from transformers_backend.plain_copy import give_plain_copies, own_forwards, refuse_copies
 from transformers_backend.plan import ParallelPlan, plan_parallelism
 from transformers_backend.proof import prove
 from transformers_backend.tensor_proof import vocabulary_shard
@@ -138,6 +139,7 @@ class HFTransformerModel:
                 "parallelize comes once, before the first step, and this model is parallelised or has made a step "
                 "already. Make or load the model anew to change how it is parallelised."
             )
+        forwards = own_forwards(self.hf_model)
         plan = plan_parallelism(
             self.hf_model, self.decoder, self.model_args.attn_implementation,
             parallelism=parallelism, activation_checkpoint=activation_checkpoint or ActivationCheckpointConfig(),
@@ -154,6 +156,10 @@ class HFTransformerModel:
         self._apply(plan, param_dtype, cpu_offload)
         self._fill(torch.device("cpu") if cpu_offload else plan.device, seed)
         self._start(plan)
+        if plan.dims.world_size == 1 and not cpu_offload:
+            give_plain_copies(self.hf_model, forwards)
+        else:
+            refuse_copies(self.hf_model)
         self._ready = True
         return self
 
@@ -221,7 +227,9 @@ class HFTransformerModel:
         """What `.parallelize` does, for one device: called by the first step of a model that was not parallelised."""
         if not self._ready:
             self._fill_if_meta()
+            forwards = own_forwards(self.hf_model)
             self._install_loss(CompileConfig())
+            give_plain_copies(self.hf_model, forwards)
             self._ready = True
 
     def _fill_if_meta(self) -> None:
