@@ -48,8 +48,8 @@ _PATIENCE = 60.0  # seconds that a rank waits for another's search before it mak
 
 
 def bucket(number: int) -> int:
-    """The power of two up to which a number is; all small ones are one."""
-    return max(9, (number - 1).bit_length())
+    """Which power of two a number is at most: 13 for 4,097 to 8,192."""
+    return (number - 1).bit_length()
 
 
 class Gpu:
