@@ -260,10 +260,11 @@ def _forward_kernel(
             if HAS_SOFTCAP:
                 logits = softcap * _tanh(logits / softcap)
             logits = tl.where(has_entry[None, :], logits, float("-inf"))
-            is_target = has_token[:, None] & has_entry[None, :] & (entry[None, :] == target[:, None])
-            target_logit = tl.sum(tl.where(is_target, logits, 0.0), 1)
-            is_here = tl.max(is_target.to(tl.int32), 1) > 0
-            tl.store(found + token, target_logit, mask=is_here)
+            # Which column of this block is the target's, in 32 bits: whole tiles of wider numbers have no registers.
+            place = target - part * part_size - start
+            is_here = has_token & (place >= 0) & (place < COLUMNS) & (target < vocabulary)
+            is_target = tl.arange(0, COLUMNS)[None, :] == place.to(tl.int32)[:, None]
+            tl.store(found + token, tl.sum(tl.where(is_target, logits, 0.0), 1), mask=is_here)
             larger = tl.maximum(largest, tl.max(logits, 1))
             # Logits may all be -inf so far, as biases are that rule entries out: then nothing is subtracted.
             shift = tl.where(larger == float("-inf"), 0.0, larger)

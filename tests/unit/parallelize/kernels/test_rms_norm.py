@@ -64,7 +64,7 @@ def test_a_single_column():
 @needs_triton
 @pytest.mark.parametrize(("rows", "columns"), [(67, 512), (67, 700), (1, 16), (40, 128), (129, 64)])
 def test_rows_that_programs_share_or_go_through(rows: int, columns: int):
-    """Programs take 4, 2, 128, 16 and 32 rows at a time; of the first two numbers each takes several times as many."""
+    """4, 2, 128, 16 and 32 rows at a time; in the first two cases some programs do so several times."""
     assert_as_exact_as_torch(
         lambda x, weight: rms_norm(x, weight, 1e-6),
         lambda x, weight: rms_norm_reference(x, weight, 1e-6),
