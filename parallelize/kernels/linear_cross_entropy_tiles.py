@@ -33,7 +33,7 @@ class Tile(NamedTuple):
 _TILES = {
     2: (  # bytes of a number; the first is for Hopper and Ampere, the second for GPUs with less shared memory
         Tile(128, 256, 64), Tile(128, 128, 32), Tile(256, 128, 64), Tile(128, 256, 64, 8, 4), Tile(128, 128, 64),
-        Tile(128, 128, 32, 4, 4),
+        Tile(128, 64, 64, 4),
     ),
     # Whole products in fp32, without tensor cores: registers are what is short.
     4: (Tile(64, 64, 32, 4), Tile(64, 64, 16, 4), Tile(128, 64, 16, 8)),
