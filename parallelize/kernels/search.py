@@ -180,11 +180,12 @@ class Search:
         return dict(zip(candidates, (taken for _, taken in times), strict=True)) if is_ours else None
 
     def _write(self, name: str, times: dict[Candidate, float | None]) -> None:
-        text = json.dumps({**self._entries(), name: [*times.items()]}, indent=1)
+        entries = {**self._entries(), name: [*times.items()]}
+        lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
         with contextlib.suppress(OSError):  # then every process searches
             descriptor, temporary = tempfile.mkstemp(dir=self._file.parent, prefix=self._file.name)
             with os.fdopen(descriptor, "w") as file:
-                file.write(text)
+                file.write("{\n" + ",\n".join(lines) + "\n}\n")
             os.replace(temporary, self._file)
 
 
