@@ -10,8 +10,8 @@ and, given the output and L of ALL keys, of which this block is a part, with D =
 
 (FlashAttention-2, https://arxiv.org/abs/2307.08691). Scores exist tile by tile. Keys and values are read as they are by
 all query heads of their group. One kernel finds the gradient of queries and one those of keys and values, each program
-adding up its own rows, so that results are the same every time. Sums are in fp32, and so is what is returned; matrix
-products take their factors in the dtype of the inputs.
+adding up its own rows, so that results are the same every time with the same tiles (`search.py`). Sums are in fp32, and
+so is what is returned; matrix products take their factors in the dtype of the inputs.
 
 Of the tiles, those that the mask leaves empty are not visited, and in those that it leaves whole nothing is compared.
 That is known from the places of tokens; for documents `_document_ranges` finds it first.
