@@ -35,8 +35,11 @@ _ALWAYS_KEPT = frozenset(
 def apply_activation_checkpointing(
     layers: Sequence[nn.Module], *, mode: str, selective_option: str, preserve_rng_state: bool
 ) -> None:
-    """Checkpoint `layers` in place: "none", "full", or "selective" with "op" or every n-th layer ("2", ...)."""
-    if mode == "none":
+    """Checkpoint `layers` in place: "none", "full", or "selective" with "op" or every n-th layer ("2", ...).
+
+    "memory_budget" is nothing here: the compiler does it (`parallelize/compile.py`).
+    """
+    if mode in ("none", "memory_budget"):
         return
     per_op = mode == "selective" and selective_option == "op"
     every = int(selective_option) if mode == "selective" and not per_op else 1

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
+import torch._functorch.config
 from torch import nn
 from torch._dynamo.callback import CallbackArgs, callback_handler
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
@@ -23,16 +24,34 @@ COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
 _RECOMPILE_LIMIT = 64
 
 
-def apply_compile(layers: Iterable[nn.Module], *, backend: str) -> None:
+def apply_compile(layers: Iterable[nn.Module], *, backend: str, memory_budget: float = 1.0) -> None:
     """Compile the forward of each layer in place, as one graph each.
+
+    memory_budget: the share of activations that is kept for the backward, see `ActivationCheckpointConfig`.
 
     Only `forward` is compiled, on the instance: hooks run around the compiled code, names do not change, and layers
     of the same class and kind share one compilation, because the compiler caches by code, not by instance.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    compiler = backend if memory_budget == 1 else _within_budget(backend, memory_budget)
     for layer in layers:
-        compiled = torch.compile(layer.forward, backend=backend, fullgraph=True)
+        compiled = torch.compile(layer.forward, backend=compiler, fullgraph=True)
         layer.forward = with_local_parameters(layer, compiled)
+
+
+def _within_budget(backend: str, memory_budget: float) -> Callable:
+    """The backend with a budget for what forwards keep, which it asks for while it compiles.
+
+    Of the graph of a layer and its gradients it keeps a set of least size, or by estimated runtime a knapsack of it
+    (https://pytorch.org/blog/activation-checkpointing-techniques/).
+    """
+    compile_graph = torch._dynamo.lookup_backend(backend)
+
+    def compile_within_budget(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        with torch._functorch.config.patch(activation_memory_budget=memory_budget):
+            return compile_graph(graph, inputs)
+
+    return compile_within_budget
 
 
 class CompileTimer:

@@ -101,13 +101,14 @@ class ActivationBytes:
 
 
 def activation_bytes_per_token(
-    layers: Sequence[LayerWidths], *, itemsize: int, seq_len: int, recompute: str
+    layers: Sequence[LayerWidths], *, itemsize: int, seq_len: int, recompute: str, memory_budget: float = 1.0
 ) -> ActivationBytes:
     """What the backward of all layers needs from the forward, by the formula at the top of this file.
 
     itemsize: bytes of a number in the computation's dtype. recompute: what activation checkpointing computes again:
     "none"; "full", every layer, of which one is whole at any time and the others keep only their input; "op", all but
-    attention and every second matrix product; or "2", "3" ..., every so many layers in full.
+    attention and every second matrix product; "2", "3" ..., every so many layers in full; or "memory_budget", all but
+    that share of what is more than a layer's input.
     """
     whole = [_kept_bytes(layer, itemsize, seq_len) for layer in layers]
     if recompute == "none":
@@ -117,6 +118,10 @@ def activation_bytes_per_token(
         return ActivationBytes(
             sum(min(some, everything) for some, everything in zip(kept, whole, strict=True)), max(whole)
         )
+    if recompute == "memory_budget":
+        inputs = [layer.hidden * itemsize for layer in layers]
+        kept = [least + memory_budget * (most - least) for least, most in zip(inputs, whole, strict=True)]
+        return ActivationBytes(sum(kept), max(most - some for most, some in zip(whole, kept, strict=True)))
     every = 1 if recompute == "full" else int(recompute)
     kept = [layers[n].hidden * itemsize if n % every == 0 else whole[n] for n in range(len(layers))]
     return ActivationBytes(sum(kept), max(whole[::every]))

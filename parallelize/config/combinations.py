@@ -45,6 +45,19 @@ def zero_bubble_problems(
     ]
 
 
+def memory_budget_problems(compile: CompileConfig, activation_checkpoint: ActivationCheckpointConfig) -> list[str]:
+    """The sentence for a memory budget without a compiler that keeps it."""
+    if activation_checkpoint.mode != "memory_budget":
+        return []
+    if compile.enable and "model" in compile.components and compile.backend in PARTITIONING_BACKENDS:
+        return []
+    backends = " or ".join(f'"{backend}"' for backend in PARTITIONING_BACKENDS)
+    return [
+        'activation_checkpoint.mode = "memory_budget": the compiler keeps the budget, in compiled layers. Set '
+        f'compile.enable = true with "model" in components and backend = {backends}, or choose mode "selective".'
+    ]
+
+
 def backward_in_halves(parallelism: ParallelismConfig) -> str | None:
     """The key and value by which a pipeline's schedule has its backward in two halves; None where it has not."""
     name, csv = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_schedule_csv

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+PARTITIONING_BACKENDS = ("inductor", "aot_eager")
+"""Those that choose what the backward keeps, and can do so by a memory budget."""
+
 
 @dataclass
 class CompileConfig:

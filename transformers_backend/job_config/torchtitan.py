@@ -15,7 +15,7 @@ IGNORED_KEYS: dict[str, frozenset[str]] = {
             expert_parallel_comm_backend expert_parallel_degree
             expert_tensor_parallel_degree pipeline_parallel_expert_parallel_overlap""",
         "activation_checkpoint": """
-            debug determinism_check early_stop memory_budget per_op_sac_force_recompute_mm_shapes_by_fqns
+            debug determinism_check early_stop per_op_sac_force_recompute_mm_shapes_by_fqns
             visualize_memory_budget_pareto""",
         "optimizer": "early_step_in_backward",
         "checkpoint": "enable_ft_dataloader_checkpoints initial_load_in_hf_quantized",
