@@ -23,10 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parallelize.config import (
     ActivationCheckpointConfig,
     CompileConfig,
+    Float8Config,
     KernelConfig,
     ParallelismConfig,
     async_tensor_parallel_problems,
     check,
+    float8_problems,
     zero_bubble_problems,
 )
 from parallelize.distributed import pick_device, share_random_state, sum_over
@@ -52,6 +54,7 @@ from transformers_backend.decisions import (
 from transformers_backend.decoder import check_is_plain, describe_decoder, has_dropout
 from transformers_backend.evaluation import evaluation_mode
 from transformers_backend.filling import fill
+from transformers_backend.float8_plan import Float8Plan, check_tokens, choose_float8
 from transformers_backend.isolation import Isolation, find_isolation, usual_inputs
 from transformers_backend.kernel_plan import KernelPlan, choose_kernels
 from transformers_backend.loss import count_targets, install_loss, shift_labels
@@ -117,6 +120,8 @@ class HFTransformerModel:
         """This rank's stages; None without pipeline parallelism, and otherwise `hf_model` has only their layers."""
         self.kernels = KernelPlan()
         """What computes by a kernel."""
+        self.float8 = Float8Plan()
+        """What multiplies in float8."""
         self._isolation: Isolation | None = None  # None: batches hold no packed documents, see `isolate_documents`
         self._local_losses_are_finite = torch.tensor(True)  # of the micro-batches since the last clipping
         self._step_was_finite = torch.tensor(True)  # and of those before it
@@ -129,6 +134,7 @@ class HFTransformerModel:
         *,
         activation_checkpoint: ActivationCheckpointConfig | None = None,
         compile: CompileConfig | None = None,
+        float8: Float8Config | None = None,
         kernels: KernelConfig | None = None,
         param_dtype: torch.dtype | None = None,
         cpu_offload: bool = False,
@@ -144,7 +150,7 @@ class HFTransformerModel:
         loaded. seq_len: tokens of a sequence, by which layers are shared out among the stages of a pipeline. mesh: that
         of another model of this process, to share its process groups; None makes a new one. Raises a ValueError that
         lists every bad value. kernels: None is "auto" (see docs/kernels.md); what modules compute by is in
-        `self.kernels` afterwards.
+        `self.kernels` afterwards. float8: None is without (see docs/float8.md); what multiplies so is in `self.float8`.
         """
         if self._ready:
             raise ValueError(
@@ -153,9 +159,12 @@ class HFTransformerModel:
             )
         activation_checkpoint = activation_checkpoint or ActivationCheckpointConfig()
         compile = compile or CompileConfig()
+        float8 = float8 or Float8Config()
         kernels = kernels or KernelConfig()
-        check([*parallelism.problems(), *activation_checkpoint.problems(), *compile.problems(), *kernels.problems()])
+        sections = (parallelism, activation_checkpoint, compile, float8, kernels)
+        check(problem for section in sections for problem in section.problems())
         check(zero_bubble_problems(parallelism, compile, activation_checkpoint))
+        check(float8_problems(float8, parallelism))
         warn_of_repeated_recomputation(parallelism, activation_checkpoint)
         check_mixed_precision(self.hf_model, param_dtype)
         if not dist.is_initialized():
@@ -182,6 +191,11 @@ class HFTransformerModel:
             compile, activation_checkpoint, self.hf_model, attention, self.device, split, self.context
         )
         self.tensor_parallelism = split
+        self.float8 = choose_float8(
+            self.hf_model, float8, self.device, compute_dtype,
+            attn_implementation=attention, tensor_plan=None if split is None else split.plan,
+            compile=compile, activation_checkpoint=activation_checkpoint,
+        )  # fmt: skip
         self.kernels = choose_kernels(
             self.hf_model, kernels, self.device, compute_dtype,
             is_compiled=compile.enable and "model" in compile.components,
@@ -194,7 +208,8 @@ class HFTransformerModel:
             self.hf_model,
             layers=self.decoder.layers if self.pipelined is None else self.pipelined.layers,
             stacks=() if self.pipelined is None else self.pipelined.stacks,
-            separate_units=self._separate_units(), mesh=self.mesh, kernels=self.kernels.kernels,
+            separate_units=self._separate_units(), mesh=self.mesh,
+            float8=self.float8.linears, kernels=self.kernels.kernels,
             tensor_plan=None if split is None else split.plan.of_part(self.hf_model),
             sequence_parallel=split is not None and split.sequence_parallel, has_dropout=has_dropout(self.hf_model),
             parallelism=parallelism, activation_checkpoint=activation_checkpoint, compile=compile,
@@ -294,6 +309,7 @@ class HFTransformerModel:
             )
         self._make_ready()
         self._check(input_ids, labels, position_ids)
+        self._check_float8(input_ids)
         if not self.hf_model.training:  # from_pretrained gives a model in evaluation mode
             self.hf_model.train()
         if num_items_in_batch is None:
@@ -339,6 +355,14 @@ class HFTransformerModel:
     def _check(self, *batch: torch.Tensor | None) -> None:
         check_shapes(*batch)
         check_same_batch(*batch, mesh=self.mesh, device=self.device)
+
+    def _check_float8(self, input_ids: torch.Tensor) -> None:
+        rows, length = input_ids.shape
+        shares_sequence = self.tensor_parallelism is not None and self.tensor_parallelism.sequence_parallel
+        check_tokens(
+            (rows if self.pipelined is None else self.pipelined.microbatch_size) * length, self.float8.linears,
+            parts=self.dims.cp * (self.dims.tp if shares_sequence else 1),
+        )  # fmt: skip
 
     def _batch(
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None
