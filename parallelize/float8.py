@@ -71,7 +71,7 @@ def missing_for_float8(
     if torchao is None or _numbers(torchao) < LEAST_TORCHAO:
         has = "is not installed" if torchao is None else f"is {torchao}"
         least = ".".join(map(str, LEAST_TORCHAO))
-        found.append(f'{key}: needs torchao >= {least}, which {has}; pip install "transformers-backend[float8]".')
+        found.append(f'{key}: needs torchao >= {least}, which {has}; pip install -e ".[float8]".')
     if device_type != "cuda" or capability < LEAST_CAPABILITY:
         has = f"a {device_type}" if capability is None else f"a GPU of {capability[0]}.{capability[1]}"
         found.append(

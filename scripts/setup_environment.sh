@@ -3,7 +3,7 @@
 #
 #   setup_environment run      what training and verifying need
 #   setup_environment test     the same, pytest, and the optional packages that tests use (moto, s3fs, matplotlib, and
-#                              Triton where there is one for the machine)
+#                              Triton and torchao where there are such for the machine)
 #   setup_environment check    the same, ruff and import-linter
 #
 # Afterwards REPOSITORY is the checkout and PYTHON the interpreter to use, and PYTHONPATH begins with the checkout, so
@@ -66,7 +66,7 @@ if sys.version_info < (3, 11):
     least_versions["tomli"] = (0,)  # tomllib came with 3.11
 test = ["pytest", "moto", "s3fs", "matplotlib"]
 if platform.system() == "Linux" and platform.machine() == "x86_64":
-    test.append("triton")
+    test += ["triton", "torchao"]
 tools = {"run": [], "test": test, "check": [*test, "ruff", "importlinter"]}[sys.argv[1]]
 for name, least in least_versions.items():
     try:
@@ -131,7 +131,8 @@ _make_environment() {
     if [[ "$need" != run ]]; then
         echo "set-up: installing the test tools of constraints.txt into $_ENVIRONMENT" >&2
         _pip_install pytest "moto[server,s3]" s3fs matplotlib ruff import-linter \
-            'triton; platform_system == "Linux" and platform_machine == "x86_64"'
+            'triton; platform_system == "Linux" and platform_machine == "x86_64"' \
+            'torchao; platform_system == "Linux" and platform_machine == "x86_64"'
     fi
     if [[ -e "$_ENVIRONMENT/incomplete" ]]; then
         _checksum_of_pins >"$_ENVIRONMENT/installed"

@@ -35,9 +35,10 @@ from parallelize.float8 import (
     torchao_version,
 )
 from parallelize.kernels.replace import has_hooks, has_own_forward
+from parallelize.mixed_precision import parameters_cast_to
 from parallelize.tensor_parallel import TensorPlan
 from transformers_backend.decoder import Decoder, describe_decoder
-from transformers_backend.proof import example_batch, loss_and_gradients, recompute
+from transformers_backend.proof import example_batch, gradients, loss_and_gradients, recompute
 from transformers_backend.tensor_plan.matrices import is_matrix
 from transformers_backend.twin import build_twin
 
@@ -253,14 +254,15 @@ class _Proof:
         recompute(layers, activation_checkpoint)
         try:
             with compiled_for_now() if backend else nullcontext(), warnings.catch_warnings():
-                # The compiler itself reads that attribute; where warnings are errors it would take this for a failure.
+                # Of casts, which have none; the compiler reads it, too, and would take an error for a failure.
                 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
                 if backend:
                     apply_compile(layers, backend=backend)
-                found = self._run(twin.to(self.dtype))
+                with parameters_cast_to(twin, self.dtype):
+                    loss, _ = self._run(twin)
         except (*COMPILE_ERRORS, RuntimeError) as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return how_far(exact, found)
+        return how_far(exact, (loss, gradients(twin)))
 
     def _twin(self) -> PreTrainedModel:
         twin = build_twin(self.hf_model.config, type(self.hf_model), attn_implementation=self.attn_implementation)
@@ -286,7 +288,9 @@ def how_far(exact: tuple[float, dict[str, torch.Tensor]], found: tuple[float, di
 
 def check_tokens(tokens: int, linears: Float8Linears | None, parts: int) -> None:
     """A ValueError where the tokens of a micro-batch, over so many ranks that share them, are not what float8 needs."""
-    multiple = 1 if linears is None else linears.tokens_multiple * parts
+    if linears is None or linears.tokens_multiple == 1:
+        return
+    multiple = linears.tokens_multiple * parts
     if tokens % multiple:
         raise ValueError(
             f"A micro-batch of {tokens} tokens: for float8 their number must be a multiple of {multiple}, because the "

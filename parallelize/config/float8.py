@@ -16,7 +16,7 @@ class Float8Config:
     enable: bool = False
     """Multiply in float8 in the linears of the decoder layers, by torchao: faster in compiled layers on GPUs that have
     it (compute capability 8.9), and an approximation, within a few per cent of the gradients in bf16. Weights,
-    optimizer, checkpoints and exports stay as they are. See docs/float8.md."""
+    optimizer, checkpoints and exports stay as they are. See docs/kernels.md."""
 
     recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
     """How numbers are scaled to float8's range: "tensorwise" by one factor a tensor (fastest), "rowwise" by one a row
