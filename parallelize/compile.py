@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.callback import CallbackArgs, callback_handler
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._dynamo.pgo import reset_code_state
 
 from parallelize.tensor_parallel.local import with_local_parameters
 
@@ -69,14 +70,14 @@ class CompileTimer:
 
 @contextlib.contextmanager
 def compiled_for_now() -> Iterator[None]:
-    """Within the block a small copy of a model is compiled; the compiler begins anew with it, and after it.
+    """Within the block a small copy of a model is compiled; the compiler knows no sizes when it begins, nor after it.
 
     The compiler takes a size that it has seen another value of for one that keeps changing. The layers of the model
     itself are the same code as the copy's, so that it would compile them for batches and sequences of any size: slower
-    to compile (on a CPU, 20 seconds for a layer instead of one) and slower to run.
+    to compile (on a CPU, 20 seconds for a layer instead of one) and slower to run. What is compiled already stays.
     """
-    torch.compiler.reset()
+    reset_code_state()
     try:
         yield
     finally:
-        torch.compiler.reset()
+        reset_code_state()

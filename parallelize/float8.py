@@ -59,6 +59,11 @@ def apply_float8(model: nn.Module, linears: Float8Linears) -> None:
         model.get_submodule(name).train(training)
 
 
+def is_float8(module: nn.Module) -> bool:
+    """Whether it is one of torchao's, in the place of a linear."""
+    return isinstance(module, nn.Linear) and type(module).__module__.startswith("torchao.float8.")
+
+
 def missing_for_float8(
     device_type: str, capability: tuple[int, int] | None, dtype: torch.dtype, torchao: str | None
 ) -> list[str]:

@@ -17,13 +17,19 @@ _SAME_BATCH = {"cp": "context-parallel group", "tp": "tensor-parallel group", "p
 
 
 def check_shapes(input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None) -> None:
-    """A ValueError unless all are (batch, seq) alike."""
+    """A ValueError unless all are (batch, seq) alike, and not empty."""
     for name, tensor in (("input_ids", input_ids), ("labels", labels), ("position_ids", position_ids)):
         if tensor is not None and (tensor.shape != input_ids.shape or tensor.dim() != 2):
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}: input_ids, labels and position_ids must all be "
                 f"(batch, seq); input_ids is {tuple(input_ids.shape)}."
             )
+    if input_ids.numel() == 0:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}: a batch has at least one sequence of one token. Leave the "
+            f"call out; where other ranks still have data, give this one a sequence with all labels {IGNORE_INDEX}, "
+            "because all of them must make the same calls."
+        )
 
 
 def check_same_batch(*batch: torch.Tensor | None, mesh: DeviceMesh | None, device: torch.device) -> None:

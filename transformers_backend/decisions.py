@@ -1,4 +1,4 @@
-"""What `HFTransformerModel.parallelize` finds out before it changes the model: checks, and choices proven on twins.
+"""The single decisions of `plan.py`: checks of what a user wants, and choices proven on twins.
 
 Each function either raises a ValueError for what cannot be exact, or returns what is, and logs what was given up for
 it.
@@ -43,7 +43,12 @@ def warn_of_repeated_recomputation(
 
 
 def check_same_weights(hf_model: PreTrainedModel) -> None:
-    """Every rank brought a model of its own; sharding would make one of parts of several if they differed."""
+    """Every rank brought a model of its own; sharding would make one of parts of several if they differed.
+
+    One on the meta device has no weights yet.
+    """
+    if any(parameter.is_meta for parameter in hf_model.parameters()):
+        return
     sums = [parameter.detach().double().sum().item() for parameter in hf_model.parameters()]
     if any(other != sums for other in gather_objects(sums)):
         raise ValueError(

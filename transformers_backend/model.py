@@ -26,10 +26,6 @@ from parallelize.config import (
     Float8Config,
     KernelConfig,
     ParallelismConfig,
-    async_tensor_parallel_problems,
-    check,
-    float8_problems,
-    zero_bubble_problems,
 )
 from parallelize.distributed import pick_device, share_random_state, sum_over
 from parallelize.fsdp import reshard
@@ -39,30 +35,21 @@ from parallelize.model import needs_fsdp, parallelize_model
 from parallelize.parallel_dims import ParallelDims
 from transformers_backend.batch_checks import check_same_batch, check_shapes
 from transformers_backend.context import SharedContext
-from transformers_backend.context_proof import choose_context, isolate_shared
-from transformers_backend.decisions import (
-    TensorParallelism,
-    check_every_layer_runs,
-    check_mixed_precision,
-    check_same_weights,
-    choose_tensor_parallelism,
-    proven_attention,
-    refuse_inner_outputs,
-    warn_of_repeated_recomputation,
-    without_wrong_compilation,
-)
+from transformers_backend.context_proof import isolate_shared
+from transformers_backend.decisions import TensorParallelism, proven_attention, refuse_inner_outputs
 from transformers_backend.decoder import check_is_plain, describe_decoder, has_dropout
 from transformers_backend.evaluation import evaluation_mode
 from transformers_backend.filling import fill
-from transformers_backend.float8_plan import Float8Plan, check_tokens, choose_float8
+from transformers_backend.float8_plan import Float8Plan, check_tokens
 from transformers_backend.isolation import Isolation, find_isolation, usual_inputs
-from transformers_backend.kernel_plan import KernelPlan, choose_kernels
+from transformers_backend.kernel_plan import KernelPlan
 from transformers_backend.loss import count_targets, install_loss, shift_labels
 from transformers_backend.model_args import HFTransformerModelArgs, build_on_meta
 from transformers_backend.nonfinite import describe_nonfinite
-from transformers_backend.pipeline_plan import plan_pipeline
 from transformers_backend.pipelined import PipelinedModel
-from transformers_backend.proof import check_recomputation, prove
+from transformers_backend.plain_copy import give_plain_copies, own_forwards, refuse_copies
+from transformers_backend.plan import ParallelPlan, plan_parallelism
+from transformers_backend.proof import prove
 from transformers_backend.tensor_proof import vocabulary_shard
 from transformers_backend.weights import DEFAULT_FILE_SIZE, LiveTensors, named_tensors, save_hf_weights
 
@@ -157,81 +144,61 @@ class HFTransformerModel:
                 "parallelize comes once, before the first step, and this model is parallelised or has made a step "
                 "already. Make or load the model anew to change how it is parallelised."
             )
-        activation_checkpoint = activation_checkpoint or ActivationCheckpointConfig()
-        compile = compile or CompileConfig()
-        float8 = float8 or Float8Config()
-        kernels = kernels or KernelConfig()
-        sections = (parallelism, activation_checkpoint, compile, float8, kernels)
-        check(problem for section in sections for problem in section.problems())
-        check(zero_bubble_problems(parallelism, compile, activation_checkpoint))
-        check(float8_problems(float8, parallelism))
-        warn_of_repeated_recomputation(parallelism, activation_checkpoint)
-        check_mixed_precision(self.hf_model, param_dtype)
-        if not dist.is_initialized():
-            raise ValueError("parallelize needs an initialised process group: torch.distributed.init_process_group().")
-        check_every_layer_runs(self.hf_model, dist.get_world_size())
-        self.device = pick_device()
-        check(async_tensor_parallel_problems(parallelism, compile, self.device.type))
-        self.dims = ParallelDims.resolve(parallelism, dist.get_world_size())
-        self.mesh = self.dims.build_mesh(self.device.type) if mesh is None else self.dims.check_mesh(mesh)
-        self._meshes = {name: self.mesh[name] for name in self.mesh.mesh_dim_names}
-        if not self._is_meta:
-            check_same_weights(self.hf_model)
-        attention = proven_attention(self.model_args.attn_implementation)
-        pipeline_plan = plan_pipeline(self.hf_model, self.decoder, attention, parallelism, seq_len)
-        compute_dtype = param_dtype or self.hf_model.dtype
-        if self.dims.cp > 1:  # what is no causal model is refused as that, not for the way its sequences are shared
-            prove(self.hf_model.config, self.model_class, attention)
-        self.context = choose_context(self.hf_model, self.mesh["cp"], parallelism, compute_dtype)
-        split = choose_tensor_parallelism(self.hf_model, self.decoder, attention, self.mesh["tp"], parallelism)
-        if self.context is not None:
-            self.context.check_others(pipeline=self.dims.pp > 1, tensor=split is not None)
-        check_recomputation(self.hf_model.config, self.model_class, attention, activation_checkpoint)
-        compile = without_wrong_compilation(
-            compile, activation_checkpoint, self.hf_model, attention, self.device, split, self.context
-        )
-        self.tensor_parallelism = split
-        self.float8 = choose_float8(
-            self.hf_model, float8, self.device, compute_dtype,
-            attn_implementation=attention, tensor_plan=None if split is None else split.plan,
-            compile=compile, activation_checkpoint=activation_checkpoint,
+        forwards = own_forwards(self.hf_model)
+        plan = plan_parallelism(
+            self.hf_model, self.decoder, self.model_args.attn_implementation,
+            parallelism=parallelism, activation_checkpoint=activation_checkpoint or ActivationCheckpointConfig(),
+            compile=compile or CompileConfig(), float8=float8 or Float8Config(), kernels=kernels or KernelConfig(),
+            param_dtype=param_dtype, seq_len=seq_len, mesh=mesh,
         )  # fmt: skip
-        self.kernels = choose_kernels(
-            self.hf_model, kernels, self.device, compute_dtype,
-            is_compiled=compile.enable and "model" in compile.components,
-        )  # fmt: skip
-        if pipeline_plan is not None:
-            self.pipelined = PipelinedModel(self.hf_model, self.decoder, pipeline_plan, self.mesh, parallelism)
+        self.device, self.dims, self.mesh = plan.device, plan.dims, plan.mesh
+        self._meshes = {name: plan.mesh[name] for name in plan.mesh.mesh_dim_names}
+        self.context, self.tensor_parallelism = plan.context, plan.tensor
+        self.float8, self.kernels = plan.float8, plan.kernels
+        if plan.pipeline is not None:
+            self.pipelined = PipelinedModel(self.hf_model, self.decoder, plan.pipeline, plan.mesh, parallelism)
         if self.pipelined is None or self.pipelined.has_last_stage:
-            self._install_loss(compile)
+            self._install_loss(plan.compile)
+        self._apply(plan, param_dtype, cpu_offload)
+        self._fill(torch.device("cpu") if cpu_offload else plan.device, seed)
+        self._start(plan)
+        if plan.dims.world_size == 1 and not cpu_offload:
+            give_plain_copies(self.hf_model, forwards)
+        else:
+            refuse_copies(self.hf_model)
+        self._ready = True
+        return self
+
+    def _apply(self, plan: ParallelPlan, param_dtype: torch.dtype | None, cpu_offload: bool) -> None:
+        """Place the layers of this rank, which may still be on the meta device."""
         parallelize_model(
             self.hf_model,
             layers=self.decoder.layers if self.pipelined is None else self.pipelined.layers,
             stacks=() if self.pipelined is None else self.pipelined.stacks,
-            separate_units=self._separate_units(), mesh=self.mesh,
-            float8=self.float8.linears, kernels=self.kernels.kernels,
-            tensor_plan=None if split is None else split.plan.of_part(self.hf_model),
-            sequence_parallel=split is not None and split.sequence_parallel, has_dropout=has_dropout(self.hf_model),
-            parallelism=parallelism, activation_checkpoint=activation_checkpoint, compile=compile,
+            separate_units=self._separate_units(), mesh=plan.mesh,
+            float8=plan.float8.linears, kernels=plan.kernels.kernels,
+            tensor_plan=None if plan.tensor is None else plan.tensor.plan.of_part(self.hf_model),
+            sequence_parallel=plan.sequence_parallel, has_dropout=has_dropout(self.hf_model),
+            parallelism=plan.parallelism, activation_checkpoint=plan.activation_checkpoint, compile=plan.compile,
             param_dtype=param_dtype, cpu_offload=cpu_offload,
         )  # fmt: skip
-        if not needs_fsdp(self.mesh, cpu_offload):
+        if not needs_fsdp(plan.mesh, cpu_offload):
             self._cast_to = param_dtype
             if not self._is_meta:
-                self.hf_model.to(self.device)
-        self._fill(torch.device("cpu") if cpu_offload else self.device, seed)
+                self.hf_model.to(plan.device)
+
+    def _start(self, plan: ParallelPlan) -> None:
+        """What comes around the placed and filled model."""
         if self.pipelined is not None:
             self.pipelined.start(
-                self._inputs, device=self.device, compute_dtype=compute_dtype,
-                sequence_parallel_degree=self.dims.tp if split is not None and split.sequence_parallel else 1,
+                self._inputs, device=plan.device, compute_dtype=plan.compute_dtype,
+                sequence_parallel_degree=plan.dims.tp if plan.sequence_parallel else 1,
             )  # fmt: skip
-        if self.context is not None:
-            self.context.install()
-        if split is not None:
-            refuse_inner_outputs(self.hf_model, sequence_parallel=split.sequence_parallel)
-            share_random_state(self.mesh.get_group("tp"))
-        self._ready = True
-        return self
+        if plan.context is not None:
+            plan.context.install()
+        if plan.tensor is not None:
+            refuse_inner_outputs(self.hf_model, sequence_parallel=plan.sequence_parallel)
+            share_random_state(plan.mesh.get_group("tp"))
 
     def _separate_units(self) -> list[str]:
         """An embedding that is not the head, too, is an FSDP2 unit of its own; in a pipeline, where it is."""
@@ -267,7 +234,9 @@ class HFTransformerModel:
         """What `.parallelize` does, for one device: called by the first step of a model that was not parallelised."""
         if not self._ready:
             self._fill_if_meta()
+            forwards = own_forwards(self.hf_model)
             self._install_loss(CompileConfig())
+            give_plain_copies(self.hf_model, forwards)
             self._ready = True
 
     def _fill_if_meta(self) -> None:

@@ -39,7 +39,7 @@ def one() -> Iterator[WorkerPool]:
 def _model(parallelism: dict, float8: Float8Config, **options) -> HFTransformerModel:
     twin = build_twin(*HFTransformerModelArgs(model_type="llama").resolve(), minimum_layers=4)
     torch._dynamo.reset()
-    with patch("transformers_backend.model.choose_float8", functools.partial(choose_float8, emulate=True)):
+    with patch("transformers_backend.plan.choose_float8", functools.partial(choose_float8, emulate=True)):
         return HFTransformerModel.wrap(twin).parallelize(
             ParallelismConfig(**parallelism), float8=float8, param_dtype=torch.bfloat16, **options
         )

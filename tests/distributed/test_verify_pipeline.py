@@ -14,7 +14,7 @@ from tests.distributed.workers import WorkerPool, quick_context
 from transformers_backend import HFTransformerModel
 from transformers_backend.model_args import HFTransformerModelArgs
 from transformers_backend.twin import build_twin
-from transformers_backend.verify import Report, main, verify
+from transformers_backend.verify import Report, compare, main, verify
 from transformers_backend.verify.command import parse
 from transformers_backend.verify.compare import global_batch
 from transformers_backend.verify.pipeline import minimum_layers, rows_of_a_call, seen_gradients
@@ -52,6 +52,21 @@ def test_two_stages_and_what_cannot_be_cut(quick: None):
     assert refused.verdict == "refused"
     assert "does not run its layers once" in refused.reason
     assert refused.loss_difference is refused.gradient_error is None
+
+
+def test_a_pipeline_longer_than_a_model_is_refused_without_processes(monkeypatch: pytest.MonkeyPatch):
+    """Of gpt2, which is not refused so, all is left to the processes; and a name that is no model, too."""
+    started = []
+    monkeypatch.setattr(compare, "_run_processes", lambda models, *_: started.extend(models) or map(Report, models))
+    seen = []
+    reports = verify(["llama", "gpt2"], fsdp=1, pp=200, on_report=seen.append)
+    assert ([report.verdict for report in reports], reports, started) == (["refused"] * 2, seen, [])
+    assert "makes 200 stages" in reports[0].reason
+    assert "the model has 32 layers" in reports[0].reason
+    assert reports[0].model_class == "LlamaForCausalLM"
+    reports = verify(["bert", "gpt2", "bloom"], fsdp=1, pp=2, schedule="Interleaved1F1B")
+    assert [report.verdict for report in reports] == ["pass", "pass", "refused"], "BLOOM has two layers by default"
+    assert started == ["bert", "gpt2"]
 
 
 def test_a_schedule_with_two_stages_a_rank(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -15,9 +15,9 @@ from transformers import CONFIG_MAPPING
 from parallelize.config import CONTEXT_PARALLEL_METHODS, KERNELS, PIPELINE_SCHEDULES
 from parallelize.pipeline_parallel.schedules import is_zero_bubble
 from transformers_backend.job_config.rules import model_source_problems
-from transformers_backend.verify.compare import DENSE_MODEL_TYPES, is_model_type, run
+from transformers_backend.verify.compare import DENSE_MODEL_TYPES, run
 from transformers_backend.verify.report import print_header, print_report, summary, with_section
-from transformers_backend.verify.setting import setting_of
+from transformers_backend.verify.setting import is_model_type, setting_of
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from parallelize.compile import COMPILE_ERRORS
 from parallelize.config import CompileConfig, KernelConfig, ParallelismConfig
@@ -26,7 +26,6 @@ from parallelize.parallel_dims import ParallelDims
 from transformers_backend.errors import is_meant_for_the_user
 from transformers_backend.metrics.terminal import silence_advice
 from transformers_backend.model import HFTransformerModel
-from transformers_backend.model_args import HFTransformerModelArgs
 from transformers_backend.proof import GRADIENT_TOLERANCE, LOSS_TOLERANCE, MODEL_ERRORS, gradients, relative_errors
 from transformers_backend.tensor_plan import DegreeError
 from transformers_backend.twin import VOCABULARY_SIZE, WINDOW, build_twin
@@ -35,11 +34,12 @@ from transformers_backend.verify.pipeline import (
     held_by_several,
     layers_per_stage,
     minimum_layers,
+    refused_for_layers,
     rows_of_a_call,
     seen_gradients,
 )
 from transformers_backend.verify.report import PRETRAINED_LOSS_TOLERANCE, Report
-from transformers_backend.verify.setting import Setting, setting_of
+from transformers_backend.verify.setting import Setting, model_args_of, setting_of
 from transformers_backend.verify.share import sharded_share, share_of_real_sizes
 
 # The dense causal language models of Transformers 5.23, by model type: no experts, and attention in every layer
@@ -65,11 +65,6 @@ BatchLoss = Callable[[PreTrainedModel], torch.Tensor]
 """The loss of a certain batch by any copy of a model."""
 
 
-def is_model_type(name: str) -> bool:
-    """Whether a name of a model is a model type of Transformers, or could be none but that."""
-    return name in CONFIG_MAPPING or not ("/" in name or Path(name).exists())
-
-
 def verify(
     models: list[str], *, fsdp: int = 2, on_report: Callable[[Report], None] | None = None, **options
 ) -> list[Report]:
@@ -81,7 +76,19 @@ def verify(
 
 
 def run(models: list[str], setting: Setting, *, on_report: Callable[[Report], None] | None = None) -> list[Report]:
-    """`verify`, with its options in one."""
+    """`verify`, with its options in one. Models that are refused for their size alone need no processes, and come
+    first."""
+    refused = [report for name in models if (report := refused_for_layers(name, setting.parallelism)) is not None]
+    if on_report is not None:
+        for report in refused:
+            on_report(report)
+    names = {report.model for report in refused}
+    others = [name for name in models if name not in names]
+    reports = [*refused, *(_run_processes(others, setting, on_report) if others else ())]
+    return sorted(reports, key=lambda report: models.index(report.model))
+
+
+def _run_processes(models: list[str], setting: Setting, on_report: Callable[[Report], None] | None) -> list[Report]:
     context = mp.get_context("spawn")
     queue = context.Queue()
     processes = setting.processes
@@ -127,8 +134,7 @@ def verify_model(name: str, setting: Setting, mesh: DeviceMesh, folder: Path) ->
     notes = _CollectWarnings(report.notes)
     logging.getLogger("transformers_backend").addHandler(notes)
     try:
-        key = "model_type" if is_model_type(name) else "model"
-        hf_config, model_class = HFTransformerModelArgs(**{key: name}).resolve()
+        hf_config, model_class = model_args_of(name).resolve()
         report.model_class = model_class.__name__
         degree = parallelism.tensor_parallel_degree
         try:

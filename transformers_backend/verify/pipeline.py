@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from torch import nn
 
 from parallelize.config import ParallelismConfig
-from parallelize.pipeline_parallel.schedules import single_stage
+from parallelize.pipeline_parallel.schedules import single_stage, stage_count
+from transformers_backend.decoder import describe_decoder
 from transformers_backend.model import HFTransformerModel
+from transformers_backend.model_args import build_on_meta
 from transformers_backend.pipeline_plan import PipelinePlan
-from transformers_backend.verify.setting import ROWS
+from transformers_backend.proof import MODEL_ERRORS
+from transformers_backend.verify.report import Report
+from transformers_backend.verify.setting import ROWS, model_args_of
 from transformers_backend.weights import full_tensor
 
 _LAYERS_PER_STAGE = 2  # so that hidden states also go from layer to layer within a stage
@@ -22,6 +27,31 @@ def minimum_layers(parallelism: ParallelismConfig) -> int | None:
         return None
     stages = degree if single_stage(parallelism.pipeline_parallel_schedule) else 2 * degree
     return _LAYERS_PER_STAGE * stages
+
+
+def refused_for_layers(name: str, parallelism: ParallelismConfig) -> Report | None:
+    """The report of a model with fewer layers than the pipeline has stages, which no process need be started for.
+
+    What else may be wrong with it is found out where it is run.
+    """
+    degree = parallelism.pipeline_parallel_degree
+    if degree == 1:
+        return None
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        args = model_args_of(name)
+        hf_config, model_class = args.resolve()
+        layers = len(describe_decoder(build_on_meta(hf_config, model_class, args)).layers)
+    except (*MODEL_ERRORS, OSError):
+        return None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    try:
+        stage_count(parallelism.pipeline_parallel_schedule, degree, layers)
+    except ValueError as error:
+        return Report(name, "refused", str(error), model_class.__name__)
+    return None
 
 
 def rows_of_a_call(parallelism: ParallelismConfig) -> int:

@@ -1,14 +1,29 @@
-"""What a report is made with: the mesh, whether layers are compiled, and which kernels modules may compute by."""
+"""What a report is made with: the model by its name, the mesh, whether layers are compiled, and which kernels modules
+may compute by."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import CONFIG_MAPPING
 
 from parallelize.config import ParallelismConfig
 from parallelize.pipeline_parallel.schedules import canonical_name
+from transformers_backend.model_args import HFTransformerModelArgs
 
 ROWS = 2
 """Of a micro-batch."""
+
+
+def is_model_type(name: str) -> bool:
+    """Whether a name of a model is a model type of Transformers, or could be none but that."""
+    return name in CONFIG_MAPPING or not ("/" in name or Path(name).exists())
+
+
+def model_args_of(name: str) -> HFTransformerModelArgs:
+    """What to build for a model type, hub id or folder."""
+    return HFTransformerModelArgs(**{"model_type" if is_model_type(name) else "model": name})
 
 
 @dataclass(frozen=True)

@@ -285,6 +285,16 @@ def test_looking_at_a_model_does_not_change_it():
     assert not hf_model.training
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0)])
+def test_a_batch_of_nothing_is_refused_with_what_to_do(shape: tuple[int, int]):
+    model, nothing = HFTransformerModel.wrap(_llama()), torch.zeros(shape, dtype=torch.long)
+    for call in (model.forward_backward, model.evaluate):
+        with pytest.raises(ValueError, match=r"input_ids has shape \(\d, \d\): .* a sequence with all labels -100"):
+            call(nothing, nothing)
+    input_ids, labels = _batch()
+    model.evaluate(input_ids, torch.full_like(labels, -100))
+
+
 def test_clip_grad_norm():
     input_ids, labels = _batch()
     reference, hf_model = _llama(), _llama()
@@ -469,3 +479,12 @@ def test_asynchronous_tensor_parallelism_is_refused_without_cuda():
     parallelism = ParallelismConfig(tensor_parallel_degree=2, enable_async_tensor_parallel=True)
     with pytest.raises(ValueError, match=r"enable_async_tensor_parallel = true: needs CUDA devices .* is on cpu\. Do"):
         HFTransformerModel.wrap(_llama()).parallelize(parallelism, compile=CompileConfig(enable=True))
+
+
+@pytest.mark.usefixtures("rank_five_of_eight")
+def test_what_is_refused_once_the_mesh_is_known_leaves_a_model_for_one_device():
+    model = HFTransformerModel.wrap(_llama())
+    with pytest.raises(ValueError, match=r"pipeline_parallel_degree = 4.* 2 layers"):
+        model.parallelize(ParallelismConfig(pipeline_parallel_degree=4))
+    assert (model.mesh, model.dims.world_size, model.data_rank) == (None, 1, 0)
+    assert torch.isfinite(model.forward_backward(*_batch()))

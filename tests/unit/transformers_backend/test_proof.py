@@ -234,6 +234,33 @@ def test_layers_are_compiled_for_the_sizes_that_they_get_after_a_twin_of_other_s
 
 
 @ignore_grad_warning
+def test_what_was_compiled_before_a_twin_stays_compiled():
+    torch._dynamo.reset()
+    runs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list):
+        runs.append(len(inputs))
+        return graph
+
+    model = LlamaForCausalLM(LLAMA)
+    apply_compile(model.model.layers, backend=count)
+    users = torch.compile(lambda x: x.sin() + 1, backend=count)
+    input_ids, argument = torch.zeros(3, 7, dtype=torch.int64), torch.ones(5)
+
+    def run() -> None:
+        users(argument)
+        model(input_ids=input_ids)
+
+    run()
+    before = len(runs)
+    assert before >= 2
+    assert why_not_compile(LLAMA, LlamaForCausalLM, None, "eager", torch.device("cpu")) is None
+    run()
+    assert len(runs) == before
+    torch._dynamo.reset()
+
+
+@ignore_grad_warning
 def test_aot_eager_is_right_and_layers_that_do_not_compile_are_told():
     torch._dynamo.reset()
     assert why_not_compile(LLAMA, LlamaForCausalLM, None, "aot_eager", torch.device("cpu")) is None

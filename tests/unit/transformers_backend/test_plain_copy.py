@@ -1,0 +1,108 @@
+"""Copies of a model that trains are plain Transformers models with weights of their own."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from parallelize.config import KERNELS, ActivationCheckpointConfig, CompileConfig, KernelConfig, ParallelismConfig
+from parallelize.distributed import initialize, shutdown
+from parallelize.float8 import Float8Linears, apply_float8, is_float8
+from transformers_backend.model import HFTransformerModel
+from transformers_backend.plain_copy import give_plain_copies, refuse_copies
+
+
+def _saved(model: torch.nn.Module) -> torch.nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def _llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    initialize(torch.device("cpu"), timeout_seconds=60)
+    yield
+    shutdown()
+
+
+def _trained(hf_model: LlamaForCausalLM) -> HFTransformerModel:
+    return HFTransformerModel.wrap(hf_model)
+
+
+def _changed(hf_model: LlamaForCausalLM) -> HFTransformerModel:
+    """Everything that forwards are replaced by on one rank."""
+    return HFTransformerModel.wrap(hf_model).parallelize(
+        ParallelismConfig(), activation_checkpoint=ActivationCheckpointConfig("full"),
+        compile=CompileConfig(enable=True, backend="eager"), kernels=KernelConfig(list(KERNELS)),
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("prepare", [_trained, _changed])
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, _saved])
+def test_a_copy_computes_with_its_own_weights(prepare: Callable, make_copy: Callable):
+    model, reference = prepare(_llama()), _llama()
+    input_ids = torch.randint(0, 120, (2, 9), generator=torch.Generator().manual_seed(1))
+    loss = model.forward_backward(input_ids, input_ids)
+    found = make_copy(model.hf_model)
+
+    assert not [name for name, module in found.named_modules() if "forward" in vars(module)]
+    assert type(found) is LlamaForCausalLM
+    assert found.lm_head.weight is found.model.embed_tokens.weight, "tied"
+    assert {p.data_ptr() for p in found.parameters()}.isdisjoint(p.data_ptr() for p in model.hf_model.parameters())
+    with torch.no_grad():
+        for one in (found, reference):
+            one.model.norm.weight *= 3
+            one.model.layers[0].mlp.down_proj.weight += 0.1
+        assert torch.equal(found(input_ids).logits, reference(input_ids).logits)
+    again = HFTransformerModel.wrap(found).forward_backward(input_ids, input_ids)
+    assert abs(again - loss) > 1e-3
+    torch.testing.assert_close(model.forward_backward(input_ids, input_ids), loss)
+
+
+def test_a_forward_that_the_model_came_with_comes_along():
+    hf_model = _llama()
+    hf_model.model.norm.forward = torch.tanh
+    model = _trained(hf_model)
+    model.forward_backward(*[torch.ones(1, 5, dtype=torch.long)] * 2)
+    assert copy.deepcopy(hf_model).model.norm.forward is torch.tanh
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, _saved])
+def test_what_ranks_have_parts_of_is_not_copied(make_copy: Callable):
+    hf_model = _llama()
+    refuse_copies(hf_model)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: parallelised over several ranks, .* Use save_pretrained"):
+        make_copy(hf_model)
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, _saved])
+def test_a_copy_of_linears_in_float8_has_plain_ones(make_copy: Callable):
+    pytest.importorskip("torchao")
+    hf_model, plain = _llama(), _llama()
+    apply_float8(hf_model, Float8Linears(frozenset({"model.layers.0.mlp.up_proj"}), "rowwise", emulate=True))
+    give_plain_copies(hf_model, {})
+    copied = make_copy(hf_model)
+    assert is_float8(hf_model.model.layers[0].mlp.up_proj)
+    assert str(copied) == str(plain)
+    input_ids = torch.arange(8)[None]
+    assert torch.equal(copied(input_ids=input_ids).logits, plain(input_ids=input_ids).logits)
+    with torch.no_grad():
+        hf_model.model.layers[0].mlp.up_proj.weight.zero_()
+    assert copied.model.layers[0].mlp.up_proj.weight.abs().sum() > 0

@@ -1,0 +1,55 @@
+"""Copies of a model that trains here: plain Transformers models again, by `copy.deepcopy`, pickle and `torch.save`.
+
+What was put on the model's instances (loss, kernels, recomputation, compiled layers) is bound to them: copied with the
+rest, it would compute with the weights of the model that it was copied from. Linears in float8 are torch's again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+from torch import nn
+
+from parallelize.float8 import is_float8
+
+Forwards = Mapping[nn.Module, Callable]
+"""The forwards that modules had on their instances before this project put others there."""
+
+
+def own_forwards(model: nn.Module) -> Forwards:
+    return {module: vars(module)["forward"] for module in model.modules() if "forward" in vars(module)}
+
+
+def give_plain_copies(model: nn.Module, forwards: Forwards) -> None:
+    """Let a model be copied as a plain one. It must be whole: on one rank, without FSDP2."""
+    vars(model)["__deepcopy__"] = lambda memo: copy.deepcopy(_plain(model, forwards, {}), memo)
+    vars(model)["__reduce_ex__"] = lambda protocol: _plain(model, forwards, {}).__reduce_ex__(protocol)
+
+
+def refuse_copies(model: nn.Module) -> None:
+    """Let a model of which ranks have parts not be copied."""
+
+    def refuse(_: object) -> NoReturn:
+        raise ValueError(
+            f"{type(model).__name__}: parallelised over several ranks, a model cannot be copied or pickled whole. Use "
+            "save_pretrained and from_pretrained, or full_state_dict, of its HFTransformerModel."
+        )
+
+    vars(model)["__deepcopy__"] = vars(model)["__reduce_ex__"] = refuse
+
+
+def _plain(module: nn.Module, forwards: Forwards, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """The same parameters and buffers in modules of their own, with the forwards of their classes or of `forwards`."""
+    if module not in done:
+        kind = nn.Linear if is_float8(module) else type(module)
+        clone = done[module] = kind.__new__(kind)
+        own = vars(nn.Linear(1, 1, device="meta")) if is_float8(module) else vars(module)
+        put_here = ("forward", "__deepcopy__", "__reduce_ex__")
+        vars(clone).update({name: vars(module)[name] for name in own if name not in put_here})
+        if module in forwards:
+            clone.forward = forwards[module]
+        children = module._modules.items()
+        clone._modules = {name: None if child is None else _plain(child, forwards, done) for name, child in children}
+    return done[module]
