@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from parallelize.context_parallel.masks import CAUSAL, MaskRule
+from parallelize.context_parallel.masks import CAUSAL, AttentionRule, MaskRule
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class Case:
                  "value": (self.key_heads, self.value_dim), "grad_out": (self.heads, self.value_dim)}  # fmt: skip
         drawn = {name: draw(2, heads, self.length, dim) for name, (heads, dim) in sizes.items()}
         return {**drawn, "sinks": draw(self.heads) if self.has_sinks else None, "documents": self.documents()}
+
+    def attention_rule(self) -> AttentionRule:
+        return AttentionRule(self.rule, self.scale, self.softcap)
 
     def documents(self) -> torch.Tensor | None:
         if not self.document_lengths:

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from parallelize.context_parallel.masks import MaskRule
+from parallelize.context_parallel.masks import AttentionRule, MaskRule
 from parallelize.context_parallel.operator import RingAddress, attention_operator
 from parallelize.context_parallel.ring import Ring
 
@@ -111,8 +111,8 @@ class ContextAttention:
         if any(isinstance(kwargs[name], torch.Tensor) for name in unknown):
             raise ValueError(f"{name}: attention with {', '.join(unknown)} is not available with context parallelism")
         out = attention_operator(
-            query, key, value, attention_mask.address, attention_mask.rule,
-            scale=scaling, softcap=softcap, sinks=s_aux, documents=attention_mask.documents,
+            query, key, value, attention_mask.address, AttentionRule(attention_mask.rule, scaling, softcap),
+            sinks=s_aux, documents=attention_mask.documents,
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
 

@@ -56,7 +56,7 @@ class KernelPlan:
         """How many modules compute by which kernel, e.g. "rms_norm 5"."""
         counts = Counter(kernel.kernel for kernel in self.kernels.values())
         if self.linear_head is not None:
-            counts["linear_cross_entropy"] = 1
+            counts[self.linear_head.kernel] = 1
         return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
@@ -94,7 +94,7 @@ def find_kernels(hf_model: PreTrainedModel, names: Collection[str]) -> KernelPla
     if "linear_cross_entropy" in names:
         head = find_linear_head(hf_model)
         plan.linear_head = head if isinstance(head, LinearHead) else None
-        plan.kinds[describe_decoder(hf_model).head, head if isinstance(head, str) else "linear_cross_entropy"] += 1
+        plan.kinds[describe_decoder(hf_model).head, head if isinstance(head, str) else head.kernel] += 1
     return plan
 
 

@@ -22,7 +22,6 @@ import contextlib
 import copy
 import functools
 import math
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -32,6 +31,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from parallelize.kernels.linear_cross_entropy import linear_cross_entropy
+from parallelize.kernels.replace import replace_forward
 from parallelize.tensor_parallel import vocabulary as vocabulary_parallel
 from parallelize.tensor_parallel.collectives import enter
 from parallelize.tensor_parallel.vocabulary import VocabularyShard, gather_logits
@@ -54,6 +54,23 @@ class LinearHead:
 
     scale: float
     softcap: float | None
+    kernel: str = "linear_cross_entropy"
+
+    def forward(
+        self,
+        head: nn.Linear,
+        hidden_states: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        vocabulary: VocabularyShard | None = None,
+    ) -> torch.Tensor:
+        """Logits, or without them the summed loss of targets (batch, seq); vocabulary: the part in the weight."""
+        if targets is None:
+            return type(head).forward(head, hidden_states)
+        first, group = (0, None) if vocabulary is None else (vocabulary.first, vocabulary.group)
+        return linear_cross_entropy(
+            hidden_states.to(head.weight.dtype), head.weight, targets, head.bias, ignore_index=IGNORE_INDEX,
+            scale=self.scale, softcap=self.softcap, first=first, group=group,
+        )  # fmt: skip
 
 
 def install_loss(
@@ -138,32 +155,12 @@ def _linear_loss(
     """The head module itself is called, with `targets`: then its hooks run, and its forward sees the parameters of that
     moment, which FSDP2 gathers and tensor parallelism takes a rank's part of."""
     body, head = hf_model.get_submodule(decoder.base), hf_model.get_submodule(decoder.head)
-    head.forward = types.MethodType(_HeadForward(linear_head, vocabulary), head)
+    replace_forward(head, linear_head)
 
     def forward_loss(targets: torch.Tensor, **inputs) -> torch.Tensor:
-        return head(body(**inputs, use_cache=False)[0], targets=targets)
+        return head(body(**inputs, use_cache=False)[0], targets=targets, vocabulary=vocabulary)
 
     return forward_loss
-
-
-@dataclass(frozen=True)
-class _HeadForward:
-    """What a head's matrix computes: logits, or the summed loss of targets (batch, seq) without them."""
-
-    linear_head: LinearHead
-    vocabulary: VocabularyShard | None
-
-    def __call__(
-        self, head: nn.Linear, hidden_states: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if targets is None:
-            return type(head).forward(head, hidden_states)
-        return linear_cross_entropy(
-            hidden_states.to(head.weight.dtype), head.weight, targets, head.bias,
-            ignore_index=IGNORE_INDEX, scale=self.linear_head.scale, softcap=self.linear_head.softcap,
-            first=0 if self.vocabulary is None else self.vocabulary.first,
-            group=None if self.vocabulary is None else self.vocabulary.group,
-        )  # fmt: skip
 
 
 def count_chunks(tokens: int, vocabulary_size: int, device_type: str, chunk_elements: int | None = None) -> int:

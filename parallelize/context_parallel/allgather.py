@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from parallelize.context_parallel.blockwise import Blockwise, Gradients, Visit
-from parallelize.context_parallel.masks import MaskRule
+from parallelize.context_parallel.masks import AttentionRule
 from parallelize.context_parallel.merge import sinks_gradient
 from parallelize.context_parallel.ring import Ring
 
@@ -25,16 +25,14 @@ def allgather_forward(
     sinks: torch.Tensor | None,
     documents: torch.Tensor | None,
     ring: Ring,
-    rule: MaskRule,
-    scale: float,
-    softcap: float | None,
+    rule: AttentionRule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `ring.ring_forward`.
 
     A rank sends its keys and values to all others, (degree - 1) * batch * key_heads * local * (dim + value_dim) numbers
     in a forward; the same again in a backward, and as many in fp32.
     """
-    blockwise = ring.blockwise(rule, scale, softcap)
+    blockwise = ring.blockwise(rule)
     return blockwise.forward(query, value.shape[-1], _gathered(ring, blockwise, key, value), sinks, documents)
 
 
@@ -48,12 +46,10 @@ def allgather_backward(
     out: torch.Tensor,
     log_sum: torch.Tensor,
     ring: Ring,
-    rule: MaskRule,
-    scale: float,
-    softcap: float | None,
+    rule: AttentionRule,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """As `ulysses.two_level_backward`, without heads groups."""
-    blockwise = ring.blockwise(rule, scale, softcap)
+    blockwise = ring.blockwise(rule)
     degree, length = ring.layout.degree, ring.layout.chunk_length
     totals = [
         torch.zeros((degree, *tensor.shape), dtype=torch.float32, device=tensor.device) for tensor in (key, value)

@@ -12,7 +12,7 @@ import torch
 
 from parallelize.context_parallel.blocks import BlockAttention
 from parallelize.context_parallel.layout import SequenceLayout
-from parallelize.context_parallel.masks import BlockMask, MaskRule
+from parallelize.context_parallel.masks import AttentionRule, BlockMask
 from parallelize.context_parallel.merge import add_sinks, empty_sum, merge
 
 Visit = tuple[int, dict[int, torch.Tensor], dict[int, torch.Tensor]]
@@ -26,9 +26,7 @@ class Blockwise:
     layout: SequenceLayout
     rank: int
     blocks: BlockAttention
-    rule: MaskRule
-    scale: float
-    softcap: float | None
+    rule: AttentionRule
 
     def forward(
         self,
@@ -39,11 +37,12 @@ class Blockwise:
         documents: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output in the dtype of `query`, and log-sum-exp in fp32."""
+        scale, softcap = self.rule.scale_for(query), self.rule.softcap
         out, log_sum = empty_sum(query, value_dim)
         for source, keys, values in visits:
             for mine, number, mask in self.masks(documents, source, keys):
                 block = self.blocks.forward(
-                    query[:, :, mine], keys[number], values[number], mask, scale=self.scale, softcap=self.softcap
+                    query[:, :, mine], keys[number], values[number], mask, scale=scale, softcap=softcap
                 )
                 merge(out[:, :, mine], log_sum[:, :, mine], *block)
                 del block  # its memory is the next one's
@@ -65,6 +64,7 @@ class Blockwise:
         """The gradient of `query`, in its dtype; `found(source, ...)` is told those of each visit's keys and values,
         (grad_key, grad_value) in fp32 by the chunk's number: chunk by chunk, in their order, as soon as one's are
         complete, and of a visit that brings nothing once, without any. after_block: called after every block."""
+        scale, softcap = self.rule.scale_for(query), self.rule.softcap
         grad_query = torch.zeros_like(query, dtype=torch.float32)
         log_sums = self.chunks(log_sum)  # kernels want them dense
         for source, keys, values in visits:
@@ -76,7 +76,7 @@ class Blockwise:
                 for mine, _, mask in self.masks(documents, source, [number]):
                     parts = self.blocks.backward(
                         grad_out[:, :, mine], query[:, :, mine], key, value, out[:, :, mine],
-                        log_sums[mine.start // self.layout.chunk_length], mask, scale=self.scale, softcap=self.softcap,
+                        log_sums[mine.start // self.layout.chunk_length], mask, scale=scale, softcap=softcap,
                     )  # fmt: skip
                     grad_query[:, :, mine] += parts[0]
                     grads = add_up(grads, parts[1:])
@@ -92,18 +92,18 @@ class Blockwise:
         self, documents: torch.Tensor | None, source: int, numbers: Iterable[int]
     ) -> Iterator[tuple[slice, int, BlockMask]]:
         """(slice of this rank's queries, number of the source's chunk, mask) of every block that is not empty."""
-        length, chunks = self.layout.chunk_length, self.layout.chunks(source)
+        rule, length, chunks = self.rule.mask, self.layout.chunk_length, self.layout.chunks(source)
         for number in numbers:
             keys = chunks[number]
             for place, queries in enumerate(self.layout.chunks(self.rank)):
-                if self.rule.is_empty(queries, keys):
+                if rule.is_empty(queries, keys):
                     continue
                 both = (
                     (None, None)
                     if documents is None
                     else tuple(documents[:, chunk.start : chunk.stop] for chunk in (queries, keys))
                 )
-                yield slice(place * length, (place + 1) * length), number, BlockMask(self.rule, queries, keys, *both)
+                yield slice(place * length, (place + 1) * length), number, BlockMask(rule, queries, keys, *both)
 
     def views(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The chunks of a rank's part of a tensor (batch, heads, local, ...), none of them copied."""

@@ -2,11 +2,12 @@
 
 A mask is causal, and may have a sliding window, attention chunks and documents. For a block of queries and a block of
 keys it says whether there is anything to compute, and only where a block is neither empty nor whole it makes a tensor
-of the block's size.
+of the block's size. With the scale and the softcap of the scores it is the rule by which every method attends.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,22 @@ class MaskRule:
 
 
 CAUSAL = MaskRule()
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """What is computed of queries, keys and values, whoever has them: softmax(cap(scale * q k^T), where seen) v."""
+
+    mask: MaskRule = CAUSAL
+    """Which keys a query sees."""
+    scale: float | None = None
+    """Of the scores; None is 1 / sqrt(dim)."""
+    softcap: float | None = None
+    """Bounds the scores, cap(z) = softcap * tanh(z / softcap); None does not."""
+
+    def scale_for(self, query: torch.Tensor) -> float:
+        """Of queries (..., dim)."""
+        return 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ Models call them as one operator (`operator.py`), which finds the ranks by their
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from parallelize.context_parallel.allgather import allgather_backward, allgather_forward
-from parallelize.context_parallel.masks import MaskRule
+from parallelize.context_parallel.masks import AttentionRule
 from parallelize.context_parallel.ring import Ring
 from parallelize.context_parallel.ulysses import two_level_backward, two_level_forward
 
@@ -38,35 +37,31 @@ def shared_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     ring: Ring,
-    rule: MaskRule,
+    rule: AttentionRule,
     *,
-    scale: float | None = None,
-    softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of this rank's queries to the keys of the whole sequence, by the method of `ring`.
 
     query (batch, heads, local, dim), key (batch, key_heads, local, dim), value (batch, key_heads, local, value_dim),
-    each this rank's part of the sequence by `ring.layout`. scale: of the scores, None is 1 / sqrt(dim). softcap: bounds
-    the scores, None does not. sinks: a score for each head (heads,) that takes part in every softmax and has no value.
-    documents: the number of each token's document (batch, seq), of the whole sequence and on the CPU, whatever device
-    computes; queries see their own only.
+    each this rank's part of the sequence by `ring.layout`. sinks: a score for each head (heads,) that takes part in
+    every softmax and has no value. documents: the number of each token's document (batch, seq), of the whole sequence
+    and on the CPU, whatever device computes; queries see their own only.
     Returns (batch, heads, local, value_dim) in the dtype of `query`. Every rank calls it, forward and backward.
     """
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return _SharedAttention.apply(query, key, value, sinks, documents, ring, rule, scale, softcap)
+    return _SharedAttention.apply(query, key, value, sinks, documents, ring, rule)
 
 
 class _SharedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, sinks, documents, ring, rule, scale, softcap):
-        out, log_sum = METHODS[ring.method].forward(query, key, value, sinks, documents, ring, rule, scale, softcap)
+    def forward(ctx, query, key, value, sinks, documents, ring, rule):
+        out, log_sum = METHODS[ring.method].forward(query, key, value, sinks, documents, ring, rule)
         ctx.save_for_backward(query, key, value, sinks, documents, out, log_sum)
-        ctx.options = ring, rule, scale, softcap
+        ctx.ring, ctx.rule = ring, rule
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        found = METHODS[ctx.options[0].method].backward(grad_out, *ctx.saved_tensors, *ctx.options)
-        return *found, None, None, None, None, None
+        found = METHODS[ctx.ring.method].backward(grad_out, *ctx.saved_tensors, ctx.ring, ctx.rule)
+        return *found, None, None, None

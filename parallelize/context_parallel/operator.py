@@ -7,7 +7,6 @@ An operator takes tensors, numbers and strings only, so that ranks and method ar
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from parallelize.context_parallel.kernels import BLOCKS
 from parallelize.context_parallel.layout import SequenceLayout
-from parallelize.context_parallel.masks import MaskRule
+from parallelize.context_parallel.masks import AttentionRule, MaskRule
 from parallelize.context_parallel.methods import METHODS
 from parallelize.context_parallel.ring import HeadsGroup, Ring
 
@@ -61,19 +60,16 @@ def attention_operator(
     key: torch.Tensor,
     value: torch.Tensor,
     address: RingAddress,
-    rule: MaskRule,
+    rule: AttentionRule,
     *,
-    scale: float | None = None,
-    softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `methods.shared_attention` computes, with a ring by its address."""
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     out, _ = _attend(
         query, key, value, sinks, documents, address.group_name, address.method, address.length, address.degree,
         address.is_zigzag, address.blocks, address.heads_name, address.heads_degree, address.heads_zigzag,
-        rule.window, rule.chunk, scale, softcap,
+        rule.mask.window, rule.mask.chunk, rule.scale, rule.softcap,
     )  # fmt: skip
     return out
 
@@ -83,15 +79,15 @@ _RING = (
     "str group_name, str method, int length, int degree, bool is_zigzag, str blocks, "
     "str heads_name, int heads_degree, bool heads_zigzag"
 )
-_MASK = "int? window, int? chunk, float scale, float? softcap"
+_RULE = "int? window, int? chunk, float? scale, float? softcap"
 
 
 @torch.library.custom_op(
-    "parallelize::shared_attention", mutates_args=(), schema=f"({_TENSORS}, {_RING}, {_MASK}) -> (Tensor, Tensor)"
+    "parallelize::shared_attention", mutates_args=(), schema=f"({_TENSORS}, {_RING}, {_RULE}) -> (Tensor, Tensor)"
 )
 def _attend(query, key, value, sinks, documents, *options):
-    ring, rule, scale, softcap = _described(options)
-    out, log_sum = METHODS[ring.method].forward(query, key, value, sinks, documents, ring, rule, scale, softcap)
+    ring, rule = _described(options)
+    out, log_sum = METHODS[ring.method].forward(query, key, value, sinks, documents, ring, rule)
     return out.transpose(1, 2).contiguous().transpose(1, 2), log_sum  # heads beside each other, with every method
 
 
@@ -107,13 +103,13 @@ def _(query, key, value, sinks, documents, *options):
 @torch.library.custom_op(
     "parallelize::shared_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_out, {_TENSORS}, Tensor out, Tensor log_sum, {_RING}, {_MASK}) "
+    schema=f"(Tensor grad_out, {_TENSORS}, Tensor out, Tensor log_sum, {_RING}, {_RULE}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _attend_backward(grad_out, query, key, value, sinks, documents, out, log_sum, *options):
-    ring, rule, scale, softcap = _described(options)
+    ring, rule = _described(options)
     *found, grad_sinks = METHODS[ring.method].backward(
-        grad_out, query, key, value, sinks, documents, out, log_sum, ring, rule, scale, softcap
+        grad_out, query, key, value, sinks, documents, out, log_sum, ring, rule
     )
     return *(gradient.contiguous() for gradient in found), query.new_empty(0) if sinks is None else grad_sinks
 
@@ -124,9 +120,9 @@ def _(grad_out, query, key, value, sinks, documents, out, log_sum, *options):
     return *found, query.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
 
 
-def _described(options: tuple) -> tuple[Ring, MaskRule, float, float | None]:
+def _described(options: tuple) -> tuple[Ring, AttentionRule]:
     *address, window, chunk, scale, softcap = options
-    return RingAddress(*address).find(), MaskRule(window, chunk), scale, softcap
+    return RingAddress(*address).find(), AttentionRule(MaskRule(window, chunk), scale, softcap)
 
 
 def _keep(ctx, inputs: tuple, output: tuple) -> None:

@@ -20,7 +20,7 @@ from parallelize.context_parallel.blocks import BlockAttention
 from parallelize.context_parallel.blockwise import Blockwise, Gradients, Visit
 from parallelize.context_parallel.exchange import RingCommunication, Step, plan_steps
 from parallelize.context_parallel.layout import SequenceLayout
-from parallelize.context_parallel.masks import MaskRule
+from parallelize.context_parallel.masks import AttentionRule
 from parallelize.context_parallel.merge import sinks_gradient
 
 
@@ -57,8 +57,8 @@ class Ring:
     def communication(self) -> RingCommunication:
         return RingCommunication(self.group)
 
-    def blockwise(self, rule: MaskRule, scale: float, softcap: float | None) -> Blockwise:
-        return Blockwise(self.layout, self.rank, self.blocks, rule, scale, softcap)
+    def blockwise(self, rule: AttentionRule) -> Blockwise:
+        return Blockwise(self.layout, self.rank, self.blocks, rule)
 
 
 def ring_forward(
@@ -68,12 +68,10 @@ def ring_forward(
     sinks: torch.Tensor | None,
     documents: torch.Tensor | None,
     ring: Ring,
-    rule: MaskRule,
-    scale: float,
-    softcap: float | None,
+    rule: AttentionRule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a method (`methods.py`): its output, and the log-sum-exp of all scores in fp32, (batch, heads, local)."""
-    blockwise = ring.blockwise(rule, scale, softcap)
+    blockwise = ring.blockwise(rule)
     return blockwise.forward(query, value.shape[-1], _visits(ring, blockwise, key, value), sinks, documents)
 
 
@@ -87,12 +85,10 @@ def ring_backward(
     out: torch.Tensor,
     log_sum: torch.Tensor,
     ring: Ring,
-    rule: MaskRule,
-    scale: float,
-    softcap: float | None,
+    rule: AttentionRule,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of query (in its dtype), key, value (in fp32) and sinks, from what `ring_forward` returned."""
-    blockwise = ring.blockwise(rule, scale, softcap)
+    blockwise = ring.blockwise(rule)
     homecoming = _Homecoming(ring, blockwise, key, value)
     visits = _visits(ring, blockwise, key, value)
     grad_query = blockwise.backward(
@@ -108,7 +104,7 @@ def _visits(ring: Ring, blockwise: Blockwise, key: torch.Tensor, value: torch.Te
     own_keys, own_values = blockwise.views(key), blockwise.views(value)
     communication = ring.communication()
     visit = (ring.rank, dict(enumerate(own_keys)), dict(enumerate(own_values)))
-    for step in plan_steps(ring.layout, blockwise.rule, ring.rank):
+    for step in plan_steps(ring.layout, blockwise.rule.mask, ring.rank):
         following = _start(communication, step, own_keys, own_values)
         yield visit
         communication.wait()
@@ -135,7 +131,7 @@ class _Homecoming:
 
     def __init__(self, ring: Ring, blockwise: Blockwise, key: torch.Tensor, value: torch.Tensor) -> None:
         self._rank = ring.rank
-        self._steps = {step.receives_from: step for step in plan_steps(ring.layout, blockwise.rule, ring.rank)}
+        self._steps = {step.receives_from: step for step in plan_steps(ring.layout, blockwise.rule.mask, ring.rank)}
         self._totals = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key, value)]
         self._own = list(zip(*(blockwise.views(total) for total in self._totals), strict=True))
         self._expected = {source: list(step.sends) for source, step in self._steps.items()}

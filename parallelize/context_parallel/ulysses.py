@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from parallelize.context_parallel.blocks import for_heads, sum_groups
-from parallelize.context_parallel.masks import MaskRule
+from parallelize.context_parallel.masks import AttentionRule
 from parallelize.context_parallel.ring import HeadsGroup, Ring, ring_backward, ring_forward
 
 
@@ -32,9 +32,7 @@ def two_level_forward(
     sinks: torch.Tensor | None,
     documents: torch.Tensor | None,
     ring: Ring,
-    rule: MaskRule,
-    scale: float,
-    softcap: float | None,
+    rule: AttentionRule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `ring.ring_forward`, but that the log-sum-exp is that of this rank's heads, (batch, heads / u, u * local).
 
@@ -47,11 +45,11 @@ def two_level_forward(
     exchanged; but per-operator recomputation would then keep queries, keys and values of every layer, so better not.)
     """
     if ring.heads is None:
-        return ring_forward(query, key, value, sinks, documents, ring, rule, scale, softcap)
+        return ring_forward(query, key, value, sinks, documents, ring, rule)
     if problem := heads_problem(query.shape[1], ring.heads.layout.degree, is_ring=ring.layout.degree > 1):
         raise ValueError(problem)
     query, key, value = _whole(query, key, value, ring.heads)
-    out, log_sum = ring_forward(query, key, value, _own(sinks, ring.heads), documents, ring, rule, scale, softcap)
+    out, log_sum = ring_forward(query, key, value, _own(sinks, ring.heads), documents, ring, rule)
     return _to_tokens(out, ring.heads), log_sum
 
 
@@ -65,9 +63,7 @@ def two_level_backward(
     out: torch.Tensor,
     log_sum: torch.Tensor,
     ring: Ring,
-    rule: MaskRule,
-    scale: float,
-    softcap: float | None,
+    rule: AttentionRule,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of query, key, value and sinks, in their dtypes, from what `two_level_forward` returned.
 
@@ -78,7 +74,7 @@ def two_level_backward(
         query, key, value = _whole(query, key, value, heads)
         out, grad_out, own_sinks = _to_heads(out, heads), _to_heads(grad_out, heads), _own(sinks, heads)
     grad_query, *grads, grad_sinks = ring_backward(
-        grad_out, query, key, value, own_sinks, documents, out, log_sum, ring, rule, scale, softcap
+        grad_out, query, key, value, own_sinks, documents, out, log_sum, ring, rule
     )
     if heads is None:
         return grad_query, *(grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)), grad_sinks

@@ -10,8 +10,8 @@ and, given the output and L of ALL keys, of which this block is a part, with D =
 
 (FlashAttention-2, https://arxiv.org/abs/2307.08691). Scores exist tile by tile. Keys and values are read as they are by
 all query heads of their group. One kernel finds the gradient of queries and one those of keys and values, each program
-adding up its own rows, so that results are the same every time. Sums are in fp32, and so is what is returned; matrix
-products take their factors in the dtype of the inputs.
+adding up its own rows, so that results are the same every time with the same tiles (`search.py`). Sums are in fp32, and
+so is what is returned; matrix products take their factors in the dtype of the inputs.
 
 Of the tiles, those that the mask leaves empty are not visited, and in those that it leaves whole nothing is compared.
 That is known from the places of tokens; for documents `_document_ranges` finds it first.
@@ -23,20 +23,23 @@ compiler see an operator around all blocks of a layer (`context_parallel/operato
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from parallelize.kernels.attention_block_kernels import forward_kernel, grad_key_kernel, grad_query_kernel
 from parallelize.kernels.attention_block_tiles import (
+    SMALLEST,
     Tiles,
     forward_tiles,
     grad_key_tiles,
     grad_query_tiles,
-    launch_with,
     widths,
 )
 from parallelize.kernels.language import launches_on
+from parallelize.kernels.search import SEARCH, bucket
 
 LARGEST_HEAD = {torch.float32: 256, torch.bfloat16: 512, torch.float16: 512}
 """The widest queries, keys and values that tiles have room for, of every dtype that is computed."""
@@ -83,15 +86,17 @@ def attention_block_forward(
     out = query.new_empty((batch, heads, queries, value.shape[-1]), dtype=torch.float32)
     log_sum = query.new_empty((batch, heads, queries), dtype=torch.float32)
 
-    def launch(tiles: Tiles) -> None:
+    def prepare(tiles: Tiles) -> Callable[[], object]:
         mask, options = _mask_arguments(plan, batch, tiles, by_queries=True)
-        forward_kernel[(_count(queries, tiles.queries), heads, batch)](
+        return partial(
+            forward_kernel[(_count(queries, tiles.queries), heads, batch)],
             query, key, value, out, log_sum, *_strides(query, key, value), *mask, queries, key.shape[2],
             *_factors(plan, query.dtype), **options, **_sizes(query, key, value, tiles),
         )  # fmt: skip
 
     if out.numel() or log_sum.numel():
-        launch_with(forward_tiles(query, value) if tiles is None else [tiles], launch)
+        candidates = forward_tiles(query, value) if tiles is None else [tiles]
+        _launch("attention_block_forward", (query, key, value), plan, candidates, prepare)
     return out, log_sum
 
 
@@ -119,27 +124,51 @@ def attention_block_backward(
     delta = torch.empty_like(log_sum)  # the first kernel finds it for the second
     sums, factors = (log_sum, delta), _factors(plan, query.dtype)
 
-    def launch_for_queries(tiles: Tiles) -> None:
+    def prepare_for_queries(tiles: Tiles) -> Callable[[], object]:
         mask, options = _mask_arguments(plan, batch, tiles, by_queries=True)
-        grad_query_kernel[(_count(queries, tiles.queries), heads, batch)](
+        return partial(
+            grad_query_kernel[(_count(queries, tiles.queries), heads, batch)],
             *tensors, *sums, grads[0], *_strides(*tensors), *mask, queries, keys, *factors, plan.scale,
             **options, **_sizes(query, key, value, tiles),
         )  # fmt: skip
 
-    def launch_for_keys(tiles: Tiles) -> None:
+    def prepare_for_keys(tiles: Tiles) -> Callable[[], object]:
         mask, options = _mask_arguments(plan, batch, tiles, by_queries=False)
         hides_more = options["HAS_WINDOW"] or options["HAS_CHUNK"] or options["HAS_DOCUMENTS"]
         has_end = hides_more or queries % tiles.queries > 0 or keys % tiles.keys > 0
-        grad_key_kernel[(_count(keys, tiles.keys), key_heads, batch)](
+        return partial(
+            grad_key_kernel[(_count(keys, tiles.keys), key_heads, batch)],
             *tensors[:4], *sums, *grads[1:], *_strides(*tensors[:4]), *mask, queries, keys, *factors,
             plan.scale, **options, HAS_END=has_end, **_sizes(query, key, value, tiles),
         )  # fmt: skip
 
     if query.numel():
-        launch_with(grad_query_tiles(query, value) if tiles is None else [tiles], launch_for_queries)
+        candidates = grad_query_tiles(query, value) if tiles is None else [tiles]
+        _launch("attention_block_grad_query", tensors[:3], plan, candidates, prepare_for_queries)
     if key.numel():
-        launch_with(grad_key_tiles(query, value) if tiles is None else [tiles], launch_for_keys)
+        candidates = grad_key_tiles(query, value) if tiles is None else [tiles]
+        _launch("attention_block_grad_key", tensors[:3], plan, candidates, prepare_for_keys)
     return tuple(grads)
+
+
+def _launch(
+    kernel: str,
+    tensors: tuple[torch.Tensor, ...],
+    plan: BlockPlan,
+    candidates: list[Tiles],
+    prepare: Callable[[Tiles], Callable[[], object]],
+) -> None:
+    """tensors: query, key and value. A kernel writes all that it returns anew, and may run several times."""
+    query, key, value = tensors
+    batch, heads, queries, dim = query.shape
+    key_heads, keys, value_dim = *key.shape[1:3], value.shape[-1]
+    details = (
+        str(query.dtype), dim, value_dim, heads // key_heads, bucket(queries), bucket(keys), bucket(batch * heads),
+        *(size and bucket(size) for size in (plan.window, plan.chunk)),
+        plan.query_documents is not None, plan.softcap is not None,
+    )  # fmt: skip
+    products = batch * heads * queries * keys * (dim + value_dim)
+    SEARCH.launch(kernel, query.device, details, candidates, prepare, products=products, spare=SMALLEST)
 
 
 # What kernels are given.

@@ -6,12 +6,14 @@ PyTorch's CPU build comes without Triton. Kernels are then defined, and never la
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import torch
 
 if importlib.util.find_spec("triton") is None:
     tl = None
     _interpreted = False
+    VERSION, CACHE_FOLDER = None, Path()
 
     def jit(kernel):
         """Leave a kernel that is never launched as it is."""
@@ -32,8 +34,14 @@ else:
     KERNEL_ERRORS = (TritonError, RuntimeError)
     # As it is when `jit` sees the kernels below, which decides for each of them.
     _interpreted = triton.knobs.runtime.interpret
+    VERSION = triton.__version__
+    # As it is now: the compiler of PyTorch later sets another for every device.
+    CACHE_FOLDER = Path(triton.knobs.cache.dir)
 
-__all__ = ["KERNEL_ERRORS", "OutOfResources", "jit", "launches_on", "next_power_of_two", "processors", "tl"]
+__all__ = [
+    "CACHE_FOLDER", "KERNEL_ERRORS", "VERSION", "OutOfResources", "jit", "launches_on", "next_power_of_two",
+    "processors", "tl",
+]  # fmt: skip
 
 
 def launches_on(device: torch.device) -> bool:

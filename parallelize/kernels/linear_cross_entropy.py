@@ -13,8 +13,9 @@ the hidden states, as plain torch does, for two matrix products:
                    and writes it once
 
 So nothing is added up in low precision, no sum depends on timing (there are no atomics), and results are the same at
-every run. Tokens without a target are sorted behind the others, where no kernel looks: they cost nothing, and the
-device is never waited for. The price: logits are computed twice, four matrix products instead of three.
+every run with the same tiles (`search.py`). Tokens without a target are sorted behind the others, where no kernel
+looks: they cost nothing, and the device is never waited for. The price: logits are computed twice, four matrix products
+instead of three.
 
 The idea of cut-cross-entropy (Wijmans et al., https://arxiv.org/abs/2411.09009); its skipping of small gradients, which
 changes results, is left out. A vocabulary that is split over ranks: `group`, and tensor_parallel/vocabulary.py.

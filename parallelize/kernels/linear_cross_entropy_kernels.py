@@ -6,16 +6,19 @@
     _weight_grad_kernel    block of a slice x block of features        =  logits' gradient^T @ hidden, fp32 until stored
 
 All take `order`, the tokens with those that have a target first, and `count`, how many these are, from the device's
-memory, and leave what is behind alone.
+memory, and leave what is behind alone. Tiles: `linear_cross_entropy_tiles.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
-from parallelize.kernels.language import jit, next_power_of_two, processors, tl
-
-_LARGEST_TILE = (128, 256, 64)  # tokens or entries x entries or features x what is summed over, in 16 bits
+from parallelize.kernels.language import jit, processors, tl
+from parallelize.kernels.linear_cross_entropy_tiles import SMALLEST, Tile, product_tiles
+from parallelize.kernels.search import SEARCH, bucket
 
 
 def launch_statistics(
@@ -35,21 +38,30 @@ def launch_statistics(
     if tokens == 0 or vocabulary == 0:
         return nothing, torch.zeros_like(nothing), nothing.clone()
     hidden, weight, order, count = hidden.contiguous(), weight.contiguous(), *_in_order(is_ignored)
-    rows, columns, inner, options = _tile(hidden, tokens, vocabulary, features)
-    blocks = -(-tokens // rows)
-    # As many parts as keep every processor busy; each has at least a block.
-    parts = max(1, min(-(-vocabulary // columns), -(-4 * processors(hidden.device) // blocks)))
-    part_size = -(-vocabulary // (parts * columns)) * columns
-    parts = -(-vocabulary // part_size)
-    maxima = hidden.new_full((parts, tokens), -torch.inf, dtype=torch.float32)
-    sums = torch.zeros_like(maxima)
-    found = nothing.clone()
-    _forward_kernel[(blocks * parts,)](
-        hidden, weight, weight if bias is None else bias.contiguous(), targets.contiguous(), order, count,
-        maxima, sums, found, tokens, vocabulary, features, part_size, blocks, first, scale, softcap,
-        HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap != 0,
-        ROWS=rows, COLUMNS=columns, INNER=inner, **options,
-    )  # fmt: skip
+    bias, targets, found = None if bias is None else bias.contiguous(), targets.contiguous(), nothing.clone()
+
+    def prepare(tile: Tile) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """Launches for the maxima and sums of parts of the vocabulary, (parts, tokens) each."""
+        blocks = -(-tokens // tile.rows)
+        # As many parts as keep every processor busy; each has at least a block.
+        parts = max(1, min(-(-vocabulary // tile.columns), -(-4 * processors(hidden.device) // blocks)))
+        part_size = -(-vocabulary // (parts * tile.columns)) * tile.columns
+        parts = -(-vocabulary // part_size)
+        maxima = hidden.new_full((parts, tokens), -torch.inf, dtype=torch.float32)
+        sums = torch.zeros_like(maxima)
+
+        def run() -> tuple[torch.Tensor, torch.Tensor]:
+            _forward_kernel[(blocks * parts,)](
+                hidden, weight, weight if bias is None else bias, targets, order, count, maxima, sums, found,
+                tokens, vocabulary, features, part_size, blocks, first, scale, softcap,
+                HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap != 0, **tile.options,
+            )  # fmt: skip
+            return maxima, sums
+
+        return run
+
+    options = (bias is not None, softcap != 0)
+    maxima, sums = _launch("linear_cross_entropy_forward", hidden, (tokens, vocabulary, features), options, prepare)
     largest = maxima.amax(0)
     shift = torch.where(largest == -torch.inf, 0.0, largest)  # where all logits are -inf nothing is subtracted
     lse, lost = sum_precisely(largest, (sums * (maxima - shift).exp()).sum(0).log())
@@ -86,42 +98,83 @@ def launch_gradients(
     slice_entries: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden, weight and bias, empty where not wanted. slice_entries: of the vocabulary at a time."""
-    (tokens, features), vocabulary = hidden.shape, weight.shape[0]
-    has_bias = bias is not None
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
     grad_weight = torch.empty(weight.shape if wants_weight else (0,), dtype=weight.dtype, device=weight.device)
-    grad_bias = weight.new_empty(vocabulary if wants_weight and has_bias else 0)
+    grad_bias = weight.new_empty(vocabulary if wants_weight and bias is not None else 0)
     total = hidden.new_zeros(hidden.shape if wants_hidden else (0,), dtype=torch.float32)
     if tokens == 0 or vocabulary == 0:
         return total.to(hidden.dtype), grad_weight.zero_(), grad_bias.zero_()
-    hidden, weight, order, count = hidden.contiguous(), weight.contiguous(), *_in_order(targets == ignore_index)
-    bias = bias.contiguous() if has_bias else weight
-    targets, lse, lse_lost = targets.contiguous(), lse.contiguous(), lse_lost.contiguous()
-    grad_lse, grad_found = grad_lse.contiguous(), grad_found.contiguous()
-    rows, columns, inner, options = _tile(hidden, tokens, min(slice_entries, vocabulary), features)
-    width = min(max(slice_entries // columns, 1) * columns, vocabulary)
-    logits_grad = hidden.new_empty(tokens, width)
-    for start in range(0, vocabulary, width):
-        size = min(width, vocabulary - start)
-        _logits_grad_kernel[(-(-tokens // rows) * -(-size // columns),)](
-            hidden, weight, bias, targets, order, count, lse, lse_lost, grad_lse, grad_found, logits_grad,
-            tokens, features, start, size, width, first, scale, softcap,
-            HAS_BIAS=has_bias, HAS_SOFTCAP=softcap != 0, ROWS=rows, COLUMNS=columns, INNER=inner, **options,
-        )  # fmt: skip
-        if wants_hidden:
-            rows_, columns_, inner_, options_ = _tile(hidden, tokens, features, size)
-            _hidden_grad_kernel[(-(-tokens // rows_) * -(-features // columns_),)](
-                logits_grad, weight, order, count, total, tokens, features, start, size, width,
-                ROWS=rows_, COLUMNS=columns_, INNER=inner_, **options_,
-            )  # fmt: skip
-        if wants_weight:
-            rows_, columns_, inner_, options_ = _tile(hidden, size, features, tokens)
-            _weight_grad_kernel[(-(-size // rows_) * -(-features // columns_),)](
-                logits_grad, hidden, order, count, grad_weight, grad_bias if has_bias else grad_weight,
-                features, start, size, width,
-                HAS_BIAS=has_bias, ROWS=rows_, COLUMNS=columns_, INNER=inner_, **options_,
-            )  # fmt: skip
-    del logits_grad
+    _launch_slices(
+        hidden.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(),
+        tuple(tensor.contiguous() for tensor in (targets, *_in_order(targets == ignore_index))),
+        tuple(tensor.contiguous() for tensor in (lse, lse_lost, grad_lse, grad_found)),
+        (total if wants_hidden else None, grad_weight if wants_weight else None, grad_bias),
+        first, scale, softcap, slice_entries,
+    )  # fmt: skip
     return total.to(hidden.dtype), grad_weight, grad_bias
+
+
+def _launch_slices(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tokens_of: tuple[torch.Tensor, ...],
+    numbers: tuple[torch.Tensor, ...],
+    grads: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor],
+    first: int,
+    scale: float,
+    softcap: float,
+    slice_entries: int,
+) -> None:
+    """Write gradients of hidden (to zeros, in fp32), weight and bias, slice by slice of the vocabulary.
+
+    tokens_of: targets, order and count; numbers: lse, what it lost, and the gradients of it and of the targets' logits.
+    """
+    (tokens, features), vocabulary = hidden.shape, weight.shape[0]
+    targets, order, count = tokens_of
+    grad_hidden, grad_weight, grad_bias = grads
+    has_bias, has_softcap = bias is not None, softcap != 0
+    tiles = product_tiles(hidden, tokens, min(slice_entries, vocabulary), features)
+    widest = max(tile.columns for tile in tiles or SMALLEST)
+    width = min(max(slice_entries // widest, 1) * widest, vocabulary)
+    logits_grad = hidden.new_empty(tokens, width)
+
+    def launch_slice(start: int, size: int) -> None:
+        def prepare_logits(tile: Tile) -> Callable[[], object]:
+            return partial(
+                _logits_grad_kernel[(-(-tokens // tile.rows) * -(-size // tile.columns),)],
+                hidden, weight, weight if bias is None else bias, targets, order, count, *numbers, logits_grad,
+                tokens, features, start, size, width, first, scale, softcap,
+                HAS_BIAS=has_bias, HAS_SOFTCAP=has_softcap, **tile.options,
+            )  # fmt: skip
+
+        def prepare_hidden(tile: Tile, total: torch.Tensor) -> Callable[[], object]:
+            return partial(
+                _hidden_grad_kernel[(-(-tokens // tile.rows) * -(-features // tile.columns),)],
+                logits_grad, weight, order, count, total, tokens, features, start, size, width, **tile.options,
+            )  # fmt: skip
+
+        def prepare_weight(tile: Tile) -> Callable[[], object]:
+            return partial(
+                _weight_grad_kernel[(-(-size // tile.rows) * -(-features // tile.columns),)],
+                logits_grad, hidden, order, count, grad_weight, grad_bias if has_bias else grad_weight,
+                features, start, size, width, HAS_BIAS=has_bias, **tile.options,
+            )  # fmt: skip
+
+        # By `width`, so that the last slice, which may be narrower, does not search again.
+        options = (has_bias, has_softcap)
+        _launch("linear_cross_entropy_logits_grad", hidden, (tokens, width, features), options, prepare_logits)
+        if grad_hidden is not None:  # it adds to what is there, and is timed elsewhere
+            _launch(
+                "linear_cross_entropy_hidden_grad", hidden, (tokens, features, width), (),
+                lambda tile: prepare_hidden(tile, grad_hidden),
+                rehearse=lambda tile: prepare_hidden(tile, torch.empty_like(grad_hidden)),
+            )  # fmt: skip
+        if grad_weight is not None:
+            _launch("linear_cross_entropy_weight_grad", hidden, (width, features, tokens), (has_bias,), prepare_weight)
+
+    for start in range(0, vocabulary, width):
+        launch_slice(start, min(width, vocabulary - start))
 
 
 def _in_order(is_ignored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,17 +182,15 @@ def _in_order(is_ignored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.argsort(is_ignored.to(torch.uint8), stable=True), (~is_ignored).sum()
 
 
-def _tile(like: torch.Tensor, rows: int, columns: int, inner: int) -> tuple[int, int, int, dict[str, int]]:
-    """Sizes of a matrix product's tile, and how it is compiled: what Hopper and Ampere have shared memory for."""
-    most_rows, most_columns, most_inner = _LARGEST_TILE
-    stages = 3
-    if like.is_cuda and torch.cuda.get_device_properties(like.device).shared_memory_per_block_optin < 160 * 1024:
-        most_columns, most_inner = 128, 32
-    if like.dtype == torch.float32:  # whole fp32 products, without tensor cores: registers are what is short
-        most_rows, most_columns, most_inner = min(most_rows, 64), min(most_columns, 64), min(most_inner, 32)
-    sizes = zip((rows, columns, inner), (most_rows, most_columns, most_inner), strict=True)
-    tile = [max(16, min(next_power_of_two(size), most)) for size, most in sizes]
-    return *tile, {"num_warps": 8 if tile[0] * tile[1] >= 128 * 128 else 4, "num_stages": stages}
+def _launch(
+    kernel: str, hidden: torch.Tensor, sizes: tuple[int, int, int], options: tuple[bool, ...], prepare: Callable, **more
+):
+    """sizes: rows, columns and inner size of the matrix product. Kernels may run several times, with one exception."""
+    rows, columns, inner = sizes
+    return SEARCH.launch(
+        kernel, hidden.device, (str(hidden.dtype), *map(bucket, sizes), *options), product_tiles(hidden, *sizes),
+        prepare, products=rows * columns * inner, spare=SMALLEST, **more,
+    )  # fmt: skip
 
 
 @jit
@@ -209,10 +260,11 @@ def _forward_kernel(
             if HAS_SOFTCAP:
                 logits = softcap * _tanh(logits / softcap)
             logits = tl.where(has_entry[None, :], logits, float("-inf"))
-            is_target = has_token[:, None] & has_entry[None, :] & (entry[None, :] == target[:, None])
-            target_logit = tl.sum(tl.where(is_target, logits, 0.0), 1)
-            is_here = tl.max(is_target.to(tl.int32), 1) > 0
-            tl.store(found + token, target_logit, mask=is_here)
+            # Which column of this block is the target's, in 32 bits: whole tiles of wider numbers have no registers.
+            place = target - part * part_size - start
+            is_here = has_token & (place >= 0) & (place < COLUMNS) & (target < vocabulary)
+            is_target = tl.arange(0, COLUMNS)[None, :] == place.to(tl.int32)[:, None]
+            tl.store(found + token, tl.sum(tl.where(is_target, logits, 0.0), 1), mask=is_here)
             larger = tl.maximum(largest, tl.max(logits, 1))
             # Logits may all be -inf so far, as biases are that rule entries out: then nothing is subtracted.
             shift = tl.where(larger == float("-inf"), 0.0, larger)

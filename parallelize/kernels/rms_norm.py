@@ -7,7 +7,8 @@ Models differ in where they round to the dtype of x, and in what the weight mean
     offset = 1      ((1 + weight) * (x / rms)).to(x.dtype)       Gemma
 
 Everything is computed in fp32. The backward reads x, the output's gradient and a number a row; the weight's gradient is
-added up in fp32 by a few programs, each over many rows, and their sums by one more operation.
+added up in fp32 by a few programs, each over many rows, and their sums by one more operation. Of short rows, such as
+heads, a program takes several at a time. All this is bound by memory, so that no search would find much: `_tile`.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ def _rms_norm(
     out = torch.empty_like(x, dtype=_out_dtype(x, weight, rounds_first))
     reciprocal = x.new_empty(x.shape[:-1], dtype=torch.float32)
     if x.numel():
-        _forward_kernel[(reciprocal.numel(),)](
-            x, x if weight is None else weight.contiguous(), out, reciprocal, columns, eps, offset,
-            HAS_WEIGHT=weight is not None, ROUNDS_FIRST=rounds_first, **_block(columns),
+        rows, tile = reciprocal.numel(), _tile(columns)
+        _forward_kernel[(-(-rows // tile["ROWS"]),)](
+            x, x if weight is None else weight.contiguous(), out, reciprocal, rows, columns, eps, offset,
+            HAS_WEIGHT=weight is not None, ROUNDS_FIRST=rounds_first, **tile,
         )  # fmt: skip
     return out, reciprocal
 
@@ -83,15 +85,14 @@ def _rms_norm_backward(
     if not _launches(x):
         return _backward_reference(grad_out, x, weight, reciprocal, offset, rounds_first, wants_weight)
     grad_out, x = grad_out.contiguous(), x.contiguous()
-    rows = reciprocal.numel()
-    programs = min(rows, 4 * processors(x.device))
+    rows, tile = reciprocal.numel(), _tile(columns)
+    programs = min(-(-rows // tile["ROWS"]), 4 * processors(x.device))
     grad_x = torch.empty_like(x)
     sums = x.new_zeros((programs if wants_weight else 0, columns), dtype=torch.float32)
     if x.numel():
         _backward_kernel[(programs,)](
             grad_out, x, x if weight is None else weight.contiguous(), reciprocal, grad_x, sums, rows, columns, offset,
-            HAS_WEIGHT=weight is not None, WANTS_WEIGHT=wants_weight, ROUNDS_FIRST=rounds_first, PROGRAMS=programs,
-            **_block(columns),
+            HAS_WEIGHT=weight is not None, WANTS_WEIGHT=wants_weight, ROUNDS_FIRST=rounds_first, **tile,
         )  # fmt: skip
     return grad_x, sums.sum(0).to(weight.dtype) if wants_weight else x.new_empty(0)
 
@@ -137,10 +138,11 @@ def _launches(x: torch.Tensor) -> bool:
     return launches_on(x.device) and x.dtype != torch.float64  # the kernels compute in fp32
 
 
-def _block(columns: int) -> dict[str, int]:
-    """What a program holds, and how many warps: one for a head's norm, more for rows that one has no registers for."""
+def _tile(columns: int) -> dict[str, int]:
+    """What a program holds, 2,048 numbers or a row, and how many warps: 16 numbers a thread, as long as there are."""
     block = next_power_of_two(columns)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    rows = max(2048 // block, 1)
+    return {"ROWS": rows, "BLOCK": block, "num_warps": min(rows * block // 512, 16)}
 
 
 def _out_dtype(x: torch.Tensor, weight: torch.Tensor | None, rounds_first: bool) -> torch.dtype:
@@ -149,52 +151,57 @@ def _out_dtype(x: torch.Tensor, weight: torch.Tensor | None, rounds_first: bool)
 
 @jit
 def _forward_kernel(
-    x, weight, out, reciprocal, columns, eps, offset,
-    HAS_WEIGHT: tl.constexpr, ROUNDS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
+    x, weight, out, reciprocal, rows, columns, eps, offset,
+    HAS_WEIGHT: tl.constexpr, ROUNDS_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row."""
-    row = tl.program_id(0).to(tl.int64)
+    """One program ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    inside = column < columns
-    values = tl.load(x + row * columns + column, mask=inside, other=0.0)
+    place = row[:, None] * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    values = tl.load(x + place, mask=inside, other=0.0)
     wide = values.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / columns + eps)
-    tl.store(reciprocal + row, scale)
-    normal = wide * scale
+    scale = tl.rsqrt(tl.where(row < rows, tl.sum(wide * wide, 1) / columns + eps, 1.0))
+    tl.store(reciprocal + row, scale, mask=row < rows)
+    normal = wide * scale[:, None]
     if ROUNDS_FIRST:
         normal = normal.to(values.dtype).to(tl.float32)
     if HAS_WEIGHT:
-        normal = normal * (tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset)
-    tl.store(out + row * columns + column, normal.to(out.dtype.element_ty), mask=inside)
+        factor = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32) + offset
+        normal = normal * factor[None, :]
+    tl.store(out + place, normal.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
 def _backward_kernel(
     grad_out, x, weight, reciprocal, grad_x, sums, rows, columns, offset,
-    HAS_WEIGHT: tl.constexpr, WANTS_WEIGHT: tl.constexpr, ROUNDS_FIRST: tl.constexpr, PROGRAMS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, WANTS_WEIGHT: tl.constexpr, ROUNDS_FIRST: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program p does rows p, p + PROGRAMS ... and keeps their sum of the weight's gradient."""
+    """Each program does every so many-th ROWS rows and keeps their sum of the weight's gradient."""
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < columns
+    has_column = column < columns
     if HAS_WEIGHT:
-        factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
+        factor = tl.load(weight + column, mask=has_column, other=0.0).to(tl.float32) + offset
     if WANTS_WEIGHT:
-        total = tl.zeros((BLOCK,), tl.float32)
-    for row in range(program, rows, PROGRAMS):
-        values = tl.load(x + row * columns + column, mask=inside, other=0.0)
-        scale = tl.load(reciprocal + row)
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        place = row[:, None] * columns + column[None, :]
+        inside = (row < rows)[:, None] & has_column[None, :]
+        values = tl.load(x + place, mask=inside, other=0.0)
+        scale = tl.load(reciprocal + row, mask=row < rows, other=0.0)[:, None]
         normal = values.to(tl.float32) * scale
-        grad = tl.load(grad_out + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_out + place, mask=inside, other=0.0).to(tl.float32)
         if WANTS_WEIGHT:
             if ROUNDS_FIRST:
                 total += grad * normal.to(values.dtype).to(tl.float32)
             else:
                 total += grad * normal
         if HAS_WEIGHT:
-            grad = grad * factor
-        inner = tl.sum(grad * normal, 0) / columns
-        tl.store(grad_x + row * columns + column, (scale * (grad - normal * inner)).to(values.dtype), mask=inside)
+            grad = grad * factor[None, :]
+        inner = tl.sum(grad * normal, 1)[:, None] / columns
+        tl.store(grad_x + place, (scale * (grad - normal * inner)).to(values.dtype), mask=inside)
     if WANTS_WEIGHT:
-        tl.store(sums + program * columns + column, total, mask=inside)
+        tl.store(sums + program * columns + column, tl.sum(total, 0), mask=has_column)

@@ -20,7 +20,7 @@ from parallelize.context_parallel.blockwise import Blockwise, Visit
 from parallelize.context_parallel.flash import FlashBlocks
 from parallelize.context_parallel.kernels import CpuKernel, CudaKernel, FlashAttentionKernel, TritonBlocks
 from parallelize.context_parallel.layout import SequenceLayout
-from parallelize.context_parallel.masks import CAUSAL
+from parallelize.context_parallel.masks import AttentionRule
 from parallelize.kernels.language import launches_on
 
 RING = 8  # ranks
@@ -127,8 +127,7 @@ class EmulatedRing:
         """given: queries, keys, values and the output's gradient, (1, heads, length, dim)."""
         self._layout = layout
         self._shards = [[layout.shard(tensor, rank, 2) for rank in range(layout.degree)] for tensor in given]
-        scale = given[0].shape[-1] ** -0.5
-        self._ranks = [Blockwise(layout, rank, blocks, CAUSAL, scale, None) for rank in range(layout.degree)]
+        self._ranks = [Blockwise(layout, rank, blocks, AttentionRule()) for rank in range(layout.degree)]
         self._outs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def forward(self) -> list[torch.Tensor]:

@@ -40,7 +40,7 @@ class StoredRun:
         optimizer: Literal["AdamW", "Muon"] = "AdamW",
         accumulation_steps: int = 1,
     ) -> None:
-        self.model, self._accumulation_steps = model, accumulation_steps
+        self.model, self._mode, self._accumulation_steps = model, mode, accumulation_steps
         if model.mesh is None:
             model.full_state_dict()  # fills the parameters before an optimizer takes them
         layers = tuple(f"{layer}." for layer in model.decoder.layers)
@@ -73,6 +73,18 @@ class StoredRun:
         for scheduler in self.schedulers:
             scheduler.step()
         return loss
+
+    def go_on(self, first: int, last: int) -> list[float]:
+        """Losses of the steps first < step <= last. With an asynchronous mode it is saved before the last one, and
+        always after it; then closed."""
+        losses = []
+        for step in range(first + 1, last + 1):
+            losses.append(self.train(step))
+            if step == last - 1 and self._mode != "disabled":
+                self.checkpointer.save(step)  # is being written while the next step runs
+        self.checkpointer.save_last(last)
+        self.checkpointer.close(timeout_seconds=60)
+        return losses
 
     def averages(self) -> dict[str, torch.Tensor]:
         """What the optimizers hold in the shape of a parameter, full, in Transformers' order."""

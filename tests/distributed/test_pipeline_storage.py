@@ -191,13 +191,7 @@ def _train(
     run = StoredRun(model if mesh_name is None else _split(model, mesh_name), folder, mode=mode, optimizer=optimizer)
     assert (run.checkpointer.load(-1) or 0) == first
     before = _state(run) if first > 0 else {}
-    losses = []
-    for step in range(first + 1, last + 1):
-        losses.append(run.train(step))
-        if step == last - 1 and mode != "disabled":
-            run.checkpointer.save(step)  # is being written while the next step runs
-    run.checkpointer.save_last(last)
-    run.checkpointer.close(timeout_seconds=60)
+    losses = run.go_on(first, last)
     return losses, before, _state(run)
 
 

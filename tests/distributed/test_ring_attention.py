@@ -19,7 +19,7 @@ from parallelize.context_parallel.flash import FlashBlocks
 from parallelize.context_parallel.kernels import BLOCKS, CpuKernel
 from parallelize.context_parallel.layout import SequenceLayout
 from parallelize.context_parallel.levels import Levels, levels_of
-from parallelize.context_parallel.masks import CAUSAL, MaskRule
+from parallelize.context_parallel.masks import CAUSAL, AttentionRule, MaskRule
 from parallelize.context_parallel.methods import shared_attention
 from parallelize.context_parallel.operator import RingAddress, attention_operator
 from parallelize.context_parallel.ring import Ring
@@ -57,7 +57,7 @@ def _run(case: Case, method: str, is_zigzag: bool, blocks, attend=shared_attenti
         inputs.append(given["sinks"].to(case.dtype))
     inputs = [tensor.requires_grad_() for tensor in inputs]
     out = attend(
-        *inputs[:3], _ring(method, layout, blocks), case.rule, scale=case.scale, softcap=case.softcap,
+        *inputs[:3], _ring(method, layout, blocks), case.attention_rule(),
         sinks=inputs[3] if case.has_sinks else None, documents=given["documents"],
     )  # fmt: skip
     grads = list(torch.autograd.grad(out, inputs, layout.shard(given["grad_out"], rank, 2).to(case.dtype)))
@@ -103,7 +103,7 @@ def test_it_is_full_attention(pool: WorkerPool, method: str):
         assert {case: worst for case, worst in found.items() if worst > 2e-6} == {}
 
 
-def _compiled(query, key, value, ring: Ring, rule: MaskRule, **options) -> torch.Tensor:
+def _compiled(query, key, value, ring: Ring, rule: AttentionRule, **options) -> torch.Tensor:
     """The operator as compiled layers have it, computed again in the backward."""
     address = RingAddress.of(ring)
     assert vars(address.find()) == {**vars(ring), "blocks": BLOCKS[ring.blocks.name]}
@@ -211,7 +211,7 @@ def _bytes_sent(case: Case, is_zigzag: bool, method: str = "ring") -> tuple[int,
     counts = []
     with mock.patch.object(dist, "all_to_all_single", counted):
         _SENT.clear()
-        out = shared_attention(*inputs, ring, case.rule)
+        out = shared_attention(*inputs, ring, case.attention_rule())
         counts.append(sum(tensor.nbytes for tensor in _SENT))
         _SENT.clear()
         out.sum().backward()

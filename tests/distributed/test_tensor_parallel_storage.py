@@ -148,28 +148,20 @@ def test_no_rank_holds_the_whole_model(four: WorkerPool, tmp_path: Path):
 # -- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def _run(model_type: str, mesh_name: str | None, folder: str, mode: str) -> StoredRun:
-    """mesh_name: None trains on one device."""
-    model = HFTransformerModel(_arguments(model_type, tied=model_type in ("gpt2", "gpt_neox")))
-    if mesh_name is not None:
-        _split(model, mesh_name)
-    return StoredRun(model, folder, mode=mode, accumulation_steps=2)
-
-
 _Outcome = tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 
 def _train(model_type: str, mesh_name: str | None, folder: str, mode: str, first: int, last: int) -> _Outcome:
-    """Losses of the steps first < step <= last, after the newest checkpoint, and weights and averages at the end."""
-    run = _run(model_type, mesh_name, folder, mode)
+    """Losses of the steps first < step <= last, after the newest checkpoint, and weights and averages at the end.
+
+    mesh_name: None trains on one device.
+    """
+    model = HFTransformerModel(_arguments(model_type, tied=model_type in ("gpt2", "gpt_neox")))
+    if mesh_name is not None:
+        _split(model, mesh_name)
+    run = StoredRun(model, folder, mode=mode, accumulation_steps=2)
     assert (run.checkpointer.load(-1) or 0) == first
-    losses = []
-    for step in range(first + 1, last + 1):
-        losses.append(run.train(step))
-        if step == last - 1 and mode != "disabled":
-            run.checkpointer.save(step)  # is being written while the next step runs
-    run.checkpointer.save_last(last)
-    run.checkpointer.close(timeout_seconds=60)
+    losses = run.go_on(first, last)
     return losses, run.model.full_state_dict(), run.averages()
 
 

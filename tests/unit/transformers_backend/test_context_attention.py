@@ -14,7 +14,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from parallelize.context_parallel.masks import CAUSAL, MaskRule
+from parallelize.context_parallel.masks import CAUSAL, AttentionRule, MaskRule
 from parallelize.context_parallel.operator import RingAddress, attention_operator
 from transformers_backend.context_attention import ContextAttention, SharedMask, describe_mask
 from transformers_backend.context_calls import choose_blocks_for, note_attention_calls, refuse_attention_dropout
@@ -66,7 +66,7 @@ def test_attention_is_told_all_that_the_model_says():
             torch.nn.Module(), query, query, query, mask, scaling=0.25, softcap=30.0, s_aux=sinks
         )
     operator.assert_called_once_with(
-        query, query, query, mask.address, mask.rule, scale=0.25, softcap=30.0, sinks=sinks, documents=mask.documents
+        query, query, query, mask.address, AttentionRule(mask.rule, 0.25, 30.0), sinks=sinks, documents=mask.documents
     )
     assert torch.equal(out, query.transpose(1, 2))
 
@@ -156,7 +156,7 @@ def test_documents_stay_on_the_cpu_beside_tensors_of_an_accelerator():
         query = torch.empty(2, 4, 32, 16, device="cuda", dtype=torch.bfloat16)
         key, value = (torch.empty(2, 2, 32, 16, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         documents = torch.zeros(2, 64, dtype=torch.int32)
-        out = attention_operator(query, key, value, address, CAUSAL, documents=documents)
+        out = attention_operator(query, key, value, address, AttentionRule(), documents=documents)
         log_sum = torch.empty(2, 4, 32, device="cuda")
         gradients = torch.ops.parallelize.shared_attention_backward(
             out, query, key, value, None, documents, out, log_sum, *options

@@ -19,7 +19,7 @@ from parallelize.context_parallel.exchange import chunks_sent, plan_steps
 from parallelize.context_parallel.flash import FlashBlocks
 from parallelize.context_parallel.kernels import CpuKernel
 from parallelize.context_parallel.layout import SequenceLayout, sequence_length_problems
-from parallelize.context_parallel.masks import CAUSAL, MaskRule
+from parallelize.context_parallel.masks import CAUSAL, AttentionRule, MaskRule
 from parallelize.context_parallel.methods import shared_attention
 from parallelize.context_parallel.ring import Ring
 from tests.full_attention import Case, error, full_attention
@@ -93,7 +93,7 @@ def _attend(case: Case, layout: SequenceLayout, blocks, given: dict) -> list[tor
         names = ("query", "key", "value", "grad_out")
         *inputs, grad_out = (layout.shard(given[name], rank, 2).to(case.dtype) for name in names)
         inputs = [tensor.requires_grad_() for tensor in inputs]
-        out = shared_attention(*inputs, _ThreadRing((rank, wires), layout, blocks), case.rule)
+        out = shared_attention(*inputs, _ThreadRing((rank, wires), layout, blocks), case.attention_rule())
         return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
 
     parts = _on_threads(layout.degree, attend)
@@ -132,7 +132,7 @@ def _pairs(layout: SequenceLayout, rule: MaskRule) -> list[int]:
         masks = [
             mask
             for source in range(layout.degree)
-            for _, _, mask in ring.blockwise(rule, 1.0, None).masks(None, source, range(len(layout.chunks(source))))
+            for _, _, mask in ring.blockwise(AttentionRule(rule)).masks(None, source, range(len(layout.chunks(source))))
         ]
         counts.append(sum(int(mask.visible(torch.device("cpu")).sum()) for mask in masks))
     return counts
@@ -212,7 +212,8 @@ def test_memory_falls_with_the_number_of_ranks(dtype: torch.dtype):
                 torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t),
             ):
                 inputs = [tensor.requires_grad_() for tensor in parts[:3]]
-                out = shared_attention(*inputs, _ThreadRing((rank, wires), layout, FlashBlocks(CpuKernel())), case.rule)
+                ring = _ThreadRing((rank, wires), layout, FlashBlocks(CpuKernel()))
+                out = shared_attention(*inputs, ring, case.attention_rule())
                 torch.autograd.grad(out, inputs, parts[3])
             return live.most, sum(saved)
 
@@ -245,7 +246,7 @@ def test_the_next_keys_travel_while_a_block_is_computed():
     def attend(rank: int, wires: _Wires) -> list[str]:
         by_thread[threading.get_ident()] = wires.events[rank]
         inputs = [layout.shard(given[name], rank, 2).float().requires_grad_() for name in ("query", "key", "value")]
-        out = shared_attention(*inputs, _ThreadRing((rank, wires), layout, Recording()), CAUSAL)
+        out = shared_attention(*inputs, _ThreadRing((rank, wires), layout, Recording()), AttentionRule())
         forward = list(wires.events[rank])
         out.sum().backward()
         return forward, wires.events[rank][len(forward) :]

@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallelize.kernels import linear_cross_entropy as operators
 from parallelize.kernels import linear_cross_entropy_kernels as kernels
+from parallelize.kernels import linear_cross_entropy_tiles as tiles
 from parallelize.kernels.language import launches_on
 from parallelize.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from parallelize.kernels.linear_cross_entropy_tiles import Tile
 
 TOKENS, FEATURES, VOCABULARY = 37, 41, 150
 OPTIONS = {
@@ -32,7 +34,7 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles in every dimension, several slices of the vocabulary, the last of each only partly filled."""
-    monkeypatch.setattr(kernels, "_LARGEST_TILE", (16, 32, 16))
+    monkeypatch.setattr(tiles, "_TILES", {size: [Tile(16, 32, 16)] for size in (2, 4)})
     monkeypatch.setitem(operators._SLICE_ELEMENTS, "cpu", TOKENS * 64)
 
 
@@ -98,7 +100,8 @@ def _check_bar(cases, **options) -> None:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_error_is_that_of_plain_torch(dtype: torch.dtype, options: dict, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernels, "_LARGEST_TILE", (32, 64, 32))  # fewer programs, for the interpreter's sake
+    # Fewer programs, for the interpreter's sake.
+    monkeypatch.setattr(tiles, "_TILES", {size: [Tile(32, 64, 32)] for size in (2, 4)})
     monkeypatch.setitem(operators._SLICE_ELEMENTS, "cpu", TOKENS * 128)
     _check_bar([_inputs(dtype, seed=seed) for seed in range(12 if dtype == torch.float32 else 2)], **options)
 

@@ -62,12 +62,28 @@ def test_a_single_column():
 
 
 @needs_triton
-def test_more_rows_than_programs_add_up_the_weights_gradient():
+@pytest.mark.parametrize(("rows", "columns"), [(67, 512), (67, 700), (1, 16), (40, 128), (129, 64)])
+def test_rows_that_programs_share_or_go_through(rows: int, columns: int):
+    """4, 2, 128, 16 and 32 rows at a time; in the first two cases some programs do so several times."""
     assert_as_exact_as_torch(
         lambda x, weight: rms_norm(x, weight, 1e-6),
         lambda x, weight: rms_norm_reference(x, weight, 1e-6),
-        (normal(67, 16), normal(16)), dtype=torch.float32,
+        (normal(rows, columns), normal(columns)), dtype=torch.float32,
     )  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize("columns", [64, 700, 2500])
+def test_every_row_is_computed_alike(columns: int):
+    """Whatever rows beside it are: a row that is not a number, and the end of the last program's, touch no other."""
+    x = normal(5, columns).requires_grad_()
+    out = rms_norm(x, None, 1e-6)
+    [grad] = torch.autograd.grad(out.sum(), x)
+    more = torch.cat([torch.full((1, columns), torch.nan), x.detach()]).requires_grad_()
+    found = rms_norm(more, None, 1e-6)
+    [found_grad] = torch.autograd.grad(found.sum(), more)
+    assert torch.equal(found[1:], out)
+    assert torch.equal(found_grad[1:], grad)
 
 
 @needs_triton
