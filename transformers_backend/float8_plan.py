@@ -45,8 +45,8 @@ from transformers_backend.twin import build_twin
 logger = logging.getLogger(__name__)
 
 LEAST_COSINE = 0.975
-"""Between all gradients of the twin in float8 and in fp32. Dense types that have linears of torch have 0.983 or more, but
-for four with 0.967 or less, whose gradients in bf16 are ten times as far off as others'."""
+"""Between all gradients of the twin in float8 and in fp32. Dense types that have linears of torch have 0.983 or more,
+but for four with 0.967 or less, whose gradients in bf16 are ten times as far off as others'."""
 
 LOSS_TOLERANCE = 1e-2
 """Relative."""
