@@ -66,7 +66,7 @@ if sys.version_info < (3, 11):
     least_versions["tomli"] = (0,)  # tomllib came with 3.11
 test = ["pytest", "moto", "s3fs", "matplotlib"]
 if platform.system() == "Linux" and platform.machine() == "x86_64":
-    test += ["triton", "torchao"]
+    test.append("triton")
 tools = {"run": [], "test": test, "check": [*test, "ruff", "importlinter"]}[sys.argv[1]]
 for name, least in least_versions.items():
     try:
@@ -131,7 +131,10 @@ _make_environment() {
     if [[ "$need" != run ]]; then
         echo "set-up: installing the test tools of constraints.txt into $_ENVIRONMENT" >&2
         _pip_install pytest "moto[server,s3]" s3fs matplotlib ruff import-linter \
-            'triton; platform_system == "Linux" and platform_machine == "x86_64"' \
+            'triton; platform_system == "Linux" and platform_machine == "x86_64"'
+        # In a folder that only tests look into: Transformers imports torchao wherever it finds it, which takes time, and
+        # on a CPU complains of libraries that it cannot load.
+        _pip_install --no-deps --target "$_ENVIRONMENT/float8" \
             'torchao; platform_system == "Linux" and platform_machine == "x86_64"'
     fi
     if [[ -e "$_ENVIRONMENT/incomplete" ]]; then
