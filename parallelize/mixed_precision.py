@@ -20,22 +20,32 @@ def parameters_cast_to(model: nn.Module, dtype: torch.dtype | None) -> Iterator[
 
     The casts are part of the autograd graph: a backward adds the gradient, cast back, to the parameter's own `.grad`.
     Forward and backward both belong in the block, because recomputed activations read the parameters again. Buffers
-    (rotary frequencies) keep their dtype. Tied parameters share one cast.
+    (rotary frequencies) keep their dtype. Tied parameters share one cast. Embeddings look rows up in the parameter as
+    it is kept and cast these, which are the same, and fewer.
     """
+    modules = list(model.modules()) if dtype is not None else []
     places = [
         (module, name, parameter)
-        for module in (model.modules() if dtype is not None else ())
+        for module in modules
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype
     ]
+    tables = [module for module, _, _ in places if type(module) is nn.Embedding]
     casts: dict[int, torch.Tensor] = {}
-    for _, _, parameter in places:
-        if id(parameter) not in casts:
+    for module, _, parameter in places:
+        if type(module) is not nn.Embedding and id(parameter) not in casts:
             casts[id(parameter)] = parameter.to(dtype)
-    try:
+            casts[id(parameter)].kept_parameter = parameter
+    with contextlib.ExitStack() as stack:
+        for module in tables:
+            stack.callback(module.register_forward_hook(lambda module, inputs, rows: rows.to(dtype)).remove)
         for module, name, parameter in places:
-            module._parameters[name] = casts[id(parameter)]
+            if type(module) is not nn.Embedding:
+                module._parameters[name] = casts[id(parameter)]
+                stack.callback(module._parameters.__setitem__, name, parameter)
         yield
-    finally:
-        for module, name, parameter in places:
-            module._parameters[name] = parameter
+
+
+def kept_parameter(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter that a module's one is a cast of, or the same: who knows gradients in fp32 can add them to that."""
+    return getattr(parameter, "kept_parameter", parameter)

@@ -76,8 +76,7 @@ def parallelize_model(
     if compile.enable and "model" in compile.components:
         if tensor_plan is not None and parallelism.enable_async_tensor_parallel:
             overlap_in_compiled_code(mesh["tp"].get_group())
-        memory_budget = activation_checkpoint.memory_budget if activation_checkpoint.mode == "memory_budget" else 1.0
-        apply_compile(layer_modules, backend=compile.backend, memory_budget=memory_budget)
+        apply_compile(layer_modules, backend=compile.backend, memory_budget=activation_checkpoint.compilers_budget)
 
     # Last, because it replaces parameters by shards that only its own hooks gather again.
     if needs_fsdp(mesh, cpu_offload):

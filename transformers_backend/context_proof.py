@@ -159,7 +159,7 @@ class ContextProof:
             twin = self._twin()
             layers = [twin.get_submodule(name) for name in describe_decoder(twin).layers]
             recompute(layers, activation_checkpoint)
-            apply_compile(layers, backend=backend)
+            apply_compile(layers, backend=backend, memory_budget=activation_checkpoint.compilers_budget)
             return twin
 
         with compiled_for_now(), warnings.catch_warnings():

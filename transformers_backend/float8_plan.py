@@ -257,7 +257,7 @@ class _Proof:
                 # Of casts, which have none; the compiler reads it, too, and would take an error for a failure.
                 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
                 if backend:
-                    apply_compile(layers, backend=backend)
+                    apply_compile(layers, backend=backend, memory_budget=activation_checkpoint.compilers_budget)
                 with parameters_cast_to(twin, self.dtype):
                     loss, _ = self._run(twin)
         except (*COMPILE_ERRORS, RuntimeError) as error:

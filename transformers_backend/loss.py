@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from parallelize.kernels.linear_cross_entropy import linear_cross_entropy
 from parallelize.kernels.replace import replace_forward
+from parallelize.mixed_precision import kept_parameter
 from parallelize.tensor_parallel import vocabulary as vocabulary_parallel
 from parallelize.tensor_parallel.collectives import enter
 from parallelize.tensor_parallel.vocabulary import VocabularyShard, gather_logits
@@ -280,6 +281,17 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     return clone
 
 
+def _add(total: torch.Tensor, addend: torch.Tensor) -> None:
+    """total += addend. On a CPU in parts: torch first copies into the dtype of the sum, which is several times slower
+    where the copy has no place in the caches."""
+    if total.dtype == addend.dtype or total.device.type != "cpu":
+        total += addend
+        return
+    rows = max(1, 2**18 // max(1, math.prod(total.shape[1:])))
+    for part, more in zip(total.split(rows), addend.split(rows), strict=True):
+        part += more
+
+
 class _ChunkedSumLoss(torch.autograd.Function):
     """Loss and gradients chunk by chunk in the forward, so that one chunk's logits are alive at a time.
 
@@ -289,7 +301,7 @@ class _ChunkedSumLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, chunk_loss: SumLoss, chunks: int, hidden_states, targets, *parameters):
+    def forward(ctx, chunk_loss: SumLoss, chunks: int, parameters: list, hidden_states, targets, *kept_parameters):
         hidden_grad = torch.empty_like(hidden_states)  # (tokens, hidden)
         # Sums over chunks are kept in fp32: adding many bf16 gradients one by one would lose their low bits.
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
@@ -306,9 +318,10 @@ class _ChunkedSumLoss(torch.autograd.Function):
             gradients = torch.autograd.grad(loss, [hidden, *parameters])
             grad.copy_(gradients[0])
             for accumulated, gradient in zip(sums, gradients[1:], strict=True):
-                accumulated += gradient
+                _add(accumulated, gradient)
             total += loss.detach()
-        ctx.save_for_backward(hidden_grad, *[s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)])
+            del gradients, gradient, loss  # else they were there beside those of the next chunk
+        ctx.save_for_backward(hidden_grad, *[s.to(p.dtype) for s, p in zip(sums, kept_parameters, strict=True)])
         return total
 
     @staticmethod
@@ -317,7 +330,7 @@ class _ChunkedSumLoss(torch.autograd.Function):
         # one: zero-bubble schedules compute the gradients of inputs and of weights in two.
         again = torch._C._autograd._get_current_graph_task_keep_graph()
         scaled = [gradient * grad_output if again else gradient.mul_(grad_output) for gradient in ctx.saved_tensors]
-        return None, None, scaled[0], None, *scaled[1:]
+        return None, None, None, scaled[0], None, *scaled[1:]
 
 
 def _chunked_sum_loss(
@@ -333,6 +346,8 @@ def _chunked_sum_loss(
     hidden_states, targets = hidden_states.flatten(0, 1), targets.flatten()
     # Compiled code runs backward once only, which zero-bubble schedules do twice: there its backward runs inside.
     if (chunks > 1 or is_compiled) and torch.is_grad_enabled():
-        return _ChunkedSumLoss.apply(chunk_loss, chunks, hidden_states, targets, *parameters)
+        # Sums in fp32 become gradients in fp32 of what is kept in fp32, also where the head computes with a cast of it.
+        kept = map(kept_parameter, parameters)
+        return _ChunkedSumLoss.apply(chunk_loss, chunks, parameters, hidden_states, targets, *kept)
     pieces = zip(hidden_states.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
     return torch.stack([chunk_loss(hidden, target) for hidden, target in pieces]).sum()

@@ -32,6 +32,7 @@ def estimate_memory(
     is_sharded: bool,
     reshards: bool,
     recompute: str,
+    memory_budget: float = 1.0,
     batch_size: int,
     seq_len: int,
     loss_is_chunked: bool,
@@ -44,12 +45,13 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate what training takes on this rank, whose shards are as they are in `hf_model`.
 
-    is_sharded: whether FSDP2 gathers the parameters; reshards: and frees a layer again after its forward. recompute:
-    as in `activation_bytes_per_token`. batch_size, seq_len: of one micro-batch. accumulates: whether there are several
-    in a step. offloaded: parameters, gradients and optimizer state are kept in other memory. sequence_parallel: whether
-    tensor-parallel ranks share the sequence between regions. stages: in a pipeline the names of the layers of each
-    stage of this rank. most_at_once: from what a micro-batch keeps in each of them to the most that is kept at one
-    time. Left out: the CUDA context, buffers of the communication library, and what the allocator cannot use.
+    is_sharded: whether FSDP2 gathers the parameters; reshards: and frees a layer again after its forward. recompute,
+    memory_budget: as in `activation_bytes_per_token`. batch_size, seq_len: of one micro-batch. accumulates: whether
+    there are several in a step. offloaded: parameters, gradients and optimizer state are kept in other memory.
+    sequence_parallel: whether tensor-parallel ranks share the sequence between regions. stages: in a pipeline the names
+    of the layers of each stage of this rank. most_at_once: from what a micro-batch keeps in each of them to the most
+    that is kept at one time. Left out: the CUDA context, buffers of the communication library, and what the allocator
+    cannot use.
     """
     in_pipeline, stages = stages is not None, [decoder.layers] if stages is None else stages
     layers = [layer for stage in stages for layer in stage]
@@ -61,7 +63,7 @@ def estimate_memory(
     activations = [
         activation_bytes_per_token(
             layer_widths(hf_model, decoder, sequence_parallel, layers=stage),
-            itemsize=itemsize, seq_len=seq_len, recompute=recompute,
+            itemsize=itemsize, seq_len=seq_len, recompute=recompute, memory_budget=memory_budget,
         )
         for stage in stages
     ]  # fmt: skip

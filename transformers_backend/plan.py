@@ -22,6 +22,7 @@ from parallelize.config import (
     async_tensor_parallel_problems,
     check,
     float8_problems,
+    memory_budget_problems,
     zero_bubble_problems,
 )
 from parallelize.distributed import pick_device
@@ -134,6 +135,7 @@ def _check_before_ranks_meet(
     sections = (parallelism, activation_checkpoint, compile, float8, kernels)
     check(problem for section in sections for problem in section.problems())
     check(zero_bubble_problems(parallelism, compile, activation_checkpoint))
+    check(memory_budget_problems(compile, activation_checkpoint))
     check(float8_problems(float8, parallelism))
     warn_of_repeated_recomputation(parallelism, activation_checkpoint)
     check_mixed_precision(hf_model, param_dtype)

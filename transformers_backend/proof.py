@@ -186,10 +186,11 @@ def why_not_compile(
     activation_checkpoint: ActivationCheckpointConfig | None = None,
 ) -> str | None:
     """Compile the twin's layers, recomputation included, on `device`; returns why they are wrong then, or None."""
+    activation_checkpoint = activation_checkpoint or ActivationCheckpointConfig()
 
     def change(layers: list[nn.Module]) -> None:
-        recompute(layers, activation_checkpoint or ActivationCheckpointConfig())
-        apply_compile(layers, backend=backend)
+        recompute(layers, activation_checkpoint)
+        apply_compile(layers, backend=backend, memory_budget=activation_checkpoint.compilers_budget)
 
     try:
         with compiled_for_now(), warnings.catch_warnings():
@@ -211,7 +212,7 @@ def check_recomputation(
 
     That happens: gemma3n changes in place what the per-op recomputation keeps, which raises no error.
     """
-    if activation_checkpoint.mode == "none":
+    if activation_checkpoint.mode in ("none", "memory_budget"):  # the latter `why_not_compile` tries
         return
     option = str(activation_checkpoint.selective_ac_option)
     reason = _difference_after(

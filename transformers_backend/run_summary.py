@@ -111,6 +111,7 @@ def estimate_run_memory(
         is_sharded=model.mesh is not None and needs_fsdp(model.mesh, config.training.enable_cpu_offload),
         reshards=reshards_after_forward(config.parallelism),
         recompute=_recompute(config.activation_checkpoint),
+        memory_budget=config.activation_checkpoint.compilers_budget,
         batch_size=rows,
         seq_len=config.training.seq_len // _parts_of_a_sequence(model),
         loss_is_chunked=model.loss_is_chunked,
@@ -254,7 +255,10 @@ def _count_parameters(model: HFTransformerModel) -> tuple[int, int]:
 def _mesh_lines(config: JobConfig, model: HFTransformerModel, computes_in: torch.dtype) -> list[str]:
     compiled = f"compiled: {', '.join(config.compile.components)}" if config.compile.enable else "not compiled"
     recompute = _recompute(config.activation_checkpoint)
-    names = {"none": "nothing", "full": "every layer", "op": "all but attention and every second matrix product"}
+    names = {
+        "none": "nothing", "full": "every layer", "op": "all but attention and every second matrix product",
+        "memory_budget": f"what is cheapest, down to {config.activation_checkpoint.memory_budget:.0%} of what is kept",
+    }  # fmt: skip
     return [
         f"{model.dims.world_size} x {model.device.type}, mesh {model.dims}; weights kept in {config.training.dtype}, "
         f"computation in {str(computes_in).removeprefix('torch.')}",

@@ -15,6 +15,7 @@ from parallelize.config.combinations import (
     async_tensor_parallel_problems,
     backward_in_halves,
     float8_problems,
+    memory_budget_problems,
     zero_bubble_problems,
 )
 from parallelize.config.compile import CompileConfig
@@ -45,5 +46,6 @@ __all__ = [
     "check",
     "choice_problems",
     "float8_problems",
+    "memory_budget_problems",
     "zero_bubble_problems",
 ]

@@ -7,7 +7,6 @@ from typing import Literal
 
 from parallelize.config.checks import choice_problems
 
-
 MODES = ("none", "full", "selective", "memory_budget")
 
 
@@ -28,6 +27,11 @@ class ActivationCheckpointConfig:
     preserve_rng_state: bool = True
     """Replay the random state in the recomputation, so that dropout draws the same mask. False is faster where a
     model has no dropout."""
+
+    @property
+    def compilers_budget(self) -> float:
+        """Of a layer's activations, the share that the compiler is to keep."""
+        return self.memory_budget if self.mode == "memory_budget" else 1.0
 
     def problems(self) -> list[str]:
         found = choice_problems("activation_checkpoint", self, "mode", MODES)

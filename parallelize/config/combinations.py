@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from parallelize.config.activation_checkpoint import ActivationCheckpointConfig
-from parallelize.config.compile import CompileConfig
+from parallelize.config.compile import PARTITIONING_BACKENDS, CompileConfig
 from parallelize.config.float8 import Float8Config
 from parallelize.config.parallelism import PIPELINE_SCHEDULES, ZERO_BUBBLE_SCHEDULES, ParallelismConfig
 

@@ -19,6 +19,7 @@ from parallelize.config import (
     async_tensor_parallel_problems,
     check,
     float8_problems,
+    memory_budget_problems,
     zero_bubble_problems,
 )
 from parallelize.context_parallel.layout import sequence_length_problems
@@ -110,6 +111,8 @@ def find_problems(config: JobConfig, world_size: int | None = None) -> list[str]
         found += async_tensor_parallel_problems(config.parallelism, config.compile)
     if {"parallelism", "float8"} <= sound:
         found += float8_problems(config.float8, config.parallelism)
+    if {"compile", "activation_checkpoint"} <= sound:
+        found += memory_budget_problems(config.compile, config.activation_checkpoint)
     if {"parallelism", "compile", "activation_checkpoint"} <= sound:
         found += zero_bubble_problems(config.parallelism, config.compile, config.activation_checkpoint)
     if {"parallelism", "training"} <= sound:

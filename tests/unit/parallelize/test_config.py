@@ -268,7 +268,9 @@ def test_choices_are_listed():
         'parallelism.fsdp_reshard_after_forward = "sometimes": must be one of "default", "always", "never".'
     )
     (problem,) = ActivationCheckpointConfig(mode="some").problems()
-    assert problem == 'activation_checkpoint.mode = "some": must be one of "none", "full", "selective".'
+    assert problem == (
+        'activation_checkpoint.mode = "some": must be one of "none", "full", "selective", "memory_budget".'
+    )
     assert choice_problems("compile", CompileConfig(), "backend", ("inductor",)) == []
 
 
