@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from parallelize.activation_checkpoint import apply_activation_checkpointing
 from parallelize.compile import apply_compile
 from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
+from parallelize.float8 import Float8Linears, apply_float8
 from parallelize.fsdp import apply_fsdp
 from parallelize.kernels.replace import ModuleKernel, apply_kernels
 from parallelize.parallel_dims import data_parallel_mesh
@@ -29,6 +30,7 @@ def parallelize_model(
     stacks: Sequence[Stack] = (),
     separate_units: Sequence[str],
     mesh: DeviceMesh,
+    float8: Float8Linears | None,
     kernels: Mapping[str, ModuleKernel],
     tensor_plan: TensorPlan | None,
     sequence_parallel: bool,
@@ -39,16 +41,20 @@ def parallelize_model(
     param_dtype: torch.dtype | None,
     cpu_offload: bool,
 ) -> None:
-    """Apply, in this order: kernels -> TP -> CP -> activation checkpointing -> compile -> FSDP2.
+    """Apply, in this order: float8 -> kernels -> TP -> CP -> activation checkpointing -> compile -> FSDP2.
 
     layers: names of the decoder layers on this rank. stacks: which of them run one after another, () where a list of
     layers runs from its first to its last. separate_units: of further modules that are sharded on their own (an untied
-    embedding). kernels: what modules compute by, proven equal to them. tensor_plan: how weights are split over
-    mesh["tp"], or None; sequence_parallel: whether the sequence is split over it, too. has_dropout: whether the model
-    draws random numbers in training.
+    embedding). float8: the linears that multiply so, or None. kernels: what modules compute by, proven equal to them.
+    tensor_plan: how weights are split over mesh["tp"], or None; sequence_parallel: whether the sequence is split over
+    it, too. has_dropout: whether the model draws random numbers in training.
     param_dtype: dtype of the computation, None for the parameters' own. Gradients are summed over ranks in fp32. Where
     `needs_fsdp` says no, the caller computes within `parameters_cast_to(model, param_dtype)` instead.
     """
+    # Another module in the place of a linear; whatever is done to modules is done to that.
+    if float8 is not None:
+        apply_float8(model, float8)
+
     # Kernels, tensor and context parallelism change what a layer computes with, so they come first.
     apply_kernels(model, kernels)
     if tensor_plan is not None:

@@ -3,7 +3,7 @@
 #
 #   setup_environment run      what training and verifying need
 #   setup_environment test     the same, pytest, and the optional packages that tests use (moto, s3fs, matplotlib, and
-#                              Triton where there is one for the machine)
+#                              Triton and torchao where there are such for the machine)
 #   setup_environment check    the same, ruff and import-linter
 #
 # Afterwards REPOSITORY is the checkout and PYTHON the interpreter to use, and PYTHONPATH begins with the checkout, so
@@ -132,6 +132,10 @@ _make_environment() {
         echo "set-up: installing the test tools of constraints.txt into $_ENVIRONMENT" >&2
         _pip_install pytest "moto[server,s3]" s3fs matplotlib ruff import-linter \
             'triton; platform_system == "Linux" and platform_machine == "x86_64"'
+        # In a folder that only tests look into: Transformers imports torchao wherever it finds it, which takes time, and
+        # on a CPU complains of libraries that it cannot load.
+        _pip_install --no-deps --target "$_ENVIRONMENT/float8" \
+            'torchao; platform_system == "Linux" and platform_machine == "x86_64"'
     fi
     if [[ -e "$_ENVIRONMENT/incomplete" ]]; then
         _checksum_of_pins >"$_ENVIRONMENT/installed"

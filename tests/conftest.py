@@ -7,6 +7,7 @@ it must be `alone`; with --share the runs take the files with such tests in turn
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,10 @@ UNIT_TESTS = Path(__file__).parent / "unit"
 # folder's conftest.py, which may import them, is read before `pytest_configure` runs.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Where scripts/setup_environment.sh puts torchao for the tests, away from all other programs.
+if (TORCHAO := Path(sys.prefix) / "float8").is_dir():
+    sys.path.append(str(TORCHAO))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

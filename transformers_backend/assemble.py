@@ -82,6 +82,7 @@ def build_model(config: JobConfig, device: torch.device) -> HFTransformerModel:
         config.parallelism,
         activation_checkpoint=config.activation_checkpoint,
         compile=config.compile,
+        float8=config.float8,
         kernels=config.kernels,
         param_dtype=None if computes_in == getattr(torch, config.training.dtype) else computes_in,
         cpu_offload=config.training.enable_cpu_offload,

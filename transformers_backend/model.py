@@ -25,6 +25,7 @@ from parallelize.attention_backend import AttentionChoice
 from parallelize.config import (
     ActivationCheckpointConfig,
     CompileConfig,
+    Float8Config,
     KernelConfig,
     ParallelismConfig,
 )
@@ -41,6 +42,7 @@ from transformers_backend.decisions import TensorParallelism, proven_attention, 
 from transformers_backend.decoder import check_is_plain, describe_decoder, has_dropout
 from transformers_backend.evaluation import evaluation_mode
 from transformers_backend.filling import fill
+from transformers_backend.float8_plan import Float8Plan, check_tokens
 from transformers_backend.isolation import Isolation, find_isolation, usual_inputs
 from transformers_backend.kernel_plan import KernelPlan
 from transformers_backend.loss import count_targets, install_loss, shift_labels
@@ -109,6 +111,8 @@ class HFTransformerModel:
         """What computes by a kernel."""
         self.attention = AttentionChoice()
         """In which order torch tries its attention kernels."""
+        self.float8 = Float8Plan()
+        """What multiplies in float8."""
         self._isolation: Isolation | None = None  # None: batches hold no packed documents, see `isolate_documents`
         self._local_losses_are_finite = torch.tensor(True)  # of the micro-batches since the last clipping
         self._step_was_finite = torch.tensor(True)  # and of those before it
@@ -121,6 +125,7 @@ class HFTransformerModel:
         *,
         activation_checkpoint: ActivationCheckpointConfig | None = None,
         compile: CompileConfig | None = None,
+        float8: Float8Config | None = None,
         kernels: KernelConfig | None = None,
         param_dtype: torch.dtype | None = None,
         cpu_offload: bool = False,
@@ -135,8 +140,8 @@ class HFTransformerModel:
         cpu_offload: keep shards and optimizer state in host memory. seed: of the initial weights, where they are not
         loaded. seq_len: tokens of a sequence, by which layers are shared out among the stages of a pipeline. mesh: that
         of another model of this process, to share its process groups; None makes a new one. Raises a ValueError that
-        lists every bad value. kernels: None is "auto" (see docs/kernels.md); what modules compute by is in
-        `self.kernels` afterwards.
+        lists every bad value. kernels: None is "auto", float8: None is without (see docs/kernels.md for both); what
+        modules compute by is in `self.kernels` and `self.float8` afterwards.
         """
         if self._ready:
             raise ValueError(
@@ -147,13 +152,13 @@ class HFTransformerModel:
         plan = plan_parallelism(
             self.hf_model, self.decoder, self.model_args.attn_implementation,
             parallelism=parallelism, activation_checkpoint=activation_checkpoint or ActivationCheckpointConfig(),
-            compile=compile or CompileConfig(), kernels=kernels or KernelConfig(),
+            compile=compile or CompileConfig(), float8=float8 or Float8Config(), kernels=kernels or KernelConfig(),
             param_dtype=param_dtype, seq_len=seq_len, mesh=mesh,
         )  # fmt: skip
         self.device, self.dims, self.mesh = plan.device, plan.dims, plan.mesh
         self._meshes = {name: plan.mesh[name] for name in plan.mesh.mesh_dim_names}
         self.context, self.tensor_parallelism = plan.context, plan.tensor
-        self.kernels, self.attention = plan.kernels, plan.attention
+        self.float8, self.kernels, self.attention = plan.float8, plan.kernels, plan.attention
         if plan.pipeline is not None:
             self.pipelined = PipelinedModel(self.hf_model, self.decoder, plan.pipeline, plan.mesh, parallelism)
         if self.pipelined is None or self.pipelined.has_last_stage:
@@ -174,7 +179,8 @@ class HFTransformerModel:
             self.hf_model,
             layers=self.decoder.layers if self.pipelined is None else self.pipelined.layers,
             stacks=() if self.pipelined is None else self.pipelined.stacks,
-            separate_units=self._separate_units(), mesh=plan.mesh, kernels=plan.kernels.kernels,
+            separate_units=self._separate_units(), mesh=plan.mesh,
+            float8=plan.float8.linears, kernels=plan.kernels.kernels,
             tensor_plan=None if plan.tensor is None else plan.tensor.plan.of_part(self.hf_model),
             sequence_parallel=plan.sequence_parallel, has_dropout=has_dropout(self.hf_model),
             parallelism=plan.parallelism, activation_checkpoint=plan.activation_checkpoint, compile=plan.compile,
@@ -276,6 +282,7 @@ class HFTransformerModel:
             )
         self._make_ready()
         self._check(input_ids, labels, position_ids)
+        self._check_float8(input_ids)
         if not self.hf_model.training:  # from_pretrained gives a model in evaluation mode
             self.hf_model.train()
         if num_items_in_batch is None:
@@ -324,6 +331,14 @@ class HFTransformerModel:
     def _check(self, *batch: torch.Tensor | None) -> None:
         check_shapes(*batch)
         check_same_batch(*batch, mesh=self.mesh, device=self.device)
+
+    def _check_float8(self, input_ids: torch.Tensor) -> None:
+        rows, length = input_ids.shape
+        shares_sequence = self.tensor_parallelism is not None and self.tensor_parallelism.sequence_parallel
+        check_tokens(
+            (rows if self.pipelined is None else self.pipelined.microbatch_size) * length, self.float8.linears,
+            parts=self.dims.cp * (self.dims.tp if shares_sequence else 1),
+        )  # fmt: skip
 
     def _batch(
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None

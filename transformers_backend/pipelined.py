@@ -67,6 +67,11 @@ class PipelinedModel:
     def has_last_stage(self) -> bool:
         return self._stages.has_last
 
+    @property
+    def microbatch_size(self) -> int:
+        """Sequences of one micro-batch."""
+        return self._parallelism.pipeline_parallel_microbatch_size
+
     def start(
         self,
         make_inputs: Callable[..., dict],

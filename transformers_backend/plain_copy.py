@@ -1,7 +1,7 @@
 """Copies of a model that trains here: plain Transformers models again, by `copy.deepcopy`, pickle and `torch.save`.
 
 What was put on the model's instances (loss, kernels, recomputation, compiled layers) is bound to them: copied with the
-rest, it would compute with the weights of the model that it was copied from.
+rest, it would compute with the weights of the model that it was copied from. Linears in float8 are torch's again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from torch import nn
+
+from parallelize.float8 import is_float8
 
 Forwards = Mapping[nn.Module, Callable]
 """The forwards that modules had on their instances before this project put others there."""
@@ -41,9 +43,11 @@ def refuse_copies(model: nn.Module) -> None:
 def _plain(module: nn.Module, forwards: Forwards, done: dict[nn.Module, nn.Module]) -> nn.Module:
     """The same parameters and buffers in modules of their own, with the forwards of their classes or of `forwards`."""
     if module not in done:
-        clone = done[module] = type(module).__new__(type(module))
+        kind = nn.Linear if is_float8(module) else type(module)
+        clone = done[module] = kind.__new__(kind)
+        own = vars(nn.Linear(1, 1, device="meta")) if is_float8(module) else vars(module)
         put_here = ("forward", "__deepcopy__", "__reduce_ex__")
-        vars(clone).update({name: value for name, value in vars(module).items() if name not in put_here})
+        vars(clone).update({name: vars(module)[name] for name in own if name not in put_here})
         if module in forwards:
             clone.forward = forwards[module]
         children = module._modules.items()

@@ -1,7 +1,7 @@
 """Everything that `HFTransformerModel.parallelize` decides before it acts: checked, and proven on twins, in this order.
 
-The single decisions stand in `decisions.py`, `pipeline_plan.py`, `context_proof.py`, `tensor_proof.py`, `proof.py` and
-`kernel_plan.py`; which parallelism is applied when, in `parallelize/model.py`.
+The single decisions stand in `decisions.py`, `pipeline_plan.py`, `context_proof.py`, `tensor_proof.py`, `proof.py`,
+`float8_plan.py` and `kernel_plan.py`; which parallelism is applied when, in `parallelize/model.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from parallelize.attention_backend import AttentionChoice
 from parallelize.config import (
     ActivationCheckpointConfig,
     CompileConfig,
+    Float8Config,
     KernelConfig,
     ParallelismConfig,
     async_tensor_parallel_problems,
     check,
+    float8_problems,
     zero_bubble_problems,
 )
 from parallelize.distributed import pick_device
@@ -39,6 +41,7 @@ from transformers_backend.decisions import (
     without_wrong_compilation,
 )
 from transformers_backend.decoder import Decoder
+from transformers_backend.float8_plan import Float8Plan, choose_float8
 from transformers_backend.kernel_plan import KernelPlan, choose_kernels
 from transformers_backend.pipeline_plan import PipelinePlan, plan_pipeline
 from transformers_backend.proof import check_recomputation, prove
@@ -61,6 +64,7 @@ class ParallelPlan:
     context: SharedContext | None
     """How ranks share sequences. The model has it already: what is decided after it sees the model so."""
     tensor: TensorParallelism | None
+    float8: Float8Plan
     kernels: KernelPlan
     attention: AttentionChoice
     """Which of torch's kernels attends; nothing is chosen with a context, which has its own."""
@@ -79,6 +83,7 @@ def plan_parallelism(
     parallelism: ParallelismConfig,
     activation_checkpoint: ActivationCheckpointConfig,
     compile: CompileConfig,
+    float8: Float8Config,
     kernels: KernelConfig,
     param_dtype: torch.dtype | None,
     seq_len: int,
@@ -89,7 +94,7 @@ def plan_parallelism(
     The arguments are those of `HFTransformerModel.parallelize`. With context parallelism the model attends over the
     ranks from then on; nothing else is changed.
     """
-    _check_before_ranks_meet(hf_model, parallelism, activation_checkpoint, compile, kernels, param_dtype)
+    _check_before_ranks_meet(hf_model, parallelism, activation_checkpoint, compile, float8, kernels, param_dtype)
     device = pick_device()
     check(async_tensor_parallel_problems(parallelism, compile, device.type))
     dims = ParallelDims.resolve(parallelism, dist.get_world_size())
@@ -116,6 +121,11 @@ def plan_parallelism(
         device=device, dims=dims, mesh=mesh, compute_dtype=compute_dtype,
         parallelism=parallelism, activation_checkpoint=activation_checkpoint, compile=compile,
         pipeline=pipeline, context=context, tensor=tensor,
+        float8=choose_float8(
+            hf_model, float8, device, compute_dtype, attn_implementation=attention,
+            tensor_plan=None if tensor is None else tensor.plan,
+            compile=compile, activation_checkpoint=activation_checkpoint,
+        ),
         kernels=choose_kernels(hf_model, kernels, device, compute_dtype, is_compiled=is_compiled),
         attention=attention_choice,
     )  # fmt: skip
@@ -126,12 +136,15 @@ def _check_before_ranks_meet(
     parallelism: ParallelismConfig,
     activation_checkpoint: ActivationCheckpointConfig,
     compile: CompileConfig,
+    float8: Float8Config,
     kernels: KernelConfig,
     param_dtype: torch.dtype | None,
 ) -> None:
     """What needs neither devices nor other ranks, so that each of them finds the same."""
-    check([*parallelism.problems(), *activation_checkpoint.problems(), *compile.problems(), *kernels.problems()])
+    sections = (parallelism, activation_checkpoint, compile, float8, kernels)
+    check(problem for section in sections for problem in section.problems())
     check(zero_bubble_problems(parallelism, compile, activation_checkpoint))
+    check(float8_problems(float8, parallelism))
     warn_of_repeated_recomputation(parallelism, activation_checkpoint)
     check_mixed_precision(hf_model, param_dtype)
     if not dist.is_initialized():

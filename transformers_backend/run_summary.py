@@ -61,6 +61,7 @@ def describe_run(
         ("mesh", _mesh_lines(config, model, computes_in)),
         ("context", [] if model.context is None else [model.context.describe()]),
         ("attention", [model.attention.because] if model.attention.because else []),
+        ("float8", _float8_lines(model)),
         ("kernels", _kernel_lines(model)),
         ("pipeline", _pipeline_lines(config, model)),
         ("plan", _plan_lines(model)),
@@ -77,6 +78,11 @@ def describe_run(
 def _kernel_lines(model: HFTransformerModel) -> list[str]:
     """For every kind of module that kernels were looked for, what computes it, or why it has none."""
     return [f"{count} x {kind}: {kernel}" for (kind, kernel), count in model.kernels.kinds.items()]
+
+
+def _float8_lines(model: HFTransformerModel) -> list[str]:
+    """For every kind of linear, whether it multiplies in float8, or why not; nothing where none does."""
+    return [f"{count} x {kind}: {what}" for (kind, what), count in model.float8.kinds.items()]
 
 
 def estimate_run_memory(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from parallelize.config.activation_checkpoint import ActivationCheckpointConfig
 from parallelize.config.compile import CompileConfig
+from parallelize.config.float8 import Float8Config
 from parallelize.config.parallelism import PIPELINE_SCHEDULES, ZERO_BUBBLE_SCHEDULES, ParallelismConfig
 
 
@@ -75,4 +76,14 @@ def async_tensor_parallel_problems(
         return []
     return [
         f"parallelism.enable_async_tensor_parallel = true: needs {'; and '.join(missing)}. Do that, or set it to false."
+    ]
+
+
+def float8_problems(float8: Float8Config, parallelism: ParallelismConfig) -> list[str]:
+    """The sentence for what nobody has tried beside matrix products in float8."""
+    if not float8.enable or parallelism.tensor_parallel_degree == 1 or not parallelism.enable_async_tensor_parallel:
+        return []
+    return [
+        "float8.enable = true with parallelism.enable_async_tensor_parallel = true: the compiler joins exchanges with "
+        "products of bf16; set one of them to false."
     ]

@@ -21,8 +21,15 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
+from parallelize.config import (
+    FLOAT8_RECIPES,
+    ActivationCheckpointConfig,
+    CompileConfig,
+    Float8Config,
+    ParallelismConfig,
+)
 from parallelize.distributed import initialize, pick_device, shutdown
+from parallelize.float8 import missing_for_float8, torchao_version
 from parallelize.tensor_parallel.randomness import ForkedRandomness
 from transformers_backend.job_config import JobConfig
 from transformers_backend.model import HFTransformerModel
@@ -106,6 +113,22 @@ class TrainingOnTheDevice(unittest.TestCase):
         assert ours.isfinite().all()
         error = ((ours - theirs).norm() / theirs.norm()).item()
         assert 1e-6 < error < 5e-2, f"gradients {error:.1e} from fp32: neither the same computation nor another one"
+
+    def test_float8_is_close_to_bf16(self) -> None:
+        """Compiled, by the device's own products in float8; each recipe is tried on the twin first."""
+        device = pick_device()
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        if missing := missing_for_float8(device.type, capability, torch.bfloat16, torchao_version()):
+            self.skipTest(missing[0])
+        plain = plain_step()[1]
+        for recipe in FLOAT8_RECIPES:
+            with self.subTest(recipe), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # as an error, a warning inside the compiler would stop it
+                options = {"param_dtype": torch.bfloat16, "compile": CompileConfig(enable=True)}
+                found = our_step(float8=Float8Config(enable=True, recipe=recipe), **options)[1]
+            ours, theirs = (torch.cat([g[name].flatten() for name in plain]) for g in (found, plain))
+            error = ((ours - theirs).norm() / theirs.norm()).item()
+            assert 2e-2 < error < 0.2, f"gradients {error:.1e} from fp32: neither float8 nor the same computation"
 
     def test_mixed_precision_trains(self) -> None:
         model = parallelize(param_dtype=torch.bfloat16)

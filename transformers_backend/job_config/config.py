@@ -13,10 +13,12 @@ from typing import Any
 from parallelize.config import (
     ActivationCheckpointConfig,
     CompileConfig,
+    Float8Config,
     KernelConfig,
     ParallelismConfig,
     async_tensor_parallel_problems,
     check,
+    float8_problems,
     zero_bubble_problems,
 )
 from parallelize.context_parallel.layout import sequence_length_problems
@@ -47,6 +49,7 @@ class JobConfig:
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
+    float8: Float8Config = field(default_factory=Float8Config)
     kernels: KernelConfig = field(default_factory=KernelConfig)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
@@ -105,6 +108,8 @@ def find_problems(config: JobConfig, world_size: int | None = None) -> list[str]
             sound.add(name)
     if {"parallelism", "compile"} <= sound:
         found += async_tensor_parallel_problems(config.parallelism, config.compile)
+    if {"parallelism", "float8"} <= sound:
+        found += float8_problems(config.float8, config.parallelism)
     if {"parallelism", "compile", "activation_checkpoint"} <= sound:
         found += zero_bubble_problems(config.parallelism, config.compile, config.activation_checkpoint)
     if {"parallelism", "training"} <= sound:

@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from parallelize.config import KERNELS, ActivationCheckpointConfig, CompileConfig, KernelConfig, ParallelismConfig
 from parallelize.distributed import initialize, shutdown
+from parallelize.float8 import Float8Linears, apply_float8, is_float8
 from transformers_backend.model import HFTransformerModel
-from transformers_backend.plain_copy import refuse_copies
+from transformers_backend.plain_copy import give_plain_copies, refuse_copies
 
 
 def _saved(model: torch.nn.Module) -> torch.nn.Module:
@@ -89,3 +90,19 @@ def test_what_ranks_have_parts_of_is_not_copied(make_copy: Callable):
     refuse_copies(hf_model)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM: parallelised over several ranks, .* Use save_pretrained"):
         make_copy(hf_model)
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, _saved])
+def test_a_copy_of_linears_in_float8_has_plain_ones(make_copy: Callable):
+    pytest.importorskip("torchao")
+    hf_model, plain = _llama(), _llama()
+    apply_float8(hf_model, Float8Linears(frozenset({"model.layers.0.mlp.up_proj"}), "rowwise", emulate=True))
+    give_plain_copies(hf_model, {})
+    copied = make_copy(hf_model)
+    assert is_float8(hf_model.model.layers[0].mlp.up_proj)
+    assert str(copied) == str(plain)
+    input_ids = torch.arange(8)[None]
+    assert torch.equal(copied(input_ids=input_ids).logits, plain(input_ids=input_ids).logits)
+    with torch.no_grad():
+        hf_model.model.layers[0].mlp.up_proj.weight.zero_()
+    assert copied.model.layers[0].mlp.up_proj.weight.abs().sum() > 0
