@@ -118,7 +118,7 @@ def test_shared_sequences_have_blocks_of_their_own(monkeypatch: pytest.MonkeyPat
     fields = plan.plan_parallelism(
         model, describe_decoder(model), "sdpa", parallelism=ParallelismConfig(),
         activation_checkpoint=ActivationCheckpointConfig(), compile=plan.CompileConfig(), kernels=plan.KernelConfig(),
-        param_dtype=None, seq_len=64, mesh=None,
+        float8=plan.Float8Config(), param_dtype=None, seq_len=64, mesh=None,
     )  # fmt: skip
     assert fields["attention"] == AttentionChoice()
     assert not asked
