@@ -14,9 +14,9 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from parallelize.context_parallel.blocks import BlockAttention, ReferenceBlocks
-from parallelize.context_parallel.kernels import choose_blocks
-from parallelize.context_parallel.trial import why_not_blocks
-from parallelize.distributed import first_reason
+from parallelize.context_parallel.kernels import choose_blocks, other_blocks
+from parallelize.context_parallel.trial import milliseconds_of_blocks, why_not_blocks
+from parallelize.distributed import first_reason, gather_objects
 from transformers_backend.decoder import dropout_fields
 from transformers_backend.flops import attention_costs
 from transformers_backend.proof import example_batch
@@ -79,15 +79,38 @@ def choose_blocks_for(
 
 
 def _tried(device_type: str, dtype: torch.dtype, **sizes) -> tuple[BlockAttention, str]:
-    """What `choose_blocks` says, or the reference where that is wrong on the accelerator of some rank."""
+    """What `choose_blocks` says, or what computes the same and is faster, or the reference where those are wrong on the
+    accelerator of some rank."""
     blocks, because = choose_blocks(device_type, dtype, **sizes)
     if device_type == "cpu" or isinstance(blocks, ReferenceBlocks):
         return blocks, because
-    wrong = first_reason(why_not_blocks(blocks, torch.device(device_type), dtype, **sizes))
+    device = torch.device(device_type)
+    wrong = first_reason(why_not_blocks(blocks, device, dtype, **sizes))
+    other = other_blocks(blocks, **sizes)
+    other_is_right = other is not None and first_reason(why_not_blocks(other[0], device, dtype, **sizes)) is None
+    if wrong is not None and other_is_right:
+        return other
+    if wrong is None and other_is_right:
+        return _faster((blocks, because), other, device, dtype, sizes.get("dim", 64))
     if wrong is None:
         return blocks, because
     logger.warning("Attention of shared sequences is computed slowly: %s is wrong on this device (%s)", because, wrong)
     return ReferenceBlocks(), f"the reference in plain torch: {blocks.name} is wrong on this device"
+
+
+def _faster(
+    one: tuple[BlockAttention, str],
+    other: tuple[BlockAttention, str],
+    device: torch.device,
+    dtype: torch.dtype,
+    dim: int,
+) -> tuple[BlockAttention, str]:
+    """The one that takes the slowest rank less time."""
+    times = gather_objects([milliseconds_of_blocks(blocks, device, dtype, dim) for blocks, _ in (one, other)])
+    slowest = [max(of_ranks) for of_ranks in zip(*times, strict=True)]
+    chosen, because = one if slowest[0] <= slowest[1] else other
+    said = ", ".join(f"{blocks.name} {time:.2f} ms" for (blocks, _), time in zip((one, other), slowest, strict=True))
+    return chosen, f"{because} (measured: {said})"
 
 
 def note_attention_calls(

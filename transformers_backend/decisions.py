@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from parallelize.attention_backend import AttentionChoice, choose_attention
 from parallelize.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig, backward_in_halves
 from parallelize.distributed import gather_objects
 from parallelize.tensor_parallel import TensorPlan
 from transformers_backend.context import SharedContext
 from transformers_backend.context_proof import ContextProof
 from transformers_backend.decoder import Decoder, drops_layers, has_dropout
+from transformers_backend.flops import attention_costs
 from transformers_backend.proof import why_not_compile
 from transformers_backend.tensor_plan import Recipe, make_plan
+from transformers_backend.tensor_plan.attention_heads import head_counts
 from transformers_backend.tensor_proof import prove_tensor_plan
 
 logger = logging.getLogger(__name__)
@@ -79,6 +83,25 @@ def check_every_layer_runs(hf_model: PreTrainedModel, ranks: int) -> None:
 def proven_attention(attn_implementation: str | None) -> str | None:
     """Attention that the twin runs with on the CPU: kernels that need a GPU have Transformers' default instead."""
     return attn_implementation if attn_implementation in ("sdpa", "eager") else None
+
+
+def choose_attention_order(
+    hf_model: PreTrainedModel, decoder: Decoder, device: torch.device, dtype: torch.dtype, *, seq_len: int, degree: int
+) -> AttentionChoice:
+    """In which order torch tries its attention kernels, measured on this model's attention; for sdpa on a GPU only.
+
+    degree: of tensor parallelism. Layers may differ in their heads: the most frequent decide.
+    """
+    costs = Counter(attention_costs(hf_model.config, len(decoder.layers)))
+    if device.type != "cuda" or hf_model.config._attn_implementation != "sdpa" or not costs:
+        return AttentionChoice()
+    cost, _ = costs.most_common(1)[0]
+    heads, key_heads = head_counts(hf_model.config, None)
+    if cost.value_dim != cost.query_key_dim or heads % key_heads:  # nothing that the kernels are alike in
+        return AttentionChoice()
+    if heads % degree == key_heads % degree == 0:
+        heads, key_heads = heads // degree, key_heads // degree
+    return choose_attention(heads, key_heads, seq_len, cost.query_key_dim, device, dtype)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from parallelize.attention_backend import AttentionChoice
 from parallelize.config import (
     ActivationCheckpointConfig,
     CompileConfig,
@@ -107,6 +109,8 @@ class HFTransformerModel:
         """This rank's stages; None without pipeline parallelism, and otherwise `hf_model` has only their layers."""
         self.kernels = KernelPlan()
         """What computes by a kernel."""
+        self.attention = AttentionChoice()
+        """In which order torch tries its attention kernels."""
         self.float8 = Float8Plan()
         """What multiplies in float8."""
         self._isolation: Isolation | None = None  # None: batches hold no packed documents, see `isolate_documents`
@@ -154,7 +158,7 @@ class HFTransformerModel:
         self.device, self.dims, self.mesh = plan.device, plan.dims, plan.mesh
         self._meshes = {name: plan.mesh[name] for name in plan.mesh.mesh_dim_names}
         self.context, self.tensor_parallelism = plan.context, plan.tensor
-        self.float8, self.kernels = plan.float8, plan.kernels
+        self.float8, self.kernels, self.attention = plan.float8, plan.kernels, plan.attention
         if plan.pipeline is not None:
             self.pipelined = PipelinedModel(self.hf_model, self.decoder, plan.pipeline, plan.mesh, parallelism)
         if self.pipelined is None or self.pipelined.has_last_stage:
@@ -313,9 +317,12 @@ class HFTransformerModel:
     def _sharing(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.context is None else self.context.sharing()
 
-    def computing(self) -> contextlib.AbstractContextManager[None]:
-        """The context in which `hf_model` computes in the `param_dtype` of `.parallelize`, forward and backward."""
-        return parameters_cast_to(self.hf_model, self._cast_to)
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """The context in which `hf_model` computes in the `param_dtype` of `.parallelize`, forward and backward, and by
+        the attention kernel that was found to be the fastest."""
+        with parameters_cast_to(self.hf_model, self._cast_to), self.attention.computing():
+            yield
 
     def count_targets(self, labels: torch.Tensor) -> torch.Tensor:
         """Number of target tokens of this batch over all data ranks: labels that are not -100, after the shift."""

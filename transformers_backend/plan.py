@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from parallelize.attention_backend import AttentionChoice
 from parallelize.config import (
     ActivationCheckpointConfig,
     CompileConfig,
@@ -34,6 +35,7 @@ from transformers_backend.decisions import (
     check_every_layer_runs,
     check_mixed_precision,
     check_same_weights,
+    choose_attention_order,
     choose_tensor_parallelism,
     proven_attention,
     warn_of_repeated_recomputation,
@@ -65,6 +67,8 @@ class ParallelPlan:
     tensor: TensorParallelism | None
     float8: Float8Plan
     kernels: KernelPlan
+    attention: AttentionChoice
+    """Which of torch's kernels attends; nothing is chosen with a context, which has its own."""
 
     @property
     def sequence_parallel(self) -> bool:
@@ -109,6 +113,11 @@ def plan_parallelism(
     check_recomputation(hf_model.config, type(hf_model), attention, activation_checkpoint)
     compile = without_wrong_compilation(compile, activation_checkpoint, hf_model, attention, device, tensor, context)
     is_compiled = compile.enable and "model" in compile.components
+    attention_choice = AttentionChoice()
+    if context is None:
+        attention_choice = choose_attention_order(
+            hf_model, decoder, device, compute_dtype, seq_len=seq_len, degree=dims.tp
+        )
     return ParallelPlan(
         device=device, dims=dims, mesh=mesh, compute_dtype=compute_dtype,
         parallelism=parallelism, activation_checkpoint=activation_checkpoint, compile=compile,
@@ -119,6 +128,7 @@ def plan_parallelism(
             compile=compile, activation_checkpoint=activation_checkpoint,
         ),
         kernels=choose_kernels(hf_model, kernels, device, compute_dtype, is_compiled=is_compiled),
+        attention=attention_choice,
     )  # fmt: skip
 
 

@@ -60,6 +60,7 @@ def describe_run(
         ("model", _model_lines(model)),
         ("mesh", _mesh_lines(config, model, computes_in)),
         ("context", [] if model.context is None else [model.context.describe()]),
+        ("attention", [model.attention.because] if model.attention.because else []),
         ("float8", _float8_lines(model)),
         ("kernels", _kernel_lines(model)),
         ("pipeline", _pipeline_lines(config, model)),

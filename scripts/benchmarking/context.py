@@ -18,7 +18,14 @@ from benchmarking.timing import difference, seconds_of
 from parallelize.context_parallel.blocks import BlockAttention, ReferenceBlocks
 from parallelize.context_parallel.blockwise import Blockwise, Visit
 from parallelize.context_parallel.flash import FlashBlocks
-from parallelize.context_parallel.kernels import CpuKernel, CudaKernel, FlashAttentionKernel, TritonBlocks
+from parallelize.context_parallel.kernels import (
+    CpuKernel,
+    CudaKernel,
+    CudnnKernel,
+    FlashAttentionKernel,
+    TritonBlocks,
+    why_not_cudnn,
+)
 from parallelize.context_parallel.layout import SequenceLayout
 from parallelize.context_parallel.masks import AttentionRule
 from parallelize.kernels.language import launches_on
@@ -99,6 +106,8 @@ def backends(device: torch.device, length: int) -> list[BlockAttention]:
     found: list[BlockAttention] = []
     if device.type == "cuda":
         found.append(FlashBlocks(CudaKernel()))
+        if why_not_cudnn() is None:
+            found.append(FlashBlocks(CudnnKernel()))
         if importlib.util.find_spec("flash_attn") is not None:
             found.append(FlashBlocks(FlashAttentionKernel()))
     else:

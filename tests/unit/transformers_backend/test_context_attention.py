@@ -144,6 +144,32 @@ def test_what_is_wrong_on_the_accelerator_is_not_chosen(monkeypatch: pytest.Monk
     assert "is wrong on this device (a window is wrong)" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("wrong", "times", "name"),
+    [
+        ((), (2.0, 1.0), "cuDNN, Triton kernel for the rest"),
+        ((), (1.0, 2.0), "torch's flash kernel for CUDA, Triton kernel for the rest"),
+        (("cuDNN",), (2.0, 1.0), "torch's flash kernel for CUDA, Triton kernel for the rest"),
+        (("torch's",), (1.0, 2.0), "cuDNN, Triton kernel for the rest"),
+        (("cuDNN", "torch's"), (1.0, 2.0), "reference"),
+    ],
+)
+def test_of_two_flash_kernels_the_faster_is_taken_that_is_right(
+    monkeypatch: pytest.MonkeyPatch, wrong: tuple[str, ...], times: tuple[float, float], name: str
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("parallelize.context_parallel.kernels.launches_on", lambda device: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
+    calls = "transformers_backend.context_calls"
+    monkeypatch.setattr(f"{calls}.why_not_blocks", lambda one, *_, **__: "no" if one.name.startswith(wrong) else None)
+    monkeypatch.setattr(f"{calls}.milliseconds_of_blocks", lambda one, *_: times[one.name.startswith("cuDNN")])
+    blocks, why = choose_blocks_for(*_model("llama"), 2, "cuda", torch.bfloat16)
+    assert blocks.name == name
+    flash = f"torch's flash kernel for CUDA, Triton kernel for the rest {times[0]:.2f} ms"
+    measured = f"(measured: {flash}, cuDNN, Triton kernel for the rest {times[1]:.2f} ms)"
+    assert (measured in why) == (not wrong)
+
+
 def test_softcaps_are_the_models_own():
     assert note_attention_calls(*_model("gemma2")).softcaps == (50.0,)
     assert note_attention_calls(*_model("llama")).softcaps == ()

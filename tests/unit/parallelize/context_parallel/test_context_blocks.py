@@ -9,11 +9,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallelize.context_parallel import kernels
+from parallelize.context_parallel import kernels, trial
 from parallelize.context_parallel.blocks import ReferenceBlocks
 from parallelize.context_parallel.cut import SMALLEST_TILE, cut
 from parallelize.context_parallel.flash import FlashBlocks
-from parallelize.context_parallel.kernels import CpuKernel, CudaKernel, FlashAttentionKernel, choose_blocks
+from parallelize.context_parallel.kernels import (
+    CpuKernel,
+    CudaKernel,
+    CudnnKernel,
+    FlashAttentionKernel,
+    choose_blocks,
+    other_blocks,
+    why_not_cudnn,
+)
 from parallelize.context_parallel.layout import Chunk
 from parallelize.context_parallel.masks import CAUSAL, BlockMask, MaskRule
 from parallelize.context_parallel.trial import why_not_blocks
@@ -247,7 +255,7 @@ def test_without_triton_its_blocks_are_the_references(monkeypatch: pytest.Monkey
     assert all(torch.equal(ours, right) for ours, right in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("kernel", [CudaKernel(), FlashAttentionKernel()])
+@pytest.mark.parametrize("kernel", [CudaKernel(), CudnnKernel(), FlashAttentionKernel()])
 def test_kernels_for_cuda_leave_tensors_of_the_cpu_alone(kernel):
     tensors = [torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16)] * 3
     assert not kernel.takes(*tensors, None)
@@ -283,3 +291,131 @@ def test_a_backend_is_tried_on_its_device():
             raise RuntimeError("no such kernel")
 
     assert why_not_blocks(FlashBlocks(Absent()), cpu, torch.float32) == "with all keys RuntimeError: no such kernel"
+
+
+class _CudnnOnCpu(CudnnKernel):
+    """The kernel with torch's operators replaced by the reference, see `cudnns_operators`."""
+
+    def takes(self, query, key, value, softcap):
+        return softcap is None and query.shape[-1] == value.shape[-1]
+
+
+@pytest.fixture
+def cudnns_operators(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stand-ins for the CPU, called as the operators are: these say, on the meta device, whether arguments and shapes
+    are right. The list gets the names of what was called."""
+    calls = []
+
+    def block(query, key, is_causal):
+        keys = Chunk(0, key.shape[2])
+        queries = keys if is_causal else Chunk(keys.stop, keys.stop + query.shape[2])
+        return BlockMask(CAUSAL, queries, keys)
+
+    def call_on_meta(operator, arguments, options):
+        for tensor in arguments:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() == 4 and tensor.shape[-1] > 1:
+                assert tensor.transpose(1, 2).is_contiguous()
+        on_meta = [one.to("meta") if isinstance(one, torch.Tensor) else one for one in arguments]
+        calls.append(operator._schema.name)
+        return operator(*on_meta, **options)
+
+    forward_operator = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+    backward_operator = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
+
+    def forward(*arguments, scale):
+        shapes = call_on_meta(forward_operator, arguments, {"scale": scale})
+        query, key, value, bias, with_log_sum, dropout, is_causal = arguments
+        assert (bias, with_log_sum, dropout) == (None, True, 0.0)
+        out, log_sum = ReferenceBlocks().forward(query, key, value, block(query, key, is_causal), scale=scale)
+        return out.to(query.dtype), log_sum.reshape(shapes[1].shape), *shapes[2:]
+
+    def backward(*arguments, scale):
+        shapes = call_on_meta(backward_operator, arguments, {"scale": scale})
+        grad_out, query, key, value, out, log_sum, *_, dropout, is_causal = arguments
+        assert dropout == 0.0
+        assert log_sum.shape == (*query.shape[:-1], 1)
+        assert log_sum.is_contiguous()
+        grads = ReferenceBlocks().backward(
+            grad_out, query, key, value, out, log_sum[..., 0], block(query, key, is_causal), scale=scale
+        )
+        assert [grad.shape for grad in grads] == [shape.shape for shape in shapes]
+        return tuple(grad.to(query.dtype) for grad in grads)
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", forward)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", backward)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cudnn_is_called_as_its_operators_are(cudnns_operators: list[str], dtype: torch.dtype):
+    assert why_not_blocks(FlashBlocks(_CudnnOnCpu()), torch.device("cpu"), dtype) is None
+    assert why_not_blocks(FlashBlocks(_CudnnOnCpu(), ReferenceBlocks()), torch.device("cpu"), dtype, dim=128) is None
+    assert set(cudnns_operators) == {
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_cudnn_attention_backward",
+    }
+
+
+def test_cudnn_is_told_of_the_same_strides_whatever_they_are(cudnns_operators: list[str]):
+    whole = Chunk(0, 64)
+    mask, blocks = BlockMask(CAUSAL, whole, whole), FlashBlocks(_CudnnOnCpu())
+    query, grad_out = (torch.randn(2, 4, 128, 8)[:, :, 32:96] for _ in range(2))
+    key, value = (torch.randn(2, 64, 2, 8).transpose(1, 2) for _ in range(2))
+    out, log_sum = blocks.forward(query, key, value, mask, scale=0.5)
+    found = blocks.backward(grad_out, query, key, value, out, log_sum, mask, scale=0.5)
+    right = ReferenceBlocks().backward(grad_out, query, key, value, out, log_sum, mask, scale=0.5)
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one, other)
+    assert len(cudnns_operators) == 2
+
+
+def test_cudnn_stands_beside_flash_where_it_fits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "launches_on", lambda device: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
+    flash, _ = choose_blocks("cuda", torch.bfloat16, dim=128)
+    other, said = other_blocks(flash, dim=128)
+    assert other.name == "cuDNN, Triton kernel for the rest"
+    assert other.name in kernels.BLOCKS
+    assert said.startswith("cuDNN where a block is whole or plainly causal")
+    assert other_blocks(flash, dim=256) is None
+    assert other_blocks(flash, dim=128, value_dim=64) is None
+    assert other_blocks(flash, dim=128, softcap=30.0) is None
+    assert other_blocks(ReferenceBlocks(), dim=128) is None
+    assert other_blocks(FlashBlocks(CudaKernel()), dim=128) is None
+
+
+def test_cudnn_must_be_new_and_need_not_be_deterministic(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
+    assert why_not_cudnn() == "its version is 91500, and 91501 the first that is right"
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
+    assert why_not_cudnn() is None
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert why_not_cudnn() == "its backward is not deterministic"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_backend_is_timed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trial, "_TIMED_LENGTH", 16)
+    monkeypatch.setattr(trial.Gpu, "milliseconds", lambda clock, run: run() or 2.5)
+    kinds = []
+
+    class Counting(CpuKernel):
+        def backward(self, grad_out, query, key, value, out, log_sum, is_causal, scale, softcap):
+            kinds.append((is_causal, query.shape[1] // key.shape[1]))
+            return super().backward(grad_out, query, query, query, out, log_sum, is_causal, scale, softcap)
+
+        def forward(self, query, key, value, is_causal, scale, softcap):
+            return super().forward(query, query, query, is_causal, scale, softcap)
+
+    cpu = torch.device("cpu")
+    assert trial.milliseconds_of_blocks(FlashBlocks(Counting()), cpu, torch.float32, 8) == 2.5
+    assert kinds == [(False, 4), (True, 4)]
+
+    def fail(clock, run):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trial.Gpu, "milliseconds", fail)
+    assert trial.milliseconds_of_blocks(FlashBlocks(Counting()), cpu, torch.float32, 8) == float("inf")
