@@ -15,13 +15,18 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def parameters_cast_to(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+def parameters_cast_to(
+    model: nn.Module, dtype: torch.dtype | None, *, backward_in_halves: bool = False
+) -> Iterator[None]:
     """Within the block, the modules of `model` hold their floating-point parameters cast to `dtype` (None: as is).
 
     The casts are part of the autograd graph: a backward adds the gradient, cast back, to the parameter's own `.grad`.
     Forward and backward both belong in the block, because recomputed activations read the parameters again. Buffers
     (rotary frequencies) keep their dtype. Tied parameters share one cast. Embeddings look rows up in the parameter as
     it is kept and cast these, which are the same, and fewer.
+
+    backward_in_halves: whether gradients of inputs and of weights may be computed at different times. What does so
+    looks for those of the casts that modules hold, and `kept_parameter` then says nothing of what is behind these.
     """
     modules = list(model.modules()) if dtype is not None else []
     places = [
@@ -30,20 +35,26 @@ def parameters_cast_to(model: nn.Module, dtype: torch.dtype | None) -> Iterator[
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype
     ]
-    tables = [module for module, _, _ in places if type(module) is nn.Embedding]
+    tables = {module for module, _, _ in places if _looks_rows_up(module)}
     casts: dict[int, torch.Tensor] = {}
     for module, _, parameter in places:
-        if type(module) is not nn.Embedding and id(parameter) not in casts:
+        if module not in tables and id(parameter) not in casts:
             casts[id(parameter)] = parameter.to(dtype)
-            casts[id(parameter)].kept_parameter = parameter
+            if not backward_in_halves:
+                casts[id(parameter)].kept_parameter = parameter
     with contextlib.ExitStack() as stack:
         for module in tables:
             stack.callback(module.register_forward_hook(lambda module, inputs, rows: rows.to(dtype)).remove)
         for module, name, parameter in places:
-            if type(module) is not nn.Embedding:
+            if module not in tables:
                 module._parameters[name] = casts[id(parameter)]
                 stack.callback(module._parameters.__setitem__, name, parameter)
         yield
+
+
+def _looks_rows_up(module: nn.Module) -> bool:
+    """Whether it does just that: where ranks have parts of a table, rows are added up over them, better in `dtype`."""
+    return type(module) is nn.Embedding and "forward" not in vars(module)
 
 
 def kept_parameter(parameter: torch.Tensor) -> torch.Tensor:

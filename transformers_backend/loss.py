@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from parallelize.kernels.linear_cross_entropy import linear_cross_entropy
@@ -281,10 +282,28 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     return clone
 
 
+def _add_gradients(
+    chunk_loss: SumLoss, hidden: torch.Tensor, target: torch.Tensor, parameters: list, hidden_grad: torch.Tensor,
+    sums: list[torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """The loss of a chunk; its gradients are put in `hidden_grad` and added to `sums`, and gone before the next one's
+    are there."""
+    with torch.enable_grad():
+        hidden = hidden.detach().requires_grad_()
+        loss = chunk_loss(hidden, target)
+    gradients = torch.autograd.grad(loss, [hidden, *parameters])
+    hidden_grad.copy_(gradients[0])
+    for total, gradient in zip(sums, gradients[1:], strict=True):
+        _add(total, gradient)
+    return loss.detach()
+
+
 def _add(total: torch.Tensor, addend: torch.Tensor) -> None:
     """total += addend. On a CPU in parts: torch first copies into the dtype of the sum, which is several times slower
     where the copy has no place in the caches."""
-    if total.dtype == addend.dtype or total.device.type != "cpu":
+    if (
+        total.dtype == addend.dtype or total.device.type != "cpu" or isinstance(total, DTensor)
+    ):  # whose parts are copies
         total += addend
         return
     rows = max(1, 2**18 // max(1, math.prod(total.shape[1:])))
@@ -312,15 +331,7 @@ class _ChunkedSumLoss(torch.autograd.Function):
             targets.tensor_split(chunks),
             strict=True,
         ):
-            with torch.enable_grad():
-                hidden = hidden.detach().requires_grad_()
-                loss = chunk_loss(hidden, target)
-            gradients = torch.autograd.grad(loss, [hidden, *parameters])
-            grad.copy_(gradients[0])
-            for accumulated, gradient in zip(sums, gradients[1:], strict=True):
-                _add(accumulated, gradient)
-            total += loss.detach()
-            del gradients, gradient, loss  # else they were there beside those of the next chunk
+            total += _add_gradients(chunk_loss, hidden, target, parameters, grad, sums)
         ctx.save_for_backward(hidden_grad, *[s.to(p.dtype) for s, p in zip(sums, kept_parameters, strict=True)])
         return total
 

@@ -321,7 +321,11 @@ class HFTransformerModel:
     def computing(self) -> Iterator[None]:
         """The context in which `hf_model` computes in the `param_dtype` of `.parallelize`, forward and backward, and by
         the attention kernel that was found to be the fastest."""
-        with parameters_cast_to(self.hf_model, self._cast_to), self.attention.computing():
+        in_pipeline = self.pipelined is not None
+        with (
+            parameters_cast_to(self.hf_model, self._cast_to, backward_in_halves=in_pipeline),
+            self.attention.computing(),
+        ):
             yield
 
     def count_targets(self, labels: torch.Tensor) -> torch.Tensor:
