@@ -300,10 +300,8 @@ def _add_gradients(
 
 def _add(total: torch.Tensor, addend: torch.Tensor) -> None:
     """total += addend. On a CPU in parts: torch first copies into the dtype of the sum, which is several times slower
-    where the copy has no place in the caches."""
-    if (
-        total.dtype == addend.dtype or total.device.type != "cpu" or isinstance(total, DTensor)
-    ):  # whose parts are copies
+    where the copy has no place in the caches. (Not of a DTensor, the parts of which are copies.)"""
+    if total.dtype == addend.dtype or total.device.type != "cpu" or isinstance(total, DTensor):
         total += addend
         return
     rows = max(1, 2**18 // max(1, math.prod(total.shape[1:])))
