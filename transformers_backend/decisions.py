@@ -202,7 +202,7 @@ def without_wrong_compilation(
 ) -> CompileConfig:
     """`compile`, less "model" where the compiled layers of the twin do not compute what they should.
 
-    The loss stays compiled.
+    The loss stays compiled. A ValueError where a memory budget would be lost with them.
     """
     if not (compile.enable and "model" in compile.components):
         return compile
@@ -214,6 +214,11 @@ def without_wrong_compilation(
         reason = proof.why_not_compile(compile.backend, activation_checkpoint)
     if reason is None:
         return compile
+    if activation_checkpoint.mode == "memory_budget":
+        raise ValueError(
+            'activation_checkpoint.mode = "memory_budget": the compiler keeps the budget, and layers of '
+            f'{type(hf_model).__name__} cannot be compiled: {reason}. Choose mode "selective" or "full".'
+        )
     logger.warning("Layers are not compiled: %s", reason)
     return dataclasses.replace(compile, components=[name for name in compile.components if name != "model"])
 

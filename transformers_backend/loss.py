@@ -301,7 +301,7 @@ def _add_gradients(
 def _add(total: torch.Tensor, addend: torch.Tensor) -> None:
     """total += addend. On a CPU in parts: torch first copies into the dtype of the sum, which is several times slower
     where the copy has no place in the caches. (Not of a DTensor, the parts of which are copies.)"""
-    if total.dtype == addend.dtype or total.device.type != "cpu" or isinstance(total, DTensor):
+    if total.dtype == addend.dtype or total.device.type != "cpu" or total.dim() == 0 or isinstance(total, DTensor):
         total += addend
         return
     rows = max(1, 2**18 // max(1, math.prod(total.shape[1:])))

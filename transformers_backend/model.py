@@ -105,6 +105,7 @@ class HFTransformerModel:
         self.loss_is_chunked = True
         """Whether the head runs chunk by chunk and full logits never exist; known once the loss is installed."""
         self._ready = False
+        self._is_changed = False  # by parallelize or the first step; not to the end where an error came between
         self.pipelined: PipelinedModel | None = None
         """This rank's stages; None without pipeline parallelism, and otherwise `hf_model` has only their layers."""
         self.kernels = KernelPlan()
@@ -116,6 +117,14 @@ class HFTransformerModel:
         self._isolation: Isolation | None = None  # None: batches hold no packed documents, see `isolate_documents`
         self._local_losses_are_finite = torch.tensor(True)  # of the micro-batches since the last clipping
         self._step_was_finite = torch.tensor(True)  # and of those before it
+
+    def __getstate__(self) -> dict:
+        if self._ready:
+            raise ValueError(
+                "An HFTransformerModel that trains cannot be copied or pickled: it would not go on as this one does. "
+                "Copy its hf_model, a plain Transformers model again (on one rank), or use save_pretrained."
+            )
+        return vars(self)
 
     # -- placing the model on devices ---------------------------------------------------------------------------
 
@@ -138,15 +147,15 @@ class HFTransformerModel:
         param_dtype: dtype of the computation (bfloat16 for mixed precision); None is the parameters' own dtype, in
         which they are kept and updated either way. Gradients are summed over ranks in fp32.
         cpu_offload: keep shards and optimizer state in host memory. seed: of the initial weights, where they are not
-        loaded. seq_len: tokens of a sequence, by which layers are shared out among the stages of a pipeline. mesh: that
-        of another model of this process, to share its process groups; None makes a new one. Raises a ValueError that
-        lists every bad value. kernels: None is "auto", float8: None is without (see docs/kernels.md for both); what
+        loaded. seq_len: tokens of a sequence, by which layers are shared out among the stages of a pipeline and, on a
+        GPU, attention kernels are timed and chosen. mesh: that of another model of this process, to share its process
+        groups; None makes a new one. Raises a ValueError that lists every bad value. kernels: None is "auto", float8: None is without (see docs/kernels.md for both); what
         modules compute by is in `self.kernels` and `self.float8` afterwards.
         """
-        if self._ready:
+        if self._is_changed:
             raise ValueError(
                 "parallelize comes once, before the first step, and this model is parallelised or has made a step "
-                "already. Make or load the model anew to change how it is parallelised."
+                "already, or an error left it half-way. Make or load the model anew to change how it is parallelised."
             )
         forwards = own_forwards(self.hf_model)
         plan = plan_parallelism(
@@ -155,6 +164,7 @@ class HFTransformerModel:
             compile=compile or CompileConfig(), float8=float8 or Float8Config(), kernels=kernels or KernelConfig(),
             param_dtype=param_dtype, seq_len=seq_len, mesh=mesh,
         )  # fmt: skip
+        self._is_changed = True
         self.device, self.dims, self.mesh = plan.device, plan.dims, plan.mesh
         self._meshes = {name: plan.mesh[name] for name in plan.mesh.mesh_dim_names}
         self.context, self.tensor_parallelism = plan.context, plan.tensor
@@ -237,8 +247,11 @@ class HFTransformerModel:
     def _make_ready(self) -> None:
         """What `.parallelize` does, for one device: called by the first step of a model that was not parallelised."""
         if not self._ready:
+            if self._is_changed:
+                raise ValueError("An error left this model half-way parallelised. Make or load it anew.")
             self._fill_if_meta()
             forwards = own_forwards(self.hf_model)
+            self._is_changed = True
             self._install_loss(CompileConfig())
             give_plain_copies(self.hf_model, forwards)
             self._ready = True

@@ -2,11 +2,13 @@
 
 What was put on the model's instances (loss, kernels, recomputation, compiled layers) is bound to them: copied with the
 rest, it would compute with the weights of the model that it was copied from. Linears in float8 are torch's again.
+That goes for copies of its parts, too.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
@@ -19,17 +21,24 @@ Forwards = Mapping[nn.Module, Callable]
 
 
 def own_forwards(model: nn.Module) -> Forwards:
+    """A ValueError where this project put others there already: they would be taken for the model's own."""
+    if "__deepcopy__" in vars(model):
+        raise ValueError(
+            f"{type(model).__name__}: an HFTransformerModel has changed this model already, to train it. Go on with "
+            "that one, wrap a copy (copy.deepcopy), or make or load the model anew."
+        )
     return {module: vars(module)["forward"] for module in model.modules() if "forward" in vars(module)}
 
 
 def give_plain_copies(model: nn.Module, forwards: Forwards) -> None:
-    """Let a model be copied as a plain one. It must be whole: on one rank, without FSDP2."""
-    vars(model)["__deepcopy__"] = lambda memo: copy.deepcopy(_plain(model, forwards, {}), memo)
-    vars(model)["__reduce_ex__"] = lambda protocol: _plain(model, forwards, {}).__reduce_ex__(protocol)
+    """Let a model and its parts be copied as plain ones. It must be whole: on one rank, without FSDP2."""
+    for module in model.modules():
+        vars(module)["__deepcopy__"] = functools.partial(_deepcopied, module, forwards)
+        vars(module)["__reduce_ex__"] = functools.partial(_reduced, module, forwards)
 
 
 def refuse_copies(model: nn.Module) -> None:
-    """Let a model of which ranks have parts not be copied."""
+    """Let a model of which ranks have parts not be copied, nor its modules."""
 
     def refuse(_: object) -> NoReturn:
         raise ValueError(
@@ -37,7 +46,16 @@ def refuse_copies(model: nn.Module) -> None:
             "save_pretrained and from_pretrained, or full_state_dict, of its HFTransformerModel."
         )
 
-    vars(model)["__deepcopy__"] = vars(model)["__reduce_ex__"] = refuse
+    for module in model.modules():
+        vars(module)["__deepcopy__"] = vars(module)["__reduce_ex__"] = refuse
+
+
+def _deepcopied(module: nn.Module, forwards: Forwards, memo: dict) -> nn.Module:
+    return copy.deepcopy(_plain(module, forwards, {}), memo)
+
+
+def _reduced(module: nn.Module, forwards: Forwards, protocol: int) -> tuple:
+    return _plain(module, forwards, {}).__reduce_ex__(protocol)
 
 
 def _plain(module: nn.Module, forwards: Forwards, done: dict[nn.Module, nn.Module]) -> nn.Module:

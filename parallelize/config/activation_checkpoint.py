@@ -35,10 +35,10 @@ class ActivationCheckpointConfig:
 
     def problems(self) -> list[str]:
         found = choice_problems("activation_checkpoint", self, "mode", MODES)
-        if not 0 <= self.memory_budget <= 1:
+        if not (isinstance(self.memory_budget, (int, float)) and 0 <= self.memory_budget <= 1):
             found.append(
-                f"activation_checkpoint.memory_budget = {self.memory_budget}: must be from 0 to 1, the share of "
-                "activations that is kept."
+                f"activation_checkpoint.memory_budget = {self.memory_budget!r}: must be a number from 0 to 1, the "
+                "share of activations that is kept."
             )
         option = str(self.selective_ac_option)
         if option != "op" and not (option.isdigit() and int(option) > 0):

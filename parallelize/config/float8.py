@@ -25,6 +25,10 @@ class Float8Config:
     exclude: list[str] = field(default_factory=list)
     """Linears that stay as they are, by parts of their names, such as "down_proj", "self_attn" or "layers.0."."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.exclude, str):  # one part, whose letters would be parts of every name
+            self.exclude = [self.exclude]
+
     def problems(self) -> list[str]:
         found = choice_problems("float8", self, "recipe", FLOAT8_RECIPES)
         if not all(self.exclude):

@@ -3,7 +3,7 @@
 First stop of a run: TOML and command line fill these dataclasses (`load.py`), everything below reads them. Names and
 meanings follow torchtitan v0.2.2 wherever a field means the same. What names data sets stands in `data_sections.py`;
 `[metrics]`, `[profiling]`, `[comm]` and `[debug]` in `run_sections.py`; `[parallelism]`, `[activation_checkpoint]`,
-`[compile]` and `[kernels]` in `parallelize/config/`.
+`[compile]`, `[float8]` and `[kernels]` in `parallelize/config/`.
 
 The string under a field is its help text. `problems()` returns every violated rule as a sentence; it is called on
 sections whose value types are right, and constructors check nothing.

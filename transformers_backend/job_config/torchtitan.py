@@ -39,7 +39,7 @@ def is_ignored(section: str, key: str) -> bool:
 
 def refusal(section: str, key: str, value: object) -> str | None:
     """Return why an ignored key's value cannot be ignored, or None: a mesh that we do not build, weights that we do
-    not load, or logits that we do not gather."""
+    not load, logits that we do not gather, or what has another name here."""
     name = f"{section}.{key}"
     if (section, key, value) == ("checkpoint", "initial_load_in_hf_quantized", True):
         return f"{name} = true: quantized weights are not loaded; remove the key and name a folder of plain weights."
@@ -47,6 +47,11 @@ def refusal(section: str, key: str, value: object) -> str | None:
         return (
             f"{name} = true: with tensor parallelism every rank computes the loss of its part of the vocabulary, and "
             "whole logits never exist; the loss is the same. Remove the key."
+        )
+    if (section, key) == ("model", "converters") and "quantize.linear.float8" in str(value):
+        return (
+            f'{name} has "quantize.linear.float8": float8 has a section of its own here. Set float8.enable = true, with '
+            "float8.recipe and float8.exclude for its recipe_name and filter_fqns, and remove the converter."
         )
     if section == "parallelism" and key.startswith("expert_") and key.endswith("_degree") and value not in (1, -1):
         return f"{name} = {value}: expert parallelism is not available; set it to 1 or remove the key."

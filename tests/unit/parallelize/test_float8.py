@@ -18,6 +18,7 @@ def test_values_that_cannot_be():
     (found,) = Float8Config(recipe="rows").problems()
     assert found == 'float8.recipe = "rows": must be one of "tensorwise", "rowwise", "rowwise_with_gw_hp".'
     assert "part of every name" in Float8Config(exclude=["a", ""]).problems()[0]
+    assert Float8Config(exclude="down_proj").exclude == ["down_proj"], "a string is one part, and no list of letters"
 
 
 def test_nobody_has_tried_it_beside_asynchronous_tensor_parallelism():

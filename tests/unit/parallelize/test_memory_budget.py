@@ -89,7 +89,7 @@ def test_it_needs_compiled_layers():
             check(memory_budget_problems(compile, budget))
 
 
-@pytest.mark.parametrize("budget", [-0.1, 1.1, float("nan")])
-def test_shares_are_from_0_to_1(budget: float):
+@pytest.mark.parametrize("budget", [-0.1, 1.1, float("nan"), "0.5", None])
+def test_shares_are_from_0_to_1(budget: object):
     (problem,) = ActivationCheckpointConfig(memory_budget=budget).problems()
-    assert problem.startswith(f"activation_checkpoint.memory_budget = {budget}: must be from 0 to 1")
+    assert problem.startswith(f"activation_checkpoint.memory_budget = {budget!r}: must be a number from 0 to 1")

@@ -236,6 +236,7 @@ def test_the_plan_of_tensor_parallelism_has_the_names_of_modules_as_keys(tmp_pat
         ),
         ("[checkpoint]\nexclude_from_loading = ['data']", "checkpoint.exclude_from_loading = ['data']: no parts of a"),
         ("[checkpoint]\ninitial_load_in_hf_quantized = true", "quantized weights are not loaded"),
+        ("[model]\nconverters = ['quantize.linear.float8']", "Set float8.enable = true, with float8.recipe and"),
         ("[checkpoint]\nload_step = -2", "checkpoint.load_step = -2: must be at least 0, or -1 for the latest"),
         ("[profiling]\nmax_ranks = 0", "profiling.max_ranks = 0: must be at least 1, or -1 for all ranks."),
         ("[profiling]\nprofile_freq = 3", "profiling.profile_freq = 3: must be at least profiler_warmup + "),

@@ -78,6 +78,23 @@ def test_gradients_of_the_head_are_not_rounded_once_they_are_summed(model_type: 
     assert not torch.equal(grad, grad.bfloat16().float())
 
 
+def test_a_number_among_the_parameters_of_the_head():
+    class ScaledHead(nn.Linear):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states) * self.logit_scale
+
+    def run(dtype: torch.dtype | None) -> torch.Tensor:
+        model = _twin("llama")
+        model.lm_head.__class__ = ScaledHead
+        model.lm_head.logit_scale = nn.Parameter(torch.tensor(2.0))
+        install_loss(model, describe_decoder(model), chunked=True, chunk_elements=8 * len(model.lm_head.weight))
+        with parameters_cast_to(model, dtype):
+            _loss(model).backward()
+        return model.lm_head.logit_scale.grad
+
+    torch.testing.assert_close(run(torch.bfloat16), run(None), rtol=5e-2, atol=0)
+
+
 def test_everything_is_as_it_was_afterwards():
     model = _twin("gemma2")
     parameters = dict(model.named_parameters())

@@ -76,6 +76,60 @@ def test_a_copy_computes_with_its_own_weights(prepare: Callable, make_copy: Call
     torch.testing.assert_close(model.forward_backward(input_ids, input_ids), loss)
 
 
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, _saved])
+def test_a_copy_of_a_part_computes_with_its_own_weights(make_copy: Callable):
+    model, hidden_states = _changed(_llama()), torch.randn(2, 3, 32)
+    model.forward_backward(*[torch.ones(1, 5, dtype=torch.long)] * 2)
+    body = make_copy(model.hf_model.model)
+    mlp = make_copy(model.hf_model.model.layers[0].mlp)
+    position_embeddings = body.rotary_emb(hidden_states, torch.arange(3)[None])
+    with torch.no_grad():
+        for parameter in (*body.parameters(), *mlp.parameters()):
+            parameter.zero_()
+        assert torch.equal(body.layers[0](hidden_states, position_embeddings=position_embeddings), hidden_states)
+        assert not mlp(hidden_states).any()
+
+
+def test_what_trains_already_is_not_changed_again():
+    """The copy of a model that is wrapped twice would have the first one's loss, and the original's weights."""
+    hf_model, batch = _llama(), [torch.ones(1, 5, dtype=torch.long)] * 2
+    first, second = HFTransformerModel.wrap(hf_model), HFTransformerModel.wrap(hf_model)
+    first.forward_backward(*batch)
+    for train in (lambda: second.forward_backward(*batch), lambda: second.parallelize(ParallelismConfig())):
+        with pytest.raises(ValueError, match="LlamaForCausalLM: an HFTransformerModel has changed this model already"):
+            train()
+    first.forward_backward(*batch)
+    HFTransformerModel.wrap(copy.deepcopy(hf_model)).forward_backward(*batch)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_failed_half_way_is_not_changed_again(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise OSError("no such file")
+
+    model = HFTransformerModel.wrap(_llama())
+    with pytest.raises(ValueError, match="tensor_parallel_degree = 3"):  # nothing is changed yet
+        model.parallelize(ParallelismConfig(tensor_parallel_degree=3))
+    with monkeypatch.context() as context, pytest.raises(OSError, match="no such file"):
+        context.setattr(HFTransformerModel, "_fill", fail)
+        model.parallelize(ParallelismConfig())
+    with pytest.raises(ValueError, match="or an error left it half-way"):
+        model.parallelize(ParallelismConfig())
+    with pytest.raises(ValueError, match="An error left this model half-way parallelised"):
+        model.forward_backward(*[torch.ones(1, 5, dtype=torch.long)] * 2)
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, _saved])
+def test_the_wrapper_of_a_model_that_trains_is_not_copied(make_copy: Callable):
+    model = HFTransformerModel.wrap(_llama())
+    make_copy(model)
+    model.forward_backward(*[torch.ones(1, 5, dtype=torch.long)] * 2)
+    with pytest.raises(ValueError, match="An HFTransformerModel that trains cannot be copied or pickled.* its hf_mode"):
+        make_copy(model)
+
+
 def test_a_forward_that_the_model_came_with_comes_along():
     hf_model = _llama()
     hf_model.model.norm.forward = torch.tanh
