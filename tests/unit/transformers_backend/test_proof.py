@@ -13,6 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from parallelize.activation_checkpoint import apply_activation_checkpointing
 from parallelize.compile import apply_compile
+from parallelize.config import ActivationCheckpointConfig, CompileConfig
+from transformers_backend import decisions
 from transformers_backend.decoder import describe_decoder
 from transformers_backend.model import HFTransformerModel
 from transformers_backend.proof import Proof, difference, example_batch, prove, relative_errors, why_not_compile
@@ -280,6 +282,23 @@ def test_aot_eager_is_right_and_layers_that_do_not_compile_are_told():
     reason = why_not_compile(LLAMA, BreaksGraph, None, "aot_eager", torch.device("cpu"))
     torch._dynamo.reset()
     assert reason.startswith("BreaksGraph does not compile with aot_eager (")
+
+
+@pytest.mark.parametrize("mode", ["none", "memory_budget"])
+def test_a_memory_budget_is_not_lost_with_the_compiler(mode: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decisions, "why_not_compile", lambda *_: "its gradients are wrong")
+
+    def decide() -> CompileConfig:
+        return decisions.without_wrong_compilation(
+            CompileConfig(enable=True), ActivationCheckpointConfig(mode), LlamaForCausalLM(LLAMA), None,
+            torch.device("cpu"), None, None,
+        )  # fmt: skip
+
+    if mode == "none":
+        assert decide().components == ["loss"]
+        return
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be compiled: its gradients .* Choose mode \"select"):
+        decide()
 
 
 def test_an_unknown_backend_is_told_and_not_a_crash():
