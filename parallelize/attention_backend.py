@@ -30,6 +30,7 @@ _FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFF
 _FLASH, _CUDNN, _EFFICIENT = _FUSED
 # torch's own; the second with a new cuDNN on Hopper and Blackwell, once any attention was computed.
 _TORCHS_ORDERS = ([_FLASH, _EFFICIENT, _MATH, _CUDNN, _OTHER], [_CUDNN, _FLASH, _EFFICIENT, _MATH, _OTHER])
+_OFF = "off by"  # how the reason begins that a kernel computes wrongly
 _TIE = 1.03  # how much faster than torch's own first another must be: clocks are no better
 _LONGEST, _TOKENS = 16384, 8192  # of a sequence, and of all together: kernels rank alike beyond
 
@@ -70,9 +71,11 @@ def choose_attention(
         if reason is None:
             times[backend] = max(found)
         said.append(f"{_name(backend)} {f'{times[backend]:.2f} ms' if reason is None else f'left out ({reason})'}")
+    torchs = _cur_sdpa_kernel_backends(with_priority=True)
+    if not times and any(reason.startswith(_OFF) for of_rank in ranks for reason in of_rank if isinstance(reason, str)):
+        return AttentionChoice(tuple(dict.fromkeys([_MATH, *torchs])), f"{_name(_MATH)}: {', '.join(said)}")
     if not times:
         return AttentionChoice((), f"as torch chooses: {', '.join(said)}")
-    torchs = _cur_sdpa_kernel_backends(with_priority=True)
     first, best = min(times, key=torchs.index), min(times, key=times.get)
     first = first if times[first] <= _TIE * times[best] else best
     ranked = sorted(times, key=lambda backend: (backend != first, times[backend]))
@@ -129,7 +132,7 @@ def _measure(backend, inputs, grad_out, right, gpu) -> float | str:
             for found, expected in zip(run(), right, strict=True):
                 size = expected.shape[1]
                 if not (error := relative_error(found[-1:, -size:], expected)) <= TOLERANCE[found.dtype]:
-                    return f"off by {error:.1e}"
+                    return f"{_OFF} {error:.1e}"
             return gpu.milliseconds(run)
     except RuntimeError as error:  # it cannot, or it failed
         return _words(error)

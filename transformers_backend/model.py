@@ -164,15 +164,16 @@ class HFTransformerModel:
             compile=compile or CompileConfig(), float8=float8 or Float8Config(), kernels=kernels or KernelConfig(),
             param_dtype=param_dtype, seq_len=seq_len, mesh=mesh,
         )  # fmt: skip
-        self._is_changed = True
         self.device, self.dims, self.mesh = plan.device, plan.dims, plan.mesh
         self._meshes = {name: plan.mesh[name] for name in plan.mesh.mesh_dim_names}
         self.context, self.tensor_parallelism = plan.context, plan.tensor
         self.float8, self.kernels, self.attention = plan.float8, plan.kernels, plan.attention
         if plan.pipeline is not None:
+            self._is_changed = True
             self.pipelined = PipelinedModel(self.hf_model, self.decoder, plan.pipeline, plan.mesh, parallelism)
         if self.pipelined is None or self.pipelined.has_last_stage:
             self._install_loss(plan.compile)
+        self._is_changed = True
         self._apply(plan, param_dtype, cpu_offload)
         self._fill(torch.device("cpu") if cpu_offload else plan.device, seed)
         self._start(plan)
@@ -251,10 +252,9 @@ class HFTransformerModel:
                 raise ValueError("An error left this model half-way parallelised. Make or load it anew.")
             self._fill_if_meta()
             forwards = own_forwards(self.hf_model)
-            self._is_changed = True
             self._install_loss(CompileConfig())
             give_plain_copies(self.hf_model, forwards)
-            self._ready = True
+            self._ready = self._is_changed = True
 
     def _fill_if_meta(self) -> None:
         if self._is_meta:

@@ -112,6 +112,14 @@ def test_what_is_wrong_is_left_out(monkeypatch: pytest.MonkeyPatch, off: int):
     assert re.search(r"flash left out \(off by 1\.\de-01\)", choice.because)
 
 
+def test_what_is_wrong_is_not_taken_for_want_of_others(monkeypatch: pytest.MonkeyPatch):
+    ranks = [["off by 1.0e-01", "it failed", 1.0], ["it failed", "it failed", "it failed"]]
+    monkeypatch.setattr(attention_backend, "gather_objects", lambda own: ranks)
+    choice = choose(flash=1.0, math=2.0)
+    assert choice.order[:2] == (MATH, FLASH)
+    assert choice.because.startswith("math: flash left out (off by 1.0e-01), cudnn left out (it failed)")
+
+
 def test_nothing_is_measured_where_nothing_may_differ():
     assert choose(dtype=torch.float32, flash=2.0, math=1.0) == AttentionChoice()
     assert choose_attention(4, 2, 256, 16, CPU, torch.bfloat16) == AttentionChoice()
