@@ -149,8 +149,9 @@ class HFTransformerModel:
         cpu_offload: keep shards and optimizer state in host memory. seed: of the initial weights, where they are not
         loaded. seq_len: tokens of a sequence, by which layers are shared out among the stages of a pipeline and, on a
         GPU, attention kernels are timed and chosen. mesh: that of another model of this process, to share its process
-        groups; None makes a new one. Raises a ValueError that lists every bad value. kernels: None is "auto", float8: None is without (see docs/kernels.md for both); what
-        modules compute by is in `self.kernels` and `self.float8` afterwards.
+        groups; None makes a new one. Raises a ValueError that lists every bad value. kernels: None is "auto", float8:
+        None is without (see docs/kernels.md for both); what modules compute by is in `self.kernels` and `self.float8`
+        afterwards.
         """
         if self._is_changed:
             raise ValueError(

@@ -42,8 +42,8 @@ def refuse_copies(model: nn.Module) -> None:
 
     def refuse(_: object) -> NoReturn:
         raise ValueError(
-            f"{type(model).__name__}: parallelised over several ranks, a model cannot be copied or pickled whole. Use "
-            "save_pretrained and from_pretrained, or full_state_dict, of its HFTransformerModel."
+            f"{type(model).__name__}: parallelised over several ranks, or with cpu_offload, a model cannot be copied "
+            "or pickled. Use save_pretrained and from_pretrained, or full_state_dict, of its HFTransformerModel."
         )
 
     for module in model.modules():

@@ -1,7 +1,7 @@
 """Float8, emulated, on two gloo processes: under each parallelism beside one process, and through a checkpoint's names.
 
-One process has no part of a sum that another order could round otherwise, so what is not split there is the same bit by
-bit; where weights or sequences are split, parts have scales of their own.
+What is not split computes the same, but for the order in which gradients are added up; where weights or sequences are
+split, parts have scales of their own.
 """
 
 from __future__ import annotations

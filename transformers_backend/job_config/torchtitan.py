@@ -50,8 +50,8 @@ def refusal(section: str, key: str, value: object) -> str | None:
         )
     if (section, key) == ("model", "converters") and "quantize.linear.float8" in str(value):
         return (
-            f'{name} has "quantize.linear.float8": float8 has a section of its own here. Set float8.enable = true, with '
-            "float8.recipe and float8.exclude for its recipe_name and filter_fqns, and remove the converter."
+            f'{name} has "quantize.linear.float8": float8 has a section of its own here. Set float8.enable = true, '
+            "with float8.recipe and float8.exclude for its recipe_name and filter_fqns, and remove the converter."
         )
     if section == "parallelism" and key.startswith("expert_") and key.endswith("_degree") and value not in (1, -1):
         return f"{name} = {value}: expert parallelism is not available; set it to 1 or remove the key."
