@@ -43,14 +43,15 @@ class AttentionChoice:
     """What was measured, for people; empty where nothing was."""
 
     @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
-        """Within the block torch goes by the order, unless a user has chosen."""
+    def computing(self, tokens: int) -> Iterator[None]:
+        """Within the block, for sequences of so many tokens, torch goes by the order, unless a user has chosen."""
         if not self.order or not _is_up_to_torch():
             yield
             return
+        order = sorted(self.order, key=lambda backend: not _takes(backend, tokens))
         # torch's cache of compiled code does not know by which kernel it computes.
-        tag = " ".join([torch.compiler.config.cache_key_tag, *(backend.name for backend in self.order)])
-        with sdpa_kernel([*self.order], set_priority=True), torch.compiler.config.patch(cache_key_tag=tag):
+        tag = " ".join([torch.compiler.config.cache_key_tag, *(backend.name for backend in order)])
+        with sdpa_kernel(order, set_priority=True), torch.compiler.config.patch(cache_key_tag=tag):
             yield
 
 
@@ -115,10 +116,14 @@ def _measure_all(heads, key_heads, length, dim, device, dtype, gpu) -> list[floa
 
 
 def _why_not(backend: SDPBackend, length: int) -> str | None:
-    if backend != _CUDNN:
-        return None
-    # With a mask tensor gradients of queries may be NaN there (https://github.com/pytorch/pytorch/issues/196678).
-    return "128 does not divide the tokens" if length % 128 else why_not_cudnn()
+    if not _takes(backend, length):
+        return "128 does not divide the tokens"
+    return why_not_cudnn() if backend == _CUDNN else None
+
+
+def _takes(backend: SDPBackend, tokens: int) -> bool:
+    """cuDNN's gradients of queries may else be NaN with a mask (https://github.com/pytorch/pytorch/issues/196678)."""
+    return backend != _CUDNN or tokens % 128 == 0
 
 
 def _measure(backend, inputs, grad_out, right, gpu) -> float | str:

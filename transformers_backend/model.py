@@ -306,7 +306,7 @@ class HFTransformerModel:
             num_items_in_batch = torch.full((), num_items_in_batch, device=self.device)
         targets = num_items_in_batch.to(self.device).clamp(min=1)
         batch = self._batch(input_ids, labels, position_ids)
-        with self.computing(), self._sharing():
+        with self.computing(input_ids.shape[1]), self._sharing():
             if self.pipelined is not None:
                 loss = self.pipelined.forward_backward(batch, targets)
             else:
@@ -323,7 +323,7 @@ class HFTransformerModel:
         self._make_ready()
         self._check(input_ids, labels, position_ids)
         batch = self._batch(input_ids, labels, position_ids)
-        with evaluation_mode(self.hf_model), self.computing(), self._sharing():
+        with evaluation_mode(self.hf_model), self.computing(input_ids.shape[1]), self._sharing():
             loss = self._sum_loss(**batch) if self.pipelined is None else self.pipelined.sum_loss(batch)
         reshard(self.hf_model)
         return sum_over(loss, self._loss_meshes), self.count_targets(labels)
@@ -332,13 +332,13 @@ class HFTransformerModel:
         return contextlib.nullcontext() if self.context is None else self.context.sharing()
 
     @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
+    def computing(self, tokens: int) -> Iterator[None]:
         """The context in which `hf_model` computes in the `param_dtype` of `.parallelize`, forward and backward, and by
-        the attention kernel that was found to be the fastest."""
+        the attention kernel that was found to be the fastest. tokens: of a sequence."""
         in_pipeline = self.pipelined is not None
         with (
             parameters_cast_to(self.hf_model, self._cast_to, backward_in_halves=in_pipeline),
-            self.attention.computing(),
+            self.attention.computing(tokens),
         ):
             yield
 

@@ -37,7 +37,7 @@ def sample_text(
     window[0, : len(start)] = torch.tensor(start)
     generator = torch.Generator().manual_seed(seed)  # the same on every rank, and on the CPU everywhere
     length = len(start)
-    with evaluation_mode(hf_model), model.computing():
+    with evaluation_mode(hf_model), model.computing(window.shape[1]):
         while length < window.shape[1]:
             if model.pipelined is not None:
                 logits = model.pipelined.next_token_logits(window, length - 1)

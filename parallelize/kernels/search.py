@@ -30,7 +30,7 @@ from typing import IO, TypeVar
 
 import torch
 
-from parallelize.kernels.language import CACHE_FOLDER, VERSION, OutOfResources
+from parallelize.kernels.language import CACHE_FOLDER, KERNEL_ERRORS, VERSION, OutOfResources
 
 try:
     import fcntl
@@ -141,15 +141,21 @@ class Search:
             times = self._read(name, candidates)
             if times is None:
                 begun = time.monotonic()
-                times = {candidate: self._time(prepare, candidate) for candidate in candidates}
+                times = {
+                    candidate: self._time(prepare, candidate, is_first=candidate == candidates[0])
+                    for candidate in candidates
+                }
                 self._write(name, times)
                 logger.info("Kernel %s: searched in %.1f s, %s", name, time.monotonic() - begun, times)
         return _fastest(times)
 
-    def _time(self, prepare: Callable, candidate: tuple) -> float | None:
+    def _time(self, prepare: Callable, candidate: tuple, *, is_first: bool) -> float | None:
+        """Milliseconds, or None where the GPU has no room for it. Only the first candidate must compile."""
         try:
             return self._gpu.milliseconds(prepare(candidate))
-        except OutOfResources:
+        except (OutOfResources, *KERNEL_ERRORS) as error:
+            if is_first and not isinstance(error, (OutOfResources, torch.OutOfMemoryError)):
+                raise
             return None
 
     @contextlib.contextmanager

@@ -118,7 +118,7 @@ class AttentionOnTheDevice(unittest.TestCase):
         torch._dynamo.reset()
         run = torch.compile(attend, fullgraph=True) if compiled else attend
         activities = [torch.profiler.ProfilerActivity.CPU]
-        with choice.computing(), torch.profiler.profile(activities=activities) as profile:
+        with choice.computing(256), torch.profiler.profile(activities=activities) as profile:
             out = run(*inputs)
             out.backward(torch.ones_like(out))
         torch.cuda.synchronize()

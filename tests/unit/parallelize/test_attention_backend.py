@@ -58,14 +58,23 @@ def test_the_order_holds_inside_and_nothing_is_left_behind():
     before = _cur_sdpa_kernel_backends(with_priority=True)
     choice = choose(flash=2.0, math=1.0)
     assert _cur_sdpa_kernel_backends(with_priority=True) == before
-    with choice.computing():
+    with choice.computing(256):
         assert _cur_sdpa_kernel_backends(with_priority=True) == list(choice.order)
         assert torch.compiler.config.cache_key_tag.split()[:2] == ["MATH", "FLASH_ATTENTION"]
-        with choice.computing():
+        with choice.computing(256):
             assert _cur_sdpa_kernel_backends(with_priority=True) == list(choice.order)
         assert _cur_sdpa_kernel_backends(with_priority=True) == list(choice.order)
     assert _cur_sdpa_kernel_backends(with_priority=True) == before
     assert torch.compiler.config.cache_key_tag == ""
+
+
+def test_cudnn_is_last_for_lengths_of_which_its_gradients_may_be_nan():
+    choice = AttentionChoice((CUDNN, FLASH, SDPBackend.EFFICIENT_ATTENTION, MATH, SDPBackend.OVERRIDEABLE))
+    with choice.computing(256):
+        assert _cur_sdpa_kernel_backends(with_priority=True)[0] == CUDNN
+    with choice.computing(200):
+        assert _cur_sdpa_kernel_backends(with_priority=True) == [*choice.order[1:], CUDNN]
+        assert "FLASH_ATTENTION EFFICIENT_ATTENTION" in torch.compiler.config.cache_key_tag
 
 
 @pytest.mark.parametrize(
@@ -76,9 +85,9 @@ def test_a_users_own_choice_stands(chosen: list, in_order: bool):
     with sdpa_kernel(chosen, set_priority=in_order):
         own = _cur_sdpa_kernel_backends(with_priority=True)
         assert choose(flash=2.0, math=1.0) == AttentionChoice()
-        with choice.computing():
+        with choice.computing(256):
             assert _cur_sdpa_kernel_backends(with_priority=True) == own
-    with choice.computing(), sdpa_kernel(chosen):
+    with choice.computing(256), sdpa_kernel(chosen):
         assert set(_cur_sdpa_kernel_backends()) == set(chosen)
 
 
@@ -148,7 +157,7 @@ def test_a_run_never_fails_for_it(monkeypatch: pytest.MonkeyPatch):
     assert choice.because.startswith(
         "as torch chooses: flash left out (CUDA out of memory. Tried to allocate 20.00 GiB)"
     )
-    with choice.computing():
+    with choice.computing(256):
         assert _cur_sdpa_kernel_backends(with_priority=True)[0] == FLASH
 
 

@@ -26,7 +26,7 @@ from transformers_backend.trainer import Trainer
 CUDA = torch.device("cuda")
 ORDER = tuple(
     getattr(SDPBackend, name)
-    for name in ("MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "OVERRIDEABLE")
+    for name in ("MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "OVERRIDEABLE", "CUDNN_ATTENTION")
 )
 CHOICE = AttentionChoice(ORDER, "math; measured, forward and backward: math 1.00 ms")
 

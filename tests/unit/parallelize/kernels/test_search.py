@@ -107,6 +107,22 @@ def test_candidates_without_room_are_skipped(file: Path):
             gpu.launch(file)
 
 
+def test_a_candidate_that_does_not_compile_is_left_out_unless_it_is_the_first(file: Path, monkeypatch):
+    def fails_for(bad: tuple):
+        def milliseconds(gpu: MadeUp, run) -> float:
+            if run() == bad:
+                raise RuntimeError("PassManager::run failed")
+            return 1.0
+
+        return milliseconds
+
+    monkeypatch.setattr(MadeUp, "milliseconds", fails_for(CANDIDATES[1]))
+    assert MadeUp(1.0, 1.0, 1.0).launch(file) == CANDIDATES[0]
+    monkeypatch.setattr(MadeUp, "milliseconds", fails_for(CANDIDATES[0]))
+    with pytest.raises(RuntimeError, match="PassManager"):
+        MadeUp(1.0, 1.0, 1.0, name="another").launch(file)
+
+
 def test_what_fits_one_size_may_not_fit_another_of_its_key(file: Path):
     gpu = MadeUp(2.0, 1.0, 3.0)
     one = Search(file, gpu)
