@@ -1,6 +1,7 @@
 """Times this project's trainer beside what else one could train with: scripts/benchmark.py --help
 
     ours, ours_kernels, ours_eager, ours_eager_kernels    this project's trainer; Triton kernels on a GPU only
+    ours_budget, ours_recompute      the same with less memory: memory_budget 0.9, every layer computed again
     hf_trainer, hf_trainer_liger                          Transformers' Trainer, compiled; with Liger where installed
     torchtitan                                            torchtitan's own Llama, where installed
     bare, bare_copy                                       PyTorch loops written by hand, with autocast or a bf16 copy

@@ -129,7 +129,9 @@ def torch_device() -> torch.device:
 # -- this project ------------------------------------------------------------------------------------------------------
 
 
-def train_ours(settings: Settings, gate: Gate, *, kernels: tuple[str, ...] = ("auto",)) -> None:
+def train_ours(
+    settings: Settings, gate: Gate, *, kernels: tuple[str, ...] = ("auto",), recompute: str = "none"
+) -> None:
     """This project's trainer as scripts/train.sh runs it, on one rank; only the text is replaced by random tokens."""
     tokens = random_tokens(settings)
 
@@ -140,13 +142,21 @@ def train_ours(settings: Settings, gate: Gate, *, kernels: tuple[str, ...] = ("a
             return result
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = GatedTrainer(_job_config(settings, kernels, Path(folder)))
+        trainer = GatedTrainer(_job_config(settings, kernels, recompute, Path(folder)))
         trainer.data = endless(tokens)
         try:
             gate.start()
             trainer.train()
         finally:
             trainer.close()
+
+
+def train_ours_budget(settings: Settings, gate: Gate) -> None:
+    train_ours(settings, gate, recompute="memory_budget" if settings.compile else "none")
+
+
+def train_ours_recompute(settings: Settings, gate: Gate) -> None:
+    train_ours(settings, gate, recompute="full")
 
 
 def train_ours_kernels(settings: Settings, gate: Gate) -> None:
@@ -161,7 +171,7 @@ def train_ours_eager_kernels(settings: Settings, gate: Gate) -> None:
     train_ours(dataclasses.replace(settings, compile=False), gate, kernels=KERNELS)
 
 
-def _job_config(settings: Settings, kernels: tuple[str, ...], folder: Path) -> JobConfig:
+def _job_config(settings: Settings, kernels: tuple[str, ...], recompute: str, folder: Path) -> JobConfig:
     text = folder / "text.txt"
     text.write_text("Replaced by random tokens. " * settings.seq_len)
     config = JobConfig()
@@ -175,6 +185,8 @@ def _job_config(settings: Settings, kernels: tuple[str, ...], folder: Path) -> J
     config.training.mixed_precision_param = "bfloat16" if settings.precision == "bf16" else "float32"
     config.compile.enable = settings.compile
     config.kernels.enable = list(kernels)
+    config.activation_checkpoint.mode = recompute
+    config.activation_checkpoint.memory_budget = 0.9
     config.metrics.log_freq = ENDLESS
     config.lr_scheduler.warmup_steps, config.lr_scheduler.decay_ratio = 0, 0.0
     for name, value in ADAMW.items():

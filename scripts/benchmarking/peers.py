@@ -24,9 +24,11 @@ from benchmarking.contenders import (
     random_tokens,
     torch_device,
     train_ours,
+    train_ours_budget,
     train_ours_eager,
     train_ours_eager_kernels,
     train_ours_kernels,
+    train_ours_recompute,
 )
 from parallelize.kernels.language import launches_on
 from transformers_backend.decoder import describe_decoder
@@ -239,6 +241,8 @@ def _torchtitan_arguments(settings: Settings) -> Any:
 CONTENDERS: dict[str, Callable[[Settings, Gate], None]] = {
     "ours": train_ours,
     "ours_kernels": train_ours_kernels,
+    "ours_budget": train_ours_budget,
+    "ours_recompute": train_ours_recompute,
     "ours_eager": train_ours_eager,
     "ours_eager_kernels": train_ours_eager_kernels,
     "hf_trainer": train_hf_trainer,

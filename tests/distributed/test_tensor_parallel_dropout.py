@@ -65,7 +65,7 @@ def _split(hf_model: PreTrainedModel, *, shares_sequence: bool, **options: Any) 
     install_loss(hf_model, decoder, chunked=True, vocabulary=vocabulary)
     options = {"activation_checkpoint": ActivationCheckpointConfig(), "compile": CompileConfig(), **options}
     parallelize_model(
-        hf_model, layers=decoder.layers, separate_units=[], mesh=mesh, kernels={}, tensor_plan=plan,
+        hf_model, layers=decoder.layers, separate_units=[], mesh=mesh, float8=None, kernels={}, tensor_plan=plan,
         sequence_parallel=shares_sequence, has_dropout=has_dropout(hf_model), parallelism=ParallelismConfig(),
         param_dtype=None, cpu_offload=False, **options,
     )  # fmt: skip

@@ -195,7 +195,7 @@ def test_the_command_is_kept_without_output_files(benchmark: ModuleType) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--contenders", "ours,theirs"], "--contenders has 'theirs': must be among ours, ours_kernels, ours_eager,"),
+        (["--contenders", "ours,theirs"], "--contenders has 'theirs': must be among ours, ours_kernels, ours_budget,"),
         (["--blocks", "0"], "--steps, --blocks, --starts and --threads must be at least 1"),
         (["--plot", "out.pdf"], "--plot out.pdf: must end in .png"),
     ],
