@@ -22,10 +22,6 @@ UNIT_TESTS = Path(__file__).parent / "unit"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Where scripts/setup_environment.sh puts torchao for the tests, away from all other programs.
-if (TORCHAO := Path(sys.prefix) / "float8").is_dir():
-    sys.path.append(str(TORCHAO))
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--share", metavar="FOLDER", help="skip files of tests that another run with this folder took")
@@ -79,3 +75,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def torchao() -> Iterator[None]:
+    """torchao can be imported, also by processes that the file's tests start; without it they are skipped.
+
+    No other test finds it: Transformers imports it, and its libraries, wherever it is.
+    """
+    folder = Path(sys.prefix) / "float8"  # where scripts/setup_environment.sh puts it
+    with pytest.MonkeyPatch.context() as patch:
+        if folder.is_dir():
+            patch.setattr(sys, "path", [*sys.path, str(folder)])
+        pytest.importorskip("torchao")
+        yield

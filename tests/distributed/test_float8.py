@@ -25,7 +25,8 @@ from transformers_backend.model_args import HFTransformerModelArgs
 from transformers_backend.run_summary import _float8_lines
 from transformers_backend.twin import VOCABULARY_SIZE, build_twin
 
-pytest.importorskip("torchao")
+pytestmark = pytest.mark.usefixtures("torchao")
+
 Step = tuple[float, dict[str, torch.Tensor]]
 ROWS = 4
 

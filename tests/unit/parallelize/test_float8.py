@@ -80,8 +80,8 @@ def _run(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+@pytest.mark.usefixtures("torchao")
 def test_the_product_is_close_and_no_parameter_changes(recipe: str, dtype: torch.dtype):
-    pytest.importorskip("torchao")
     model, x = _Pair().to(dtype).eval(), torch.randn(2, 24, 64, dtype=dtype)
     before, state = dict(model.named_parameters()), list(model.state_dict())
     plain = _run(model, x)
@@ -96,8 +96,8 @@ def test_the_product_is_close_and_no_parameter_changes(recipe: str, dtype: torch
         assert value.dtype == dtype
 
 
+@pytest.mark.usefixtures("torchao")
 def test_only_what_is_named_is_converted():
-    pytest.importorskip("torchao")
     model, x = _Pair(), torch.randn(16, 64)
     hidden = model.up(x)
     apply_float8(model, Float8Linears(frozenset({"down"}), "rowwise", emulate=True))

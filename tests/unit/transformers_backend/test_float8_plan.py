@@ -110,21 +110,21 @@ def test_nothing_happens_without_the_key():
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+@pytest.mark.usefixtures("torchao")
 def test_a_model_is_tried_as_it_will_run(recipe: str, caplog: pytest.LogCaptureFixture):
     """With recomputed and compiled layers."""
-    pytest.importorskip("torchao")
     assert choose(twin_of("llama"), recipe=recipe).kinds["mlp.up_proj", f"float8, {recipe}"] == 2
     assert [record for record in caplog.records if record.name.startswith("transformers_backend")] == []
 
 
+@pytest.mark.usefixtures("torchao")
 def test_it_is_slow_without_the_compiler(caplog: pytest.LogCaptureFixture):
-    pytest.importorskip("torchao")
     choose(twin_of("llama"), compile=CompileConfig(True, components=["loss"]))
     assert "without compiled layers is slower than bf16" in caplog.text
 
 
+@pytest.mark.usefixtures("torchao")
 def test_a_model_whose_gradients_become_others_is_refused():
-    pytest.importorskip("torchao")
     with pytest.raises(ValueError, match=r"Gemma4ForCausalLM in float8 .* twin \(the cosine .* must be 0.975 or more"):
         choose(twin_of("gemma4_text"), compile=CompileConfig())
 
@@ -155,8 +155,8 @@ def test_how_far_is_too_far():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler reads it
+@pytest.mark.usefixtures("torchao")
 def test_layers_share_one_compilation():
-    pytest.importorskip("torchao")
     model = twin_of("llama", repeat=3, minimum_layers=3)
     apply_float8(model, linears_of(model).linears)
     counter = CompileCounterWithBackend("aot_eager")

@@ -148,8 +148,8 @@ def test_what_ranks_have_parts_of_is_not_copied(make_copy: Callable):
 
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, _saved])
+@pytest.mark.usefixtures("torchao")
 def test_a_copy_of_linears_in_float8_has_plain_ones(make_copy: Callable):
-    pytest.importorskip("torchao")
     hf_model, plain = _llama(), _llama()
     apply_float8(hf_model, Float8Linears(frozenset({"model.layers.0.mlp.up_proj"}), "rowwise", emulate=True))
     give_plain_copies(hf_model, {})
